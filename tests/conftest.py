@@ -1,0 +1,42 @@
+"What several test files share: a small repository with results by formula."
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ndkv import report
+from ndkv.results import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_synthetic(folder, name='kl'):
+    "Rows with the schema of the real ones; KL falls by four a bit."
+    common = dict(model='llama', data='wiki_val', length=2048, block=64, n=65536)
+    with Run(folder, command='synthetic', name=name) as run:
+        for metric, value in dict(kl_mean=4e-5, kl_p99=5e-4, kl_p999=2e-3, kl_max=.01, flips=.004, dnll=0., nll=3.5, ppl=33.1).items():
+            run.row(method='bf16', metric=metric, value=value, **common)
+        for window, sinks in ((128, 4), (0, 0)):
+            for bits in (2, 3, 4):
+                kl = (.8 if window else 1.3) * 4.**-bits
+                for metric, value in dict(kl_mean=kl, kl_p99=9*kl, kl_p999=25*kl, kl_max=90*kl, flips=.6*kl**.5, dnll=kl/3, ppl=33.1 + 9*kl, bits=bits + .125).items():
+                    run.row(method='rotation', k_bits=bits, v_bits=bits, window=window, sinks=sinks, metric=metric, value=value, **common)
+    return run.id
+
+
+@pytest.fixture
+def clean_code(monkeypatch):
+    "Runs of this test count as made from a commit."
+    monkeypatch.setenv('NDKV_COMMIT', '0' * 40)
+    monkeypatch.setenv('NDKV_DIRTY', '0')
+
+
+@pytest.fixture
+def small_repository(tmp_path, clean_code):
+    "A checkout with synthetic rows and everything generated from them."
+    for name in ('settings.ini', 'constraints.txt', 'README.md'): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / 'paper').mkdir()
+    shutil.copy(ROOT / 'paper' / 'main.tex', tmp_path / 'paper')
+    write_synthetic(tmp_path / 'results')
+    report.report(tmp_path)
+    return tmp_path
