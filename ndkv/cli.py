@@ -122,7 +122,6 @@ def demo_row(name, cache, speed, kl=None, flips=None) -> list:
     bits = f'{cache.report()["bits_packed"]:.3f}' if isinstance(cache, NDCache) else f'{8*cache.layers[0].keys.element_size()}'
     row = [name, bits, f'{bytes_per_token(cache):,.0f}', f'{speed:.1f}']
     if kl is None: return row + ['–'] * 4
-    if not len(kl): return row[:1] + ['none packed'] + row[2:] + ['–'] * 4
     return row + [reporting.significant(x) for x in (kl.mean().item(), quantile(kl, .99), kl.max().item())] + [f'{100 * flips.mean():.1f} %']
 
 # %% ../nbs/95_cli.ipynb #4570469e
@@ -169,11 +168,14 @@ def demo(
 ):
     "Generate with the ordinary cache and with ndkv at 4, 3 and 2 bits, side by side."
     lm,tokenizer = quiet_load(model)
+    if lm.device.type == 'cpu' and lm.num_parameters() < 2e8: torch.set_num_threads(1)
     text = prompt_file.read_text(encoding='utf8') if prompt_file else prompt or PROMPT
     n = len(tokenizer(text)['input_ids'])
     limit = getattr(lm.config.get_text_config(decoder=True), 'max_position_embeddings', None)
     if not n: raise ValueError('the prompt is empty; give some text')
     if limit and n + new_tokens > limit: raise ValueError(f'{n} prompt and {new_tokens} new tokens are more than the {limit} positions of the model; shorten one of them')
+    packed = n + new_tokens - (window + sinks + Cell.block)
+    if packed < 2: raise ValueError(f'{n} prompt and {new_tokens} new tokens end before anything is packed; give {2 - packed} more tokens, or a smaller --window')
     rows,texts = demonstrate(lm, tokenizer, text, new_tokens, window=window, sinks=sinks)
     show_demo(rows, texts, n, new_tokens, window, sinks)
 

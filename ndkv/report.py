@@ -6,11 +6,11 @@
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'QUALITY', 'OPERATORS', 'CLAIMS', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'ALLOWED', 'LAYOUT', 'TYPED',
            'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme',
-           'save_figure', 'figure', 'table', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier',
-           'quality_line', 'quality', 'Claim', 'claim', 'met', 'reference_ppl', 'claims', 'claims_markdown',
-           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex',
-           'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
-           'verify', 'lint_text', 'lint_paper', 'report']
+           'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve',
+           'frontier', 'quality_line', 'quality', 'heads_table', 'Claim', 'claim', 'met', 'reference_ppl', 'claims',
+           'claims_markdown', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device',
+           'numbers_tex', 'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare',
+           'describe', 'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, operator, re, tempfile
@@ -181,6 +181,10 @@ REFERENCE = dict(model='llama', data='wiki_val')
 BITS = (2, 3, 4)
 WINDOWED,BARE = dict(window=128, sinks=4),dict(window=0, sinks=0)
 
+def exact_at(window:dict) -> dict:
+    "The query for bf16 against bf16, chunked as the measurements with `window`."
+    return dict(REFERENCE, method='bf16', **window)
+
 def rotation_at(bits:int, window:dict) -> dict:
     "The query for the rotation at `bits` for keys and values."
     return dict(REFERENCE, method='rotation', k_bits=bits, v_bits=bits, **window)
@@ -227,7 +231,7 @@ def frontier(book, plt):
         if not any(points for _, points in curves): ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
         else: ax.set_yscale('log')
         ax.margins(.12, .15)
-        draw_noise_floor(ax, book.value(method='bf16', metric=metric, **REFERENCE))
+        draw_noise_floor(ax, max(book.value(metric=metric, **exact_at(w)) or 0 for w in (BARE, WINDOWED)))
         ax.set(title=title, xlabel='bits per element, all included', ylabel='KL to bf16 cache (nats)', xticks=BITS)
         ax.spines[['top', 'right']].set_visible(False)
     handles,labels = axes[0].get_legend_handles_labels()
@@ -256,13 +260,41 @@ def quality_line(book, name, bits, where):
 def quality(book):
     "KL, flips, loss and perplexity of the rotation, with and without exact tokens."
     lines = [r'\begin{tabular}{@{}lrrrrrrrr@{}}', r'\toprule', r'& & \multicolumn{4}{c}{KL to bf16 cache (nats)} \\ \cmidrule(lr){3-6}',
-             ' & '.join(['cache', 'bits', *(title for title, _, _ in QUALITY)]) + r' \\', r'\midrule',
-             quality_line(book, 'bf16, other chunks', '16', dict(REFERENCE, method='bf16'))]
+             ' & '.join(['cache', 'bits', *(title for title, _, _ in QUALITY)]) + r' \\', r'\midrule']
     for window, title in ((WINDOWED, 'window 128, 4 sinks'), (BARE, 'no window, no sinks')):
-        lines += [r'\addlinespace', rf'\multicolumn{{9}}{{@{{}}l}}{{\emph{{rotation + Lloyd--Max, {title}}}}} \\']
+        lines += [rf'\multicolumn{{9}}{{@{{}}l}}{{\emph{{rotation + Lloyd--Max, {title}}}}} \\', quality_line(book, r'\quad bf16 again', '16', exact_at(window))]
         for bits in reversed(BITS):
             where = rotation_at(bits, window)
             lines.append(quality_line(book, rf'\quad {bits} bits', res(book.cell(metric='bits', **where), digits=4), where))
+        lines += [r'\addlinespace'] if window is WINDOWED else []
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #1b435a42
+def _heads(self:Book, **where):
+    "Rows of single heads that answer `where`, worst first."
+    found = [r for r in self.rows if r.get('head') is not None and all(r.get(k) == v for k, v in where.items())]
+    if not found: return []
+    last = max((r['run'] for r in found), key=lambda id: (self.runs[id].get('start', ''), id))
+    found = sorted((r for r in found if r['run'] == last), key=lambda r: -r['value'])
+    self.used.update({r['at']: r for r in found})
+    return found
+
+Book.heads = _heads
+
+# %% ../nbs/90_report.ipynb #ee28cea8
+def _heads_cells(rows):
+    "Median, worst and the worst one's name."
+    if not rows: return [NOT_RUN] * 3
+    return [res(rows[len(rows)//2]), res(rows[0]), f"{rows[0]['layer']}.{rows[0]['head']}"]
+
+@table('heads')
+def heads_table(book):
+    "Relative errors of attention logits and outputs: the median head and the worst."
+    group = r' & \multicolumn{3}{c}{attention logits} & \multicolumn{3}{c}{attention output} \\ \cmidrule(lr){2-4}\cmidrule(l){5-7}'
+    lines = [r'\begin{tabular}{@{}lrrrrrr@{}}', r'\toprule', group, r'bits & median & worst & layer.head & median & worst & layer.head \\', r'\midrule']
+    for bits in reversed(BITS):
+        cells = [c for m in ('logits_error', 'output_error') for c in _heads_cells(book.heads(metric=m, **rotation_at(bits, WINDOWED)))]
+        lines.append(' & '.join([str(bits), *cells]) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #364904ca
@@ -297,7 +329,7 @@ def met(value, target) -> bool:
 
 # %% ../nbs/90_report.ipynb #e0beb17b
 @claim('reference_ppl', 'The reference model, trained from scratch, predicts held-out Wikipedia text.', 'perplexity', '<= 40')
-def reference_ppl(book): return book.value(method='bf16', metric='ppl', **REFERENCE)
+def reference_ppl(book): return book.value(metric='ppl', **exact_at(WINDOWED))
 
 # %% ../nbs/90_report.ipynb #6ec6662f
 def _kl_claim(bits, target):
@@ -360,15 +392,15 @@ def number(id:str):
     return lambda f: NUMBERS.setdefault(id, f)
 
 @number('eval_tokens')
-def eval_tokens(book): return res(book.cell(method='bf16', metric='kl_mean', **REFERENCE), key='n')
+def eval_tokens(book): return res(book.cell(metric='kl_mean', **exact_at(WINDOWED)), key='n')
 
 @number('noise_floor')
-def noise_floor(book): return res(book.cell(method='bf16', metric='kl_mean', **REFERENCE))
+def noise_floor(book): return res(book.cell(metric='kl_mean', **exact_at(WINDOWED)))
 
 # %% ../nbs/90_report.ipynb #2a213d84
 @number('eval_device')
 def eval_device(book):
-    row = book.cell(method='bf16', metric='kl_mean', **REFERENCE)
+    row = book.cell(metric='kl_mean', **exact_at(WINDOWED))
     return NOT_RUN if row is None else tex_escape(book.runs[row['run']]['device'])
 
 def _bits_number(bits):

@@ -9,14 +9,15 @@ from ndkv.codebooks import Codebook, distortion, lloyd_max, shannon, uniform
 from ndkv.codec import NormDirectionCodec, pack, packed_size, unit_rms, unpack
 from ndkv.frames import Frame, apply_rope, hadamard, head_rows, rope_tables, rotation, undo_rope
 
-settings.register_profile('ndkv', max_examples=30, deadline=None, derandomize=True)
-settings.load_profile('ndkv')
+few = settings(max_examples=30, deadline=None, derandomize=True)
 
 bits_ = st.integers(1, 8)
 even = st.integers(1, 80).map(lambda n: 2*n)
 seeds = st.integers(0, 10**6)
 HEAD_DIMS = 64, 80, 96, 112, 128, 192, 256, 576
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():
     "The tensors here are small: a second thread only waits."
@@ -24,8 +25,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
 
 
 def randn(*shape, seed=0):
@@ -44,6 +43,7 @@ def full_frame(d, heads, seed):
 
 # frames
 
+@few
 @given(even, seeds)
 def test_rotation_keeps_inner_products(d, seed):
     f, x, y = rotation(d, seed), randn(5, d, seed=seed), randn(5, d, seed=seed + 1)
@@ -64,6 +64,7 @@ def test_rotation_depends_on_the_seed_only():
     assert torch.equal(hadamard(64), hadamard(64).T)
 
 
+@few
 @given(st.integers(1, 32), st.integers(0, 32), st.integers(0, 100_000), st.floats(.5, 2), seeds)
 def test_rope_is_undone(pairs, rest, start, scaling, seed):
     x = randn(2, 3, 7, 2*pairs + rest, seed=seed)
@@ -76,6 +77,7 @@ def test_rope_is_undone(pairs, rest, start, scaling, seed):
 
 # codebooks
 
+@few
 @given(bits_, seeds)
 def test_nearest_level(bits, seed):
     for book in (lloyd_max(bits), uniform(bits)):
@@ -85,6 +87,7 @@ def test_nearest_level(bits, seed):
         assert torch.equal(book.decode(torch.arange(2**bits)), book.levels)
 
 
+@few
 @given(bits_, seeds)
 def test_lloyd_max_is_a_minimum(bits, seed):
     book = lloyd_max(bits)
@@ -114,6 +117,7 @@ def pack_by_strings(codes, bits):
     return out
 
 
+@few
 @given(bits_, st.integers(1, 200), st.lists(st.integers(0, 3), max_size=2), seeds)
 def test_pack_round_trip(bits, d, lead, seed):
     codes = torch.randint(2**bits, (*lead, d), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -125,6 +129,7 @@ def test_pack_round_trip(bits, d, lead, seed):
         assert bytes_.tolist() == pack_by_strings(one.tolist(), bits)
 
 
+@few
 @given(bits_, st.integers(1, 20), seeds)
 def test_every_byte_string_is_a_code(bits, eighths, seed):
     packed = torch.randint(256, (3, eighths*bits), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -140,6 +145,7 @@ def test_pack_refuses_what_does_not_fit():
 
 # codec
 
+@few
 @given(even, bits_, st.sampled_from(['lloyd_max', 'uniform']), st.sampled_from(['ls', 'plain']), st.booleans(), seeds)
 def test_decode_is_levels_through_the_frame(d, bits, book, norm, full, seed):
     frame = full_frame(d, 3, seed) if full else None
@@ -152,6 +158,7 @@ def test_decode_is_levels_through_the_frame(d, bits, book, norm, full, seed):
     assert codec.bits_per_element == 8 * sum(v.nbytes for v in enc.values()) / (30 * d)
 
 
+@few
 @given(even, bits_, dtypes, st.booleans(), seeds, st.data())
 def test_a_slice_is_coded_as_in_the_whole(d, bits, dtype, full, seed, data):
     codec = NormDirectionCodec(d, bits, full_frame(d, 3, seed) if full else None)
@@ -173,6 +180,7 @@ def test_threads_do_not_change_the_bytes():
     assert same(one, two)
 
 
+@few
 @given(even, bits_, st.sampled_from(['lloyd_max', 'uniform']), st.booleans(), seeds)
 def test_least_squares_norm_is_never_worse(d, bits, book, full, seed):
     frame = full_frame(d, 3, seed) if full else None
@@ -184,6 +192,7 @@ def test_least_squares_norm_is_never_worse(d, bits, book, full, seed):
     assert (error(ls) <= error(plain) + 1e-6 * y.square().sum(-1)).all()
 
 
+@few
 @given(even, bits_, st.integers(-60, 60), seeds)
 def test_powers_of_two_move_the_norm_only(d, bits, power, seed):
     codec, x = NormDirectionCodec(d, bits), randn(6, d, seed=seed)
@@ -192,6 +201,7 @@ def test_powers_of_two_move_the_norm_only(d, bits, power, seed):
     assert torch.equal(a['norm'].double() * 2.**power, b['norm'].double())
 
 
+@few
 @given(even, bits_, dtypes, seeds)
 def test_zero_vectors_are_exact_and_harmless(d, bits, dtype, seed):
     codec, x = NormDirectionCodec(d, bits), randn(4, d, seed=seed).to(dtype)
@@ -201,6 +211,7 @@ def test_zero_vectors_are_exact_and_harmless(d, bits, dtype, seed):
     assert same({k: v[[0, 1, 3, 4]] for k, v in enc.items()}, codec.encode(x))
 
 
+@few
 @given(even, bits_, dtypes, st.sampled_from([math.nan, math.inf, -math.inf]), st.sampled_from(['ls', 'plain']), seeds, st.data())
 def test_nan_and_inf_are_refused(d, bits, dtype, value, norm, seed, data):
     x = randn(2, 3, 4, d, seed=seed).to(dtype)

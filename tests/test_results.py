@@ -103,7 +103,7 @@ def test_an_edited_line_is_named(rows, edit, message):
 def test_a_lost_run_a_lost_row_and_a_lost_file_are_noticed(rows):
     good, runs = rows.read_text(), rows.with_name('runs.jsonl')
     rows.write_text(good.split('\n', 1)[1])
-    with pytest.raises(ValueError, match='wrote 56 rows, 55 are there'): validate(rows.parent)
+    with pytest.raises(ValueError, match='wrote 64 rows, 63 are there'): validate(rows.parent)
     rows.write_text(good)
     runs.rename(runs.with_suffix('.old'))
     with pytest.raises(ValueError, match='no such results file'): validate(rows.parent)
@@ -114,16 +114,16 @@ def test_runs_of_an_edited_tree_are_refused_for_the_paper(tmp_path, monkeypatch)
     monkeypatch.setenv('NDKV_COMMIT', 'abc')
     monkeypatch.delenv('NDKV_DIRTY', raising=False)
     write_synthetic(tmp_path)
-    assert validate(tmp_path) == (56, 1)
+    assert validate(tmp_path) == (64, 1)
     with pytest.raises(ValueError, match=r'kl\.jsonl:1: run .* uncommitted changes'): validate(tmp_path, clean_only=True)
 
 
 def test_merge_adds_once_and_checks_first(tmp_path, clean_code):
     a, b, home = tmp_path / 'a', tmp_path / 'b', tmp_path / 'home'
     write_synthetic(a), write_synthetic(b)
-    assert merge(a, home) == 56 and merge(b, home) == 56
-    assert validate(home, clean_only=True) == (112, 2)
+    assert merge(a, home) == 64 and merge(b, home) == 64
+    assert validate(home, clean_only=True) == (128, 2)
     with pytest.raises(ValueError, match='already in'): merge(a, home)
     (b / 'kl.jsonl').write_text((b / 'kl.jsonl').read_text()[:-5])
     with pytest.raises(ValueError, match='cut off'): merge(b, tmp_path / 'other')
-    assert not (tmp_path / 'other').exists() and validate(home) == (112, 2)
+    assert not (tmp_path / 'other').exists() and validate(home) == (128, 2)

@@ -2,6 +2,7 @@
 
     python nbs/_tools/nb.py run [NOTEBOOK ...]    execute, keep outputs (skipped cells keep the ones they had)
     python nbs/_tools/nb.py check                 notebooks clean, package and README in sync; nothing is written
+    python nbs/_tools/nb.py lint                  numbers that were typed into the paper's prose
     python nbs/_tools/nb.py readme                write README.md from nbs/index.ipynb
     python nbs/_tools/nb.py docs                  readable HTML pages in _docs/
 """
@@ -127,11 +128,21 @@ def docs():
     subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'html', '--output-dir', ROOT / '_docs', *pages], cwd=ROOT, check=True)
 
 
+def lint():
+    "Fails on a measured number that the paper does not take from a macro."
+    sys.path.insert(0, str(ROOT))
+    from ndkv.report import lint_paper
+    problems = lint_paper(ROOT)
+    print('\n'.join(problems) or 'no number is typed into the paper')
+    return bool(problems)
+
+
 def main(command='', *args):
     flags = [a.removeprefix('--flags=') for a in args if a.startswith('--flags=')]
     names = [a for a in args if not a.startswith('--')]
     if command == 'run': return run_each(names, ' '.join(flags).split())
     if command == 'check': return check()
+    if command == 'lint': return lint()
     if command == 'readme': return (ROOT / 'README.md').write_text(readme(), encoding='utf8') and None
     if command == 'docs': return docs()
     sys.exit(__doc__)
