@@ -39,16 +39,16 @@ check: env # notebooks clean, package and README in sync with them
 
 lint: env ## pyflakes on the exported code, numbers in the paper's prose
 	$(PY) -m pyflakes ndkv/*.py tests/*.py nbs/_tools/*.py setup.py
-	$(PY) -m ndkv.report lint
+	$(TOOL) lint
 
 compile: env ## import every module with warnings as errors, without Triton's interpreter
 	env -u TRITON_INTERPRET $(PY) nbs/_tools/compile.py
 
 nbtest: env # run the notebooks as tests, Triton kernels interpreted
-	TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 1
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 1
 
 pytest: env # property tests and processes
-	TRITON_INTERPRET=1 $(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q tests
 
 test-gpu: env # the notebooks' cells that need a GPU
 	$(BIN)/nbdev_test --flags gpu --n_workers 1
@@ -90,9 +90,9 @@ save: env ## the script back into its notebook: make save NB=40_cache
 	$(BIN)/nbdev_export --path nbs/$(NB).ipynb
 
 nb-run: env ## execute notebooks and keep their outputs (NB=40_cache, or all)
-	TRITON_INTERPRET=1 $(TOOL) run $(NB)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TOOL) run $(NB)
 
 clean: ## remove what was built, not the environment
-	rm -rf build dist *.egg-info _proc _docs .cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info _docs .cache .pytest_cache .hypothesis
 	find ndkv nbs tests -name __pycache__ -prune -exec rm -rf {} +
 	cd paper && rm -f main.{aux,bbl,blg,fdb_latexmk,fls,log,out,pdf}

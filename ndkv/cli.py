@@ -70,7 +70,7 @@ def generate(
 ) -> tuple: # Tokens [1, T + new_tokens], tokens per second
     "Greedy continuation of `ids` through `cache`."
     logits = model(ids, past_key_values=cache, use_cache=True).logits
-    for i in tqdm(range(new_tokens), bar, leave=False, disable=bar is None):
+    for i in tqdm(range(new_tokens), bar, leave=False, mininterval=.5, disable=bar is None):
         if i == 1: start = time.perf_counter()
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
         if i < new_tokens - 1: logits = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits

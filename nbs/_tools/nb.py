@@ -120,12 +120,17 @@ def check():
 
 
 def docs():
-    "HTML pages without Quarto: nbdev processes the notebooks, nbconvert renders them."
-    code = "from nbdev.serve import proc_nbs; proc_nbs('nbs', n_workers=0)"
-    env = dict(os.environ, TRITON_INTERPRET='1')
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, env=env)
-    pages = sorted(str(p) for p in (ROOT / '_proc').glob('*.ipynb'))
-    subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'html', '--output-dir', ROOT / '_docs', *pages], cwd=ROOT, check=True)
+    "HTML pages without Quarto: hidden cells and directives are left out, nothing is executed."
+    from execnb.nbio import read_nb, write_nb
+    with tempfile.TemporaryDirectory() as tmp:
+        for path in notebooks():
+            nb = read_nb(path)
+            nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
+            for c in nb.cells: c.source = '\n'.join(line for line in c.source.splitlines() if not line.startswith('#| '))
+            write_nb(nb, Path(tmp) / path.name)
+        pages = sorted(str(p) for p in Path(tmp).glob('*.ipynb'))
+        subprocess.run([sys.executable, '-m', 'nbconvert', '--log-level=WARN', '--to', 'html', '--output-dir', ROOT / '_docs', *pages], cwd=ROOT, check=True)
+    print(f'{len(pages)} pages in _docs/')
 
 
 def lint():
