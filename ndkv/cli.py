@@ -239,17 +239,20 @@ def evaluate(
     length:Annotated[int, typer.Option(min=2, help='Tokens a window.')]=2048,
     windows:Annotated[int, typer.Option(min=1, help='Windows, evenly spread over the text.')]=64,
     batch:Annotated[int, typer.Option(min=1, help='Windows at a time.')]=8,
+    dtype:Annotated[str, typer.Option(help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]='float32',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl.')]='frontier',
 ):
     "Measure the rotation at 2, 3 and 4 bits on held-out text, and the noise floor; add the rows to results/."
     path = existing(data/f'{text}.txt.xz', 'text')
+    if dtype not in ('float32', 'bfloat16'): raise ValueError(f'--dtype {dtype}: choose float32 or bfloat16')
     lm,tokenizer = quiet_load(model)
+    lm = lm.to(getattr(torch, dtype))
     tokens = text_windows(path, tokenizer, length, windows)
     folder = zoo()/model if (zoo()/model).is_dir() else model
-    command = f'ndkv evaluate {Path(model).name} --text {text} --length {length} --windows {windows} --batch {batch} --name {name}'
+    command = f'ndkv evaluate {Path(model).name} --text {text} --length {length} --windows {windows} --batch {batch} --dtype {dtype} --name {name}'
     with Run(out, command=command, model=folder, data=path, name=name) as run:
-        measure(lm, tokens, first_grid(), run, Path(model).name, text, batch)
+        measure(lm, tokens, first_grid(), run, Path(model).name, text, batch, dtype=dtype)
     print(f'{len(run.rows)} rows of run {run.id} added to {out/name}.jsonl')
 
 # %% ../nbs/95_cli.ipynb #f3943bad
