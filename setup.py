@@ -20,7 +20,7 @@ setup(
     keywords=cfg['keywords'],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=['ndkv', 'ndkv.*']),
-    include_package_data=True,
+    package_data={'ndkv': ['*.safetensors']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d']},
