@@ -52,7 +52,8 @@ def run(path, force_flags=()):
     except Exception: sys.exit(shell.prettytb(fname=path))
     nb = read_nb(path)
     for old, new in zip(nb.cells, processed.cells, strict=True):
-        if old.cell_type == 'code' and not skip(new): old['outputs'] = new.get('outputs', [])
+        if old.cell_type == 'code' and not skip(new): # progress bars and warnings differ from run to run
+            old['outputs'] = [o for o in new.get('outputs', []) if o.get('name') != 'stderr']
     clean_nb(nb)
     tmp = path.with_suffix('.tmp')
     write_nb(nb, tmp)
