@@ -331,7 +331,7 @@ def reference_ppl(book): return book.value(metric='ppl', **exact_at(WINDOWED))
 
 # %% ../nbs/90_report.ipynb #6ec6662f
 def _kl_claim(bits, target):
-    sentence = f'Mean KL to the bf16 cache with keys and values at {bits} bits: rotation, Lloyd–Max, window 128, 4 sinks.'
+    sentence = f'Mean KL to the exact cache with keys and values at {bits} bits: rotation, Lloyd–Max, window 128, 4 sinks.'
     @claim(f'kl_rotation_{bits}bit', sentence, 'nats/token', target)
     def kl_rotation(book): return book.value(metric='kl_mean', **rotation_at(bits, WINDOWED))
 
