@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .codebooks import distortion, lloyd_max
+from .codebooks import lloyd_max
 from .codec import unit_rms
 from .frames import Frame, head_rows
-from .profile import Profile, Rope, allocate_global, rotated_average
+from .profile import Profile, Rope, allocate_global, distortion_table, rotated_average
 from .trellis import Trellis, trellis_distortion
 
 # %% ../nbs/34_spectral.ipynb #774a8b13
@@ -207,8 +207,7 @@ def code_table(
     max_bits: int = 8,  # Largest width
 ) -> list[float]:  # D(0..max_bits)
     "Distortion of a unit Gaussian for each width."
-    scalar = [1.0] + [distortion(lloyd_max(b)) for b in range(1, max_bits + 1)]
-    return [trellis_distortion(b, trellis) if trellis and 1 <= b <= 4 else d for b, d in enumerate(scalar)]
+    return [trellis_distortion(b, trellis) if trellis and 1 <= b <= 4 else d for b, d in enumerate(distortion_table(max_bits))]
 
 
 def plan(

@@ -3,11 +3,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ndkv import report
 from ndkv.results import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope='session')
+def one_thread():
+    "The tensors of these tests are small: a second thread would only wait."
+    torch.set_num_threads(1)
 
 
 def write_synthetic(folder, name='kl'):

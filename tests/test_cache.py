@@ -36,15 +36,6 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Tensors here are tiny: threads would only wait for each other."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 @pytest.fixture(scope="module")
 def models():
     "Random models, weights enlarged so that what they say depends on their cache."

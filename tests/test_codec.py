@@ -18,15 +18,6 @@ HEAD_DIMS = 64, 80, 96, 112, 128, 192, 256, 576
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "The tensors here are small: a second thread only waits."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -52,15 +52,6 @@ def refused(f, *parts):
     for p in parts: assert p in text, text
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "The tensors here are small: a second thread only waits."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope='module')
 def llama(): return tiny()
 

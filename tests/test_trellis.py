@@ -16,15 +16,6 @@ widths_ = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 seeds = st.integers(0, 10**6)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "The tensors here are small: a second thread only waits."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
