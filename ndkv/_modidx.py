@@ -397,6 +397,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ndkv.store._digest': ('store.html#_digest', 'ndkv/store.py'),
                             'ndkv.store._fill': ('store.html#_fill', 'ndkv/store.py'),
                             'ndkv.store._layer_tensors': ('store.html#_layer_tensors', 'ndkv/store.py'),
+                            'ndkv.store._load_codec': ('store.html#_load_codec', 'ndkv/store.py'),
                             'ndkv.store._load_layer': ('store.html#_load_layer', 'ndkv/store.py'),
                             'ndkv.store._load_states': ('store.html#_load_states', 'ndkv/store.py'),
                             'ndkv.store._mend': ('store.html#_mend', 'ndkv/store.py'),

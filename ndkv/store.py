@@ -122,6 +122,7 @@ def _check_head(path, head, cache, model):
 def _check_pieces(path, name, s, t, end, sliding):
     "Refuse tensors of one store that do not belong together; `t` has them by short names."
     if not {"sinks", "window"} <= t.keys(): raise _mend(path, f"{name} has no sinks or no window")
+    if stray := [k for k in t if k not in ("sinks", "window", "witness") and not k.startswith(("packed.", "codec."))]: raise _mend(path, f"{name} has an unknown piece {stray[0]!r}")
     a, b, g, codec = t["sinks"], t["window"], s.packed.group, s.packed.codec
     if a.dim() != 4 or b.dim() != 4 or a[:, :, :0].shape != b[:, :, :0].shape or a.dtype != b.dtype or not a.dtype.is_floating_point: raise _mend(path, f"{name}: sinks {list(a.shape)} and window {list(b.shape)} are of different kinds")
     entries = {k.removeprefix("packed."): x for k, x in t.items() if k.startswith("packed.")}
@@ -138,9 +139,8 @@ def _fill(path, name, s, t, device):
     "Put checked tensors into a store."
     s.sink, s.window = t["sinks"].to(device), t["window"].to(device)
     entries = {k.removeprefix("packed."): x.to(device) for k, x in t.items() if k.startswith("packed.")}
-    if not entries: return
-    s.packed.append(entries)
-    n = s.packed.n
+    if entries: s.packed.append(entries)
+    if not (n := s.packed.n): return
     now, then = s.packed.decode(n - s.packed.group, n, s.starts[1], torch.float32), t.get("witness")
     if then is None or then.shape != now.shape or not (now - then.to(now)).norm() <= 1e-2 * then.norm():
         raise ValueError(f"{path}: {name}: the codec of this cache does not decode what was saved; make the cache with the plan, profile and options that it was saved with")
@@ -150,12 +150,20 @@ def _load_states(path, i, layer, tensors, device):
     "Linear-attention states of layer `i`."
     for name, t in tensors.items():
         kind, _, j = name.partition(".")
-        if kind not in ("conv", "recurrent") or not j.isdecimal() or int(j) >= layer.number_of_states: raise _mend(path, f"layer {i}: no state {name!r} in a {type(layer).__name__}")
+        if kind not in ("conv", "recurrent") or not j.isdecimal() or int(j) >= getattr(layer, "number_of_states", 0): raise _mend(path, f"layer {i}: no state {name!r} in a {type(layer).__name__}")
         LinearAttentionLayer.lazy_initialization(layer, **{f"{kind}_states": t.to(device)}, state_idx=int(j))
         getattr(layer, f"{kind}_states")[int(j)].copy_(t)
         layer.has_previous_state[int(j)] = True
 
 # %% ../nbs/42_store.ipynb #95b9a365
+def _load_codec(path, name, codec, t):
+    "The state of a codec that has one."
+    state = {k.removeprefix("codec."): x for k, x in t.items() if k.startswith("codec.")}
+    if not state: return
+    try: codec.load_state_dict(state)
+    except Exception as e: raise _mend(path, f"{name}: the codec does not take its state ({type(e).__name__})") from None
+
+# %% ../nbs/42_store.ipynb #a9630585
 def _load_layer(path, i, layer, tensors, end, device):
     "One layer from its tensors (`k.window`, ...)."
     kv = {kind: {name[2:]: t for name, t in tensors.items() if name.startswith(kind + ".")} for kind in "kv"}
@@ -165,8 +173,7 @@ def _load_layer(path, i, layer, tensors, end, device):
         if any(x.dim() != 4 for x in like) or like[0].shape[0] != like[1].shape[0]: raise _mend(path, f"layer {i}: keys and values do not belong together")
         layer.lazy_initialization(*(x.to(device) for x in like))
         for s, kind in zip(layer.stores, "kv"):
-            state = {name.removeprefix("codec."): t for name, t in kv[kind].items() if name.startswith("codec.")}
-            if state: s.packed.codec.load_state_dict(state)
+            _load_codec(path, f"{i}.{kind}", s.packed.codec, kv[kind])
             _check_pieces(path, f"{i}.{kind}", s, kv[kind], end, getattr(layer, "sliding_window", None))
             s.end = end
             _fill(path, f"{i}.{kind}", s, kv[kind], device)
