@@ -152,6 +152,7 @@ def _constant_input(module, args, kw):
 def _constant_keys(model, ids):
     "Keys `[T, H, D]` of every layer when all positions hold the same token: what moves is RoPE."
     modules, keys = {}, {}
+    ids = ids[:, -1:].expand_as(ids)
     probe(model, ids, lambda m, q, k, v, kw: modules.setdefault(m.layer_idx, m))
     hooks = [m.register_forward_pre_hook(_constant_input, with_kwargs=True) for m in modules.values()]
     try: probe(model, ids, lambda m, q, k, v, kw: keys.setdefault(m.layer_idx, k[0].transpose(0, 1).cpu()))
