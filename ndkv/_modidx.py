@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ndkv.baselines._allocated': ('baselines.html#_allocated', 'ndkv/baselines.py'),
                                 'ndkv.baselines._check': ('baselines.html#_check', 'ndkv/baselines.py'),
                                 'ndkv.baselines._clipped': ('baselines.html#_clipped', 'ndkv/baselines.py'),
+                                'ndkv.baselines._divisor': ('baselines.html#_divisor', 'ndkv/baselines.py'),
                                 'ndkv.baselines._eight': ('baselines.html#_eight', 'ndkv/baselines.py'),
                                 'ndkv.baselines._imbalance': ('baselines.html#_imbalance', 'ndkv/baselines.py'),
                                 'ndkv.baselines._nearest': ('baselines.html#_nearest', 'ndkv/baselines.py'),

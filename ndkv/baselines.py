@@ -149,8 +149,9 @@ def _clipped(x, quantile):
 
 # %% ../nbs/60_baselines.ipynb #3e8dc060
 def _seed(layer, kind, seed): return 2 * (4096 * seed + layer) + (kind == "v")
+def _divisor(d, most): return max(n for n in range(1, most + 1) if d % n == 0)  # groups of equal size for head_dim 80 or 96, too
 
-
+# %% ../nbs/60_baselines.ipynb #0f3043a3
 @method("int")
 def int_method(
     d: int,  # head_dim
@@ -160,11 +161,11 @@ def int_method(
     kind: str,  # "k" or "v"
     heads: int,  # KV heads
     seed: int = 0,  # Of the rotation
-    span: int | None = None,  # Channels that share a scale; head_dim if None
+    span: int | None = None,  # Channels that share a scale, at most; head_dim if None
     rotate: bool = False,  # Randomised Hadamard rotation first (QuaRot-style)?
 ) -> Codec:
     "Asymmetric integers with a scale and an offset a token and head."
-    return MinMax(d, bits, span, heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
+    return MinMax(d, bits, _divisor(d, span or d), heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
 
 # %% ../nbs/60_baselines.ipynb #93c7c6cc
 @method("kivi")
@@ -179,7 +180,7 @@ def kivi_method(
     span: int = 64,  # Group size G: tokens of keys, channels of values
 ) -> Codec:
     "Keys per channel in groups of tokens, values per token in groups of channels."
-    return MinMax(d, bits, span, "tokens", heads=heads) if kind == "k" else MinMax(d, bits, min(span, d), heads=heads)
+    return MinMax(d, bits, span, "tokens", heads=heads) if kind == "k" else MinMax(d, bits, _divisor(d, span), heads=heads)
 
 # %% ../nbs/60_baselines.ipynb #3d0888d9
 class Float8(Codec):
@@ -312,11 +313,11 @@ def mxfp4_method(
     kind: str,  # "k" or "v"
     heads: int,  # KV heads
     seed: int = 0,  # Of the rotation or the projections
-    block: int = 32,  # Channels that share a power of two
+    block: int = 32,  # Channels that share a power of two; 16 where this does not divide head_dim
 ) -> Codec:
     "OCP MXFP4; `block` channels share a power of two."
     _whole(bits, 4, 4)
-    return MXFP4(d, block, heads=heads)
+    return MXFP4(d, block if d % block == 0 else 16, heads=heads)
 
 
 @method("nvfp4")
@@ -441,7 +442,7 @@ def qjl_method(
     outliers: int = 8,  # Channels sketched apart
 ) -> Codec:
     "Keys: signs of `bits · d` projections; values: integers in groups of 32 channels."
-    return QJL(d, bits, outliers, seed=_seed(layer, kind, seed), heads=heads) if kind == "k" else MinMax(d, bits, 32 if d % 32 == 0 else 16, heads=heads)
+    return QJL(d, bits, outliers, seed=_seed(layer, kind, seed), heads=heads) if kind == "k" else MinMax(d, bits, _divisor(d, 32), heads=heads)
 
 # %% ../nbs/60_baselines.ipynb #5133f918
 def angle_density(
@@ -565,11 +566,11 @@ class DenseSparse(Codec):
         return x.scatter(-1, enc["position"].long() & 0xFFFF, enc["value"].float()).unflatten(3, (self.group, self.d)).flatten(2, 3)
 
 # %% ../nbs/60_baselines.ipynb #0b89a9b1
-def _stats(profile, layer, heads, d, name):
+def _stats(profile, layer, kind, heads, d, name):
     "A layer's statistics, with a one-line error when they are not there."
     if not isinstance(profile, Profile): raise ValueError(f"{name} is calibrated: give profile=, from ndkv.profile.collect")
     s = profile.layers.get(layer)
-    if s is None or tuple(s.k_mean.shape) != (heads, d): raise ValueError(f"{name}: the profile has no layer {layer} of {heads} heads and head_dim {d}; collect one of this model")
+    if s is None or tuple((s.k_mean if kind == "k" else s.v_mean).shape) != (heads, d): raise ValueError(f"{name}: the profile has no layer {layer} of {heads} heads and head_dim {d}; collect one of this model")
     return s
 
 
@@ -588,7 +589,7 @@ def kvquant_method(
     "KVQuant-style: pre-RoPE keys per channel, values per token, 1 % outliers."
     span = 64 if d <= 1024 else 2**16 // d
     if kind == "v": return DenseSparse(d, bits, share, span=span, heads=heads)
-    s = _stats(profile, layer, heads, d, "kvquant")
+    s = _stats(profile, layer, kind, heads, d, "kvquant")
     std = s.k_cov.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-6)
     return DenseSparse(d, bits, share, s.k_mean.float(), std.float(), span, heads=heads, rope=s.rope)
 
@@ -685,7 +686,7 @@ def nsnquant_method(
     profile: Profile | None = None,  # Says how to take keys before RoPE; None = as the cache holds them
 ) -> Codec:
     "NSNQuant-style."
-    rope = _stats(profile, layer, heads, d, "nsnquant").rope if profile and kind == "k" else None
+    rope = _stats(profile, layer, kind, heads, d, "nsnquant").rope if profile and kind == "k" else None
     return NSN(d, bits, heads=heads, rope=rope)
 
 # %% ../nbs/60_baselines.ipynb #4b8c4331
@@ -779,7 +780,7 @@ def oscar_method(
     profile: Profile | None = None,  # Second moments
 ) -> Codec:
     "OSCAR-style: integers in a rotation that the queries chose, with clipping."
-    s = _stats(profile, layer, heads, d, "oscar")
+    s = _stats(profile, layer, kind, heads, d, "oscar")
     moment = s.q_post_moment if kind == "k" else s.v_cov + s.v_mean[..., :, None] * s.v_mean[..., None, :]
     clip = 0.0 if bits > 3 else 0.96 if kind == "k" else 0.92
     return MinMax(d, bits, clip=clip, heads=heads, frame=spectral_rotation(moment))
@@ -859,7 +860,7 @@ def blockgtq_method(
 ) -> Codec:
     "Block-GTQ-style: bits for each RoPE pair by the energy of queries and keys; values uniform."
     if kind == "v": return NormDirectionCodec(d, _whole(bits), rotation(d, _seed(layer, kind, seed)), norm="plain")
-    s = _stats(profile, layer, heads, d, "blockgtq")
+    s = _stats(profile, layer, kind, heads, d, "blockgtq")
     energy = (d * s.q_moment + s.k_cov + s.k_mean[..., :, None] * s.k_mean[..., None, :]).diagonal(dim1=-2, dim2=-1) / 2  # queries are stored scaled by d^-1/2
     order = _pair_order(s.rope, d)
     score = energy[:, order].unflatten(-1, (2, -1)).sum(1)
