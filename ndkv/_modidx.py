@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ndkv.baselines._seed': ('baselines.html#_seed', 'ndkv/baselines.py'),
                                 'ndkv.baselines._stats': ('baselines.html#_stats', 'ndkv/baselines.py'),
                                 'ndkv.baselines._uneight': ('baselines.html#_uneight', 'ndkv/baselines.py'),
+                                'ndkv.baselines._unit': ('baselines.html#_unit', 'ndkv/baselines.py'),
                                 'ndkv.baselines._whole': ('baselines.html#_whole', 'ndkv/baselines.py'),
                                 'ndkv.baselines.affine': ('baselines.html#affine', 'ndkv/baselines.py'),
                                 'ndkv.baselines.angle_book': ('baselines.html#angle_book', 'ndkv/baselines.py'),

@@ -504,7 +504,7 @@ class Polar(Codec):
         return r
 
 
-POLAR = {4: (4, 2, 2, 2), 3: (3, 2, 2, 2), 2: (2, 1, 1, 1)}  # the paper has the first; the others go on in its manner
+POLAR = {4: (4, 2, 2, 2), 3: (4, 3, 2, 2, 2, 2, 2), 2: (3, 2, 1, 1, 1, 1, 1)}  # the first is the paper's
 
 
 @method("polarquant")
@@ -517,8 +517,8 @@ def polarquant_method(
     heads: int,  # KV heads
     seed: int = 0,  # Of the rotation or the projections
 ) -> Codec:
-    "Recursive polar coordinates of the rotated vector, 4 levels; 3.875 bits at bits=4."
-    return Polar(d, POLAR[_whole(bits, 2, 4)], heads=heads, frame=rotation(d, _seed(layer, kind, seed)))
+    "Recursive polar coordinates of the rotated vector; the paper's 3.875 bits at bits=4, and as many levels as head_dim allows below."
+    return Polar(d, POLAR[_whole(bits, 2, 4)][: (d & -d).bit_length() - 1], heads=heads, frame=rotation(d, _seed(layer, kind, seed)))
 
 # %% ../nbs/60_baselines.ipynb #251292a4
 class DenseSparse(Codec):
@@ -597,19 +597,19 @@ def kvquant_method(
 @cache
 def vector_book(
     signed: bool,  # 256 vectors (1 bit a channel), or 256 magnitudes
-    samples: int = 2**15,  # Of a standard normal in eight dimensions
-    rounds: int = 25,  # Of Lloyd's iteration
+    samples: int = 2**16,  # Of a standard normal in eight dimensions
+    rounds: int = 15,  # Of Lloyd's iteration
 ) -> Tensor:  # float32 [256, 8]
     "k-means codebook of eight Gaussian channels."
-    x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
     x = x if signed else x.abs()
     book = x[:256].clone()
     for _ in range(rounds):
         nearest = _nearest(x, book)
         count = torch.zeros(256, dtype=torch.float64).index_add(0, nearest, torch.ones(samples, dtype=torch.float64))
-        total = torch.zeros(256, 8, dtype=torch.float64).index_add(0, nearest, x)
-        book = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], x[-256:])
-    return book.float()
+        total = torch.zeros(256, 8, dtype=torch.float64).index_add(0, nearest, x.double())
+        book = torch.where(count[:, None] > 0, (total / count.clamp_min(1)[:, None]).float(), x[-256:])
+    return book
 
 
 def _nearest(x, book):
@@ -708,6 +708,13 @@ def balance(
     return tuple(best)
 
 
+def _unit(tile):
+    "Smallest deviation of a row or column, but no less than a thousandth of the tile's."
+    least = torch.minimum(*(tile.std(axis, keepdim=True).amin((-2, -1), keepdim=True) for axis in (-2, -1)))
+    least = torch.maximum(least, tile.std((-2, -1), keepdim=True) / 1000)
+    return torch.where(least > 0, least, 1)
+
+
 def _imbalance(t):
     parts = (t.std(axis) for axis in (-2, -1))
     return sum(s.amax(-1) / s.amin(-1).clamp_min(1e-8) for s in parts)
@@ -730,10 +737,7 @@ class VarN(Codec):
     def _encode(self, y, device):
         tile = y.unflatten(2, (-1, self.group))
         tile = tile.mT if self.rows == "channels" else tile  # [B, H, N, R, C]
-        std = tile.std((-2, -1), keepdim=True)
-        std = torch.where(std > 0, std, 1)
-        row, column = balance(tile / std)
-        column = half(column)
+        column = half(balance(tile / _unit(tile))[1])
         codes, step, low = affine(tile / column.float(), self.bits, -1)
         return {"codes": pack(codes, self.bits).flatten(3), "step": step[..., 0], "low": low[..., 0], "column": column[..., 0, :]}
 
@@ -778,11 +782,12 @@ def oscar_method(
     heads: int,  # KV heads
     seed: int = 0,  # Not used
     profile: Profile | None = None,  # Second moments
+    clip: float | None = None,  # Quantile of a vector's magnitudes to cut at, 0 = none; None = the paper's at two bits, else none
 ) -> Codec:
     "OSCAR-style: integers in a rotation that the queries chose, with clipping."
     s = _stats(profile, layer, kind, heads, d, "oscar")
     moment = s.q_post_moment if kind == "k" else s.v_cov + s.v_mean[..., :, None] * s.v_mean[..., None, :]
-    clip = 0.0 if bits > 3 else 0.96 if kind == "k" else 0.92
+    if clip is None: clip = 0.0 if bits > 2 else 0.96 if kind == "k" else 0.92
     return MinMax(d, bits, clip=clip, heads=heads, frame=spectral_rotation(moment))
 
 # %% ../nbs/60_baselines.ipynb #89059b64
