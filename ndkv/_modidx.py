@@ -75,6 +75,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ndkv.baselines._nearest': ('baselines.html#_nearest', 'ndkv/baselines.py'),
                                 'ndkv.baselines._pair_order': ('baselines.html#_pair_order', 'ndkv/baselines.py'),
                                 'ndkv.baselines._positions': ('baselines.html#_positions', 'ndkv/baselines.py'),
+                                'ndkv.baselines._power': ('baselines.html#_power', 'ndkv/baselines.py'),
                                 'ndkv.baselines._rms': ('baselines.html#_rms', 'ndkv/baselines.py'),
                                 'ndkv.baselines._seed': ('baselines.html#_seed', 'ndkv/baselines.py'),
                                 'ndkv.baselines._stats': ('baselines.html#_stats', 'ndkv/baselines.py'),

@@ -266,12 +266,15 @@ class MXFP4(Codec):
 
     def _encode(self, x, device):
         x = x.unflatten(3, (-1, self.block))
-        e = (torch.frexp(x.abs().amax(-1, keepdim=True)).exponent - 3).clamp(-127, 127)  # floor(log2) is frexp's exponent less one
-        return {"codes": pack(to_e2m1(torch.ldexp(x, -e)).flatten(3), 4), "scale": (e + 127).to(torch.uint8)[..., 0]}
+        e = (torch.frexp(x.abs().amax(-1, keepdim=True)).exponent - 3).clamp(-126, 126)  # floor(log2) is frexp's exponent less one
+        return {"codes": pack(to_e2m1(x * _power(-e)).flatten(3), 4), "scale": (e + 127).to(torch.uint8)[..., 0]}
 
     def _decode(self, enc, device):
         x = from_e2m1(unpack(enc["codes"], 4, self.d)).unflatten(3, (-1, self.block))
-        return torch.ldexp(x, enc["scale"].int()[..., None] - 127).flatten(3)
+        return (x * _power(enc["scale"].int()[..., None] - 127)).flatten(3)
+
+
+def _power(e): return (e + 127 << 23).to(torch.int32).view(torch.float32)  # 2^e, exactly, for -126 to 127
 
 # %% ../nbs/60_baselines.ipynb #239c854e
 class NVFP4(Codec):
@@ -314,10 +317,11 @@ def mxfp4_method(
     heads: int,  # KV heads
     seed: int = 0,  # Of the rotation or the projections
     block: int = 32,  # Channels that share a power of two; 16 where this does not divide head_dim
+    rotate: bool = False,  # Randomised Hadamard rotation first?
 ) -> Codec:
     "OCP MXFP4; `block` channels share a power of two."
     _whole(bits, 4, 4)
-    return MXFP4(d, block if d % block == 0 else 16, heads=heads)
+    return MXFP4(d, block if d % block == 0 else 16, heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
 
 
 @method("nvfp4")
@@ -329,10 +333,11 @@ def nvfp4_method(
     kind: str,  # "k" or "v"
     heads: int,  # KV heads
     seed: int = 0,  # Of the rotation or the projections
+    rotate: bool = False,  # Randomised Hadamard rotation first?
 ) -> Codec:
     "NVFP4: 16 channels share an e4m3 scale."
     _whole(bits, 4, 4)
-    return NVFP4(d, heads=heads)
+    return NVFP4(d, heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
 
 # %% ../nbs/60_baselines.ipynb #2c978171
 class LengthDirection(Codec):
@@ -440,8 +445,10 @@ def qjl_method(
     heads: int,  # KV heads
     seed: int = 0,  # Of the rotation or the projections
     outliers: int = 8,  # Channels sketched apart
+    first: int = 0,  # First layers, with twice the projections
 ) -> Codec:
     "Keys: signs of `bits · d` projections; values: integers in groups of 32 channels."
+    if kind == "k" and layer < first: bits = 2 * bits
     return QJL(d, bits, outliers, seed=_seed(layer, kind, seed), heads=heads) if kind == "k" else MinMax(d, bits, _divisor(d, 32), heads=heads)
 
 # %% ../nbs/60_baselines.ipynb #5133f918
@@ -449,7 +456,7 @@ def angle_density(
     psi: Tensor,  # In [0, π/2]
     level: int,  # 2, 3, ...
 ) -> Tensor:  # Not normalised
-    "Density of the angles of a level (PolarQuant, lemma 2)."
+    "Density of the angles of a level, for Gaussian vectors."
     return (2 * psi).sin() ** (2 ** (level - 1) - 1)
 
 
@@ -613,8 +620,10 @@ def vector_book(
 
 
 def _nearest(x, book):
-    "Index of the nearest row of `book` for each vector [..., 8]."
-    return (x @ book.to(x).T - book.to(x).square().sum(-1) / 2).argmax(-1)
+    "Index of the nearest row of `book` for each vector [..., 8]; about 2^16 at a time to bound the working memory."
+    book = book.to(x)
+    parts = x.flatten(0, -2).split(2**16)
+    return torch.cat([(p @ book.T - book.square().sum(-1) / 2).argmax(-1) for p in parts]).view(x.shape[:-1])
 
 # %% ../nbs/60_baselines.ipynb #bc4b15be
 class NSN(Codec):
@@ -931,10 +940,10 @@ CALIBRATED = ("kvquant", "nsnquant", "oscar", "blockgtq")  # Methods that read a
 _GRID = [
     ("int", 8, 8, {}), ("int", 4, 4, {}), ("int", 4, 4, dict(rotate=True)), ("int", 3, 3, dict(rotate=True)), ("int", 2, 2, dict(rotate=True)), ("int", 2, 2, dict(span=32)),
     ("kivi", 4, 4, dict(span=64)), ("kivi", 2, 2, dict(span=32)), ("kivi", 2, 2, dict(span=64)),
-    ("fp8", 8, 8, dict(scale="unit")), ("fp8", 8, 8, dict(scale="tensor")), ("fp8", 8, 8, dict(scale="head")), ("mxfp4", 4, 4, {}), ("nvfp4", 4, 4, {}),
+    ("fp8", 8, 8, dict(scale="unit")), ("fp8", 8, 8, dict(scale="tensor")), ("fp8", 8, 8, dict(scale="head")), ("mxfp4", 4, 4, {}), ("mxfp4", 4, 4, dict(rotate=True)), ("nvfp4", 4, 4, {}), ("nvfp4", 4, 4, dict(rotate=True)),
     ("turboquant", 8, 4, dict(boundary=2)), ("turboquant", 4, 4, dict(boundary=2)), ("turboquant", 3, 4, dict(boundary=2)), ("turboquant", 3, 3, dict(boundary=2)),
     ("turboquant", 8, 4, dict(boundary=0)), ("turboquant", 4, 4, dict(boundary=0)), ("turboquant", 3, 4, dict(boundary=0)), ("turboquant", 3, 3, dict(boundary=0)),
-    ("qjl", 1, 2, {}), ("qjl", 2, 2, {}), ("polarquant", 4, 4, {}), ("polarquant", 3, 3, {}), ("polarquant", 2, 2, {}),
+    ("qjl", 1, 2, {}), ("qjl", 2, 2, {}), ("qjl", 2, 2, dict(first=15)), ("polarquant", 4, 4, {}), ("polarquant", 3, 3, {}), ("polarquant", 2, 2, {}),
     ("kvquant", 4, 4, {}), ("kvquant", 3, 3, {}), ("kvquant", 2, 2, {}), ("nsnquant", 2, 2, {}), ("nsnquant", 1, 1, {}),
     ("kvarn", 4, 4, {}), ("kvarn", 4, 2, {}), ("kvarn", 2, 2, {}), ("oscar", 4, 4, {}), ("oscar", 3, 3, {}), ("oscar", 2, 2, {}),
     ("blockgtq", 4, 4, {}), ("blockgtq", 3, 3, {}), ("blockgtq", 3, 2, {}), ("blockgtq", 2, 2, {}),
@@ -955,5 +964,6 @@ def baseline_grid(
     for name, k, v, options in _GRID:
         if name in CALIBRATED and profile is None or name in CACHES and not third_party: continue
         more = dict(profile=profile) if name in CALIBRATED else dict(layers=layers) if name == "turboquant" else {}
+        if "first" in options: more = dict(first=options["first"] * layers // 32)  # as many of 32 layers
         cells.append(dict(method=name, k_bits=k, v_bits=v, window=window, sinks=sinks, block=block, options=options | more))
     return cells
