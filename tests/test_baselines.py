@@ -71,7 +71,8 @@ def test_round_trip_and_exact_bytes(case, d, batch, groups, pos, dtype, seed):
     assert y.dtype == dtype and y.shape == x.shape and torch.isfinite(y).all()
     rate = codec.bits_per_element
     error = ((y.double() - x.double()).square().sum() / x.double().square().sum()).item()
-    assert error < 1.5 * 2 ** (-1.1 * (rate - 1.2)), (rate, error)  # far from good codes, and far from no code
+    good = .75 if case[0] == 'qjl' and case[2] == 'k' else 1.5 * 2 ** (-1.1 * (rate - 1.2))  # unbiased signs leave (π/2 - 1) / projections a channel, and more of short vectors
+    assert error < good, (rate, error)
 
 
 @all_methods
