@@ -813,6 +813,24 @@ def pair_widths(
     return widths
 
 # %% ../nbs/60_baselines.ipynb #2dcad001
+class _Part:
+    "Channels of one width in one head."
+
+    def __init__(self, widths, bits, generator):
+        self.bits, self.channels, self.book = bits, (widths == bits).nonzero().flatten(), lloyd_max(bits)
+        self.R = torch.linalg.qr(torch.randn(len(self.channels), len(self.channels), generator=generator, dtype=torch.float64)).Q
+
+    def encode(self, x):
+        y = x[..., self.channels].double() @ self.R.to(x.device)
+        length = y.norm(dim=-1)
+        u = y / torch.where(length == 0, 1, length)[..., None] * len(self.channels)**0.5
+        return self.book.to(x.device).encode(u.float()), length.float()
+
+    def decode(self, codes, length):
+        u = self.book.to(codes.device).decode(codes)
+        return u @ self.R.float().T.to(u.device) * (length / len(self.channels)**0.5)[..., None]
+
+# %% ../nbs/60_baselines.ipynb #fb8b99f2
 class GroupedRates(Codec):
     "Channels of equal width as one rotated group with a float16 length."
 
@@ -841,24 +859,6 @@ class GroupedRates(Codec):
             for p, c in zip(parts, codes): x[..., p.channels] = p.decode(c, lengths.pop(0))
             heads.append(x)
         return torch.stack(heads, 1)
-
-
-class _Part:
-    "Channels of one width in one head."
-
-    def __init__(self, widths, bits, generator):
-        self.bits, self.channels, self.book = bits, (widths == bits).nonzero().flatten(), lloyd_max(bits)
-        self.R = torch.linalg.qr(torch.randn(len(self.channels), len(self.channels), generator=generator, dtype=torch.float64)).Q
-
-    def encode(self, x):
-        y = x[..., self.channels].double() @ self.R.to(x.device)
-        length = y.norm(dim=-1)
-        u = y / torch.where(length == 0, 1, length)[..., None] * len(self.channels)**0.5
-        return self.book.to(x.device).encode(u.float()), length.float()
-
-    def decode(self, codes, length):
-        u = self.book.to(codes.device).decode(codes)
-        return u @ self.R.float().T.to(u.device) * (length / len(self.channels)**0.5)[..., None]
 
 # %% ../nbs/60_baselines.ipynb #6f5988d5
 @method("blockgtq")
@@ -900,6 +900,7 @@ class LibraryCache(QuantizedCache):
         backend: str = "quanto",  # Or "hqq"
         span: int = 64,  # Elements that share a scale
     ):
+        if not window: raise ValueError(f"{backend}: QuantizedCache always reads a call's own tokens exactly; give a window")
         if bits[0] != bits[1]: raise ValueError(f"{backend}: keys and values have the same bits in QuantizedCache; give one number, not {tuple(bits)}")
         if backend == "hqq" and bits[0] == 3: raise ValueError("hqq: its 3-bit codes cannot be unpacked for tensors of four axes; use 1, 2, 4 or 8 bits")
         axis = 0 if backend == "quanto" else 1  # groups of consecutive channels in both

@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ndkv.baselines as B
 from ndkv.baselines import CACHES, CALIBRATED, LibraryCache, baseline_grid
 from ndkv.cache import METHODS, NDCache
-from ndkv.evaluate import Cell, account, chunk_edges, compare, step
+from ndkv.evaluate import Cell, account, chunk_edges, compare, evaluate, step
 from ndkv.profile import LayerStats, Profile, Rope
+from ndkv.results import Run, load_rows
 
 few = settings(max_examples=6, deadline=None, derandomize=True)
 HEADS = 2
@@ -191,6 +192,16 @@ def test_the_whole_grid_streams(tiny):
             assert torch.allclose(single, chunked, atol=1e-4)
 
 
+def test_rows_of_a_calibrated_method(tiny, tmp_path):
+    "Errors of heads are measured too, words and numbers become fields, a profile does not."
+    ids = torch.randint(97, (1, 256), generator=torch.Generator().manual_seed(1))
+    with Run(tmp_path, command='test', model='tiny', data='random') as run:
+        evaluate(tiny, ids, [Cell('oscar', 2, 2, options=dict(profile=profile_of(32, layers=4), clip=.9), **SMALL), Cell('turboquant', 3, 4, options=dict(layers=4, boundary=1), **SMALL)], run, 'tiny', 'random', heads=1)
+    rows = load_rows(tmp_path)
+    assert {r['metric'] for r in rows} >= {'kl_mean', 'bits', 'logits_error', 'output_error'} and not any('profile' in r for r in rows)
+    assert {r['clip'] for r in rows if r['method'] == 'oscar'} == {.9} and {r['boundary'] for r in rows if r['method'] == 'turboquant'} == {1}
+
+
 def test_boundary_layers_count_sixteen_bits():
     cache = NDCache(CONFIG, bits=(3, 3), method='turboquant', layers=4, boundary=1, **SMALL)
     for layer in cache.layers: layer.update(randn(1, 2, 200, 32), randn(1, 2, 200, 32))
@@ -213,6 +224,8 @@ def test_absent_packages_are_named(monkeypatch):
         with pytest.raises(ValueError, match=f"^{backend} is not installed: pip install") as e: LibraryCache(CONFIG, (4, 4), backend=backend)
         assert '\n' not in str(e.value)
     with pytest.raises(ValueError, match='same bits'): LibraryCache(CONFIG, (4, 2))
+    with pytest.raises(ValueError, match='give a window'): LibraryCache(CONFIG, (4, 4), window=0)
+    with pytest.raises(ValueError, match='cannot be unpacked'): LibraryCache(CONFIG, (3, 3), backend='hqq')
 
 
 @pytest.mark.parametrize('backend, module', [('quanto', 'optimum.quanto'), ('hqq', 'hqq')])
