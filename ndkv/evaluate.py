@@ -7,7 +7,7 @@ __all__ = ['NOISE', 'Cell', 'chunk_edges', 'step', 'compare', 'layer_errors', 'a
            'text_windows']
 
 # %% ../nbs/76_evaluate.ipynb #6a1a367e
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from .baselines import CACHES
 from .cache import NDCache
 from .data import read_documents, windows
 from .metrics import head_errors, mean_stderr, summarize, token_flips, token_kl, token_nll
@@ -39,6 +40,7 @@ class Cell:
     def cache(self, config, memo=True):
         "An empty cache of this kind. Without window and sinks nothing is read exactly, a token's own key and value included."
         if self.exact: return DynamicCache(config=config)
+        if self.method in CACHES: return CACHES[self.method](config, (self.k_bits, self.v_bits), self.window, **self.options)
         return NDCache(config, bits=(self.k_bits, self.v_bits), method=self.method, window=self.window, sinks=self.sinks, block=self.block,
                        exact_new=self.window + self.sinks > 0, memo=memo, **self.options)
 
@@ -160,7 +162,7 @@ def record(
     **fields,  # model, data, length, layer, head, ...
 ) -> None:
     "One row for each number of a cell."
-    what = {k: v for k, v in asdict(cell).items() if k != "options"} | cell.options
+    what = {k: v for k, v in asdict(replace(cell, options={})).items() if k != "options"} | {k: v for k, v in cell.options.items() if isinstance(v, (str, int, float))}
     for metric, (value, stderr, n) in numbers.items():
         extra = {} if stderr is None else dict(stderr=stderr)
         run.row(metric=metric, value=value, n=n, **what, **extra, **fields)
@@ -186,7 +188,7 @@ def evaluate(
         found, reports = compare(model, tokens, group, batch)
         for c in group: record(run, c, _rows(c, found[c], reports.get(c), first), **where)
     for c in cells:
-        if c.exact or not heads or c.window + c.sinks == 0: continue
+        if c.exact or c.method in CACHES or not heads or c.window + c.sinks == 0: continue
         errors = layer_errors(model, tokens[:heads, :1024], c)
         for kind, e in errors.items():
             for layer, head in ((i, j) for i in range(e.shape[0]) for j in range(e.shape[1])):
