@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from .baselines import CACHES
 from .cache import NDCache
 from .data import read_documents, windows
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
@@ -40,6 +41,7 @@ class Cell:
     def cache(self, config, memo=True):
         "An empty cache of this kind. Without window and sinks nothing is read exactly, a token's own key and value included."
         if self.exact: return DynamicCache(config=config)
+        if self.method in CACHES: return CACHES[self.method](config, (self.k_bits, self.v_bits), self.window, **self.options)
         return NDCache(config, bits=(self.k_bits, self.v_bits), method=self.method, window=self.window, sinks=self.sinks, block=self.block,
                        exact_new=self.window + self.sinks > 0, memo=memo, **self.options)
 
@@ -229,7 +231,7 @@ def evaluate(
         if generations and not c.exact:
             shared = torch.tensor(divergence_lengths(model, tokens[:generations, : tokens.shape[1] // 2], c)).double()
             record(run, c, {"divergence_length": (*mean_stderr(shared[:, None]), len(shared))}, **where)
-        if c.exact or not heads or c.window + c.sinks == 0: continue
+        if c.exact or c.method in CACHES or not heads or c.window + c.sinks == 0: continue
         record(run, c, {k: (v, None, heads) for k, v in codec_times(model, tokens[:heads, : min(1024, tokens.shape[1] // c.block * c.block)], c).items()}, **where)
         errors = layer_errors(model, tokens[:heads, :1024], c)
         for kind, e in errors.items():

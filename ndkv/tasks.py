@@ -9,7 +9,6 @@ __all__ = ['NOUNS', 'ADJECTIVES', 'RETRIEVAL', 'QA_FILES', 'TASKS', 'plain_cell'
 
 # %% ../nbs/74_tasks.ipynb #d492ac4a
 import inspect, json, math, random, re
-from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -236,7 +235,7 @@ def cell_fields(
     cell,  # A `Cell`
 ) -> dict:  # method, k_bits, v_bits, window, sinks, block, and plain options
     "What a row says of a cell."
-    fields = asdict(cell) if hasattr(cell, "__dataclass_fields__") else {k: v for k, v in vars(cell).items() if not callable(v)}
+    fields = {k: v for k, v in vars(cell).items() if not callable(v)}
     options = fields.pop("options", {})
     return fields | {k: v for k, v in options.items() if v is None or isinstance(v, (int, float, str))}
 
