@@ -519,7 +519,8 @@ class NDCache(_Accounts, DynamicCache):
         **method_kw               # Options of the method
     ):
         _check_config(config)
-        if profile is not None: method_kw["codecs"] = _codecs(config, profile, bits, method, block, sinks, method_kw)
+        if profile is not None and method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters: method_kw["profile"] = profile
+        elif profile is not None: method_kw["codecs"] = _codecs(config, profile, bits, method, block, sinks, method_kw)
         method = method or ("rotation" if profile is None else "spectral")
         _check_method(method, method_kw)
         _check_counts(window=window, sinks=sinks, block=block)
