@@ -47,3 +47,39 @@ def small_repository(tmp_path, clean_code):
     write_synthetic(tmp_path / 'results')
     report.report(tmp_path)
     return tmp_path
+
+
+# --- tables made by tests: pytest tests/test_architectures.py tests/test_modes.py --record results ------------------------------------
+
+def pytest_addoption(parser):
+    parser.addoption('--record', metavar='FOLDER', help='add a row for each architecture and generation mode that was tested to the results in FOLDER')
+
+
+@pytest.fixture
+def note(request):
+    "`note(table, **fields)` starts a row that a test may go on filling; whether the test passes becomes its value."
+    def start(table, **fields):
+        request.node.user_properties.append((table, fields))
+        return fields
+    return start
+
+
+def pytest_configure(config): config.noted = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == 'call' and not outcome.skipped:
+        item.config.noted += [(table, fields, outcome.passed) for table, fields in item.user_properties if isinstance(fields, dict)]
+    item.user_properties = [] if call.when == 'call' else item.user_properties
+    outcome.user_properties = []
+    return outcome
+
+
+def pytest_sessionfinish(session):
+    folder = session.config.getoption('--record')
+    if not folder or not session.config.noted: return
+    command = 'pytest tests/test_architectures.py tests/test_modes.py --record results'
+    with Run(folder, command=command, model='tiny random models', name='architectures') as run:
+        for table, fields, passed in session.config.noted: run.row(into=table, metric='passed', value=int(passed), transformers=run.info['versions']['transformers'], **fields)

@@ -8,7 +8,8 @@ import transformers as tf
 from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ndkv.cache import METHODS, NDCache, NDLayer, NDSlidingLayer, Packed, method
+from reference import Absmax, PlainLayer
+from ndkv.cache import METHODS, NDCache, NDLayer, NDSlidingLayer, Packed, encoder_decoder, method
 from ndkv.codec import NormDirectionCodec, packed_size
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -95,18 +96,19 @@ def test_half_precision_models(models, dtype):
 
 
 def test_encoder_decoder():
-    "The decoder's own cache may be an NDCache; the cross-attention's stays DynamicCache."
+    "The decoder's own cache and the cross-attention's are both NDCaches; one alone is refused."
     torch.manual_seed(0)
     model = tf.BartForConditionalGeneration(tf.BartConfig(
         vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=None,
         forced_eos_token_id=None, decoder_start_token_id=1)).eval()
-    cache = lambda own: EncoderDecoderCache(own, DynamicCache())
-    run = lambda own: model.generate(**prompts(False), do_sample=False, num_beams=1, max_new_tokens=20, past_key_values=cache(own))
-    assert torch.equal(run(NDCache(model.config, bits=None)), run(DynamicCache()))
-    own = NDCache(model.config, window=4, block=4)
-    run(own)
-    assert own.report()["packed_tokens"] == 8
+    run = lambda cache: model.generate(**prompts(False), do_sample=False, num_beams=1, max_new_tokens=20, past_key_values=cache)
+    assert torch.equal(run(encoder_decoder(model.config, None, None)), run(EncoderDecoderCache(DynamicCache(), DynamicCache())))
+    cache = encoder_decoder(model.config, window=4, block=4)
+    run(cache)
+    assert cache.self_attention_cache.report()["packed_tokens"] == 8 and cache.cross_attention_cache.report()["packed_tokens"] == 36
+    with pytest.raises(ValueError, match="encoder_decoder"): NDCache(model.config)
+    with pytest.raises(ValueError, match="no encoder"): encoder_decoder(tf.LlamaConfig(**BASE))
 
 
 def test_conversation_goes_on(models):
@@ -119,63 +121,6 @@ def test_conversation_goes_on(models):
 
 
 # --- random operations against a plain list of tokens ----------------------------------------------------------------------------------
-
-class Absmax:
-    "Coarse codes with a scale for `group` tokens of a channel, wrong when read at another position: a codec that needs all that the cache tells it."
-    def __init__(self, group): self.group = group
-    def gain(self, n, pos): return (1 + (torch.arange(n) + pos) % 7)[:, None]
-    def encode(self, x, pos=0):
-        x = (x * self.gain(x.shape[2], pos)).unflatten(2, (-1, self.group))
-        scale = x.abs().amax(3, keepdim=True).clamp_min(1e-9) / 3
-        return {"codes": (x / scale).round().to(torch.int8), "scale": scale}
-    def decode(self, enc, pos=0, dtype=torch.float32):
-        x = (enc["codes"] * enc["scale"]).flatten(2, 3)
-        return (x / self.gain(x.shape[2], pos)).to(dtype)
-
-
-@method("test-absmax")
-def absmax(d, bits, *, layer, kind, heads, seed, group): return Absmax(group)
-
-
-class PlainStore:
-    "What a store should be: a list of `[x, packed?]`, one for each token ever seen and not cropped."
-    def __init__(self, codec, window, sinks, block):
-        self.codec, self.window, self.sinks, self.block, self.tokens = codec, window, sinks, block, []
-
-    def flush(self, L):
-        for start in range(self.sinks, L, self.block):
-            if start + self.block > L - self.window: break
-            todo = [t for t in range(start, start + self.block) if not self.tokens[t][1]]
-            if not todo: continue
-            x = torch.stack([self.tokens[t][0] for t in todo], 2)
-            x = self.codec.decode(self.codec.encode(x, todo[0]), todo[0], x.dtype)
-            for i, t in enumerate(todo): self.tokens[t] = [x[:, :, i], True]
-
-    def read(self): return [x for x, _ in self.tokens]
-
-    def crop(self, n):
-        self.tokens, g = self.tokens[:len(self.tokens) - n], getattr(self.codec, "group", 1)
-        cut = self.sinks + (len(self.tokens) - self.sinks)//g*g
-        for t in self.tokens[max(cut, 0):]: t[1] = False
-
-
-class PlainLayer:
-    def __init__(self, codecs, window, sinks, block, exact_new, sliding):
-        self.stores = [PlainStore(c, window, sinks, block) for c in codecs]
-        self.block, self.exact_new, self.sliding = block, exact_new, sliding
-
-    def update(self, *new):
-        L, q, out = len(self.stores[0].tokens), new[0].shape[2], []
-        for s, x in zip(self.stores, new):
-            s.flush(L)
-            x = [[t, False] for t in x.unbind(2)]
-            read = s.read() + [t for t, _ in x]
-            s.tokens += x
-            if q > self.block or not self.exact_new: s.flush(L + q)
-            if not self.exact_new: read = s.read()
-            out.append(torch.stack(read[L - min(L, self.sliding - 1):], 2))
-        return out
-
 
 D, H = 8, 2
 step = st.one_of(st.tuples(st.just("update"), st.integers(1, 24)), st.tuples(st.just("crop"), st.integers(0, 30)),
@@ -190,10 +135,11 @@ def test_any_order(steps, window, sinks, block, group, exact_new, sliding, memo,
     kw = dict(window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo)
     kw |= dict(method="rotation") if group is None else dict(method="test-absmax", group=group)
     layer = NDLayer(0, (3, 3), **kw) if sliding == 10**6 else NDSlidingLayer(sliding, 0, (3, 3), **kw)
-    if sliding < 10**6 and rollback: layer.activate_past_recording()
+    if rollback: layer.activate_past_recording()
     method_kw = {} if group is None else dict(group=group)
     codecs = [METHODS[kw["method"]](D, 3, layer=0, kind=kind, heads=H, seed=0, **method_kw) for kind in "kv"]
     plain, g = PlainLayer(codecs, window, sinks, block, exact_new, sliding), torch.Generator().manual_seed(0)
+    plain.recording = rollback
     fresh = 0 # tokens that came after the last crop
     for name, arg in steps:
         L = layer.get_seq_length()

@@ -1,0 +1,132 @@
+"A cache as plainly as it can be said, to compare NDCache with: lists of tokens, no counting backwards, nothing in place."
+import torch
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from ndkv.cache import METHODS, NDCache, NDHybridLayer, NDLayer, NDSlidingLayer, method
+
+
+class Absmax:
+    "Coarse codes with a scale for `group` tokens of a channel, wrong when read at another position: a codec that needs all that the cache tells it."
+    def __init__(self, group): self.group = group
+    def gain(self, n, pos): return (1 + (torch.arange(n) + pos) % 7)[:, None]
+    def encode(self, x, pos=0):
+        x = (x * self.gain(x.shape[2], pos)).unflatten(2, (-1, self.group))
+        scale = x.abs().amax(3, keepdim=True).clamp_min(1e-9) / 3
+        return {"codes": (x / scale).round().to(torch.int8), "scale": scale}
+    def decode(self, enc, pos=0, dtype=torch.float32):
+        x = (enc["codes"] * enc["scale"]).flatten(2, 3)
+        return (x / self.gain(x.shape[2], pos)).to(dtype)
+
+
+@method("test-absmax")
+def absmax(d, bits, *, layer, kind, heads, seed, group): return Absmax(group)
+
+
+class PlainStore:
+    "What a store should be: a list of `[x, packed?]`, one for each token ever seen and not cropped."
+    def __init__(self, codec, window, sinks, block):
+        self.codec, self.window, self.sinks, self.block, self.tokens = codec, window, sinks, block, []
+
+    def flush(self, L):
+        for start in range(self.sinks, L, self.block):
+            if start + self.block > L - self.window or self.codec is None: break
+            todo = [t for t in range(start, start + self.block) if not self.tokens[t][1]]
+            if not todo: continue
+            x = torch.stack([self.tokens[t][0] for t in todo], 2)
+            x = self.codec.decode(self.codec.encode(x, todo[0]), todo[0], x.dtype)
+            for i, t in enumerate(todo): self.tokens[t] = [x[:, :, i], True]
+
+    def read(self): return [x for x, _ in self.tokens]
+
+    def crop(self, n):
+        self.tokens, g = self.tokens[:len(self.tokens) - n], getattr(self.codec, "group", 1)
+        cut = self.sinks + (len(self.tokens) - self.sinks)//g*g
+        for t in self.tokens[max(cut, 0):]: t[1] = False
+
+    def apply(self, f): self.tokens = [[f(x), packed] for x, packed in self.tokens]
+
+
+class PlainLayer:
+    "Two stores, and what attention reads of them."
+    recording = False # Assisted decoding waits with the end of a prompt
+
+    def __init__(self, codecs, window, sinks, block, exact_new=True, sliding=10**6):
+        self.stores = [PlainStore(c, window, sinks, block) for c in codecs]
+        self.block, self.exact_new, self.sliding = block, exact_new, sliding
+
+    def update(self, *new):
+        L, q, out = len(self.stores[0].tokens), new[0].shape[2], []
+        for s, x in zip(self.stores, new):
+            s.flush(L)
+            x = [[t, False] for t in x.unbind(2)]
+            read = s.read() + [t for t, _ in x]
+            s.tokens += x
+            if q > self.block and not self.recording or not self.exact_new: s.flush(L + q)
+            if not self.exact_new: read = s.read()
+            out.append(torch.stack(read[L - min(L, self.sliding - 1):], 2))
+        return out
+
+
+class _InModel:
+    "A `PlainLayer` where `transformers` expects a layer of a cache; it copies the settings of an `NDLayer`."
+    def __init__(self, mine):
+        self.mine, self.plain, self.is_sliding = mine, None, isinstance(mine, NDSlidingLayer)
+
+    def update(self, k, v, *args, **kwargs):
+        m = self.mine
+        if not self.plain:
+            codecs = [b and METHODS[m.method](x.shape[-1], b, layer=m.layer, kind=kind, heads=x.shape[1], seed=m.seed, **m.method_kw) for x, kind, b in zip((k, v), "kv", m.bits)]
+            self.plain, self.is_initialized = PlainLayer(codecs, m.window, m.sinks, m.block, m.exact_new, getattr(m, "sliding_window", 10**6)), True
+        self.plain.recording = self.record_past
+        return self.plain.update(k, v)
+
+    keys = property(lambda self: torch.stack(self.plain.stores[0].read(), 2), lambda self, x: None)
+    values = property(lambda self: torch.stack(self.plain.stores[1].read(), 2), lambda self, x: None)
+    def lazy_initialization(self, *args, **kwargs): pass
+    def activate_past_recording(self): self.record_past = True
+    def get_seq_length(self): return len(self.plain.stores[0].tokens) if self.plain else 0
+    def get_max_length(self): return -1
+
+    def get_mask_sizes(self, q):
+        L = self.get_seq_length()
+        first = max(L - getattr(self.mine, "sliding_window", 10**6) + 1, 0)
+        return L - first + q, first
+
+    def apply(self, f):
+        for s in self.plain.stores if self.plain else (): s.apply(f)
+
+    def crop(self, n):
+        for s in self.plain.stores: s.crop(-int(n))
+
+    def reorder_cache(self, beams): self.apply(lambda t: t[beams])
+    def batch_repeat_interleave(self, n): self.apply(lambda t: t.repeat_interleave(n, 0))
+    def batch_select_indices(self, i): self.apply(lambda t: t[i])
+
+
+class InModel(_InModel, DynamicLayer):
+    is_croppable = True
+    def __init__(self, mine):
+        DynamicLayer.__init__(self)
+        self.record_past = False
+        _InModel.__init__(self, mine)
+
+
+class InHybrid(_InModel, LinearAttentionAndFullAttentionLayer):
+    def __init__(self, mine):
+        LinearAttentionAndFullAttentionLayer.__init__(self, number_of_states=mine.number_of_states)
+        _InModel.__init__(self, mine)
+
+    def lazy_initialization(self, *args, **kwargs):
+        if not args: LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reorder_cache(self, beams):
+        LinearAttentionLayer.reorder_cache(self, beams)
+        _InModel.reorder_cache(self, beams)
+
+
+def plain(cache):
+    "`cache`, an empty NDCache, with its layers replaced by plain ones that do the same."
+    swap = lambda layer: InHybrid(layer) if isinstance(layer, NDHybridLayer) else InModel(layer) if isinstance(layer, NDLayer) else layer
+    cache.layers = [swap(layer) for layer in cache.layers]
+    assert isinstance(cache, NDCache) and not cache._mine
+    return cache
