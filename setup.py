@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=['ndkv', 'ndkv.*']),
     package_data={'ndkv': ['*.safetensors']},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'ray', 'thirdparty')},
     entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d']},
     zip_safe=False,
 )

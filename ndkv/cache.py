@@ -16,7 +16,8 @@ from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSliding
                                       LinearAttentionAndFullAttentionLayer, LinearAttentionLayer)
 from .codec import NormDirectionCodec
 from .frames import rotation
-from .spectral import SpectralCodec
+from .profile import Profile
+from .spectral import SpectralCodec, plan
 
 # %% ../nbs/40_cache.ipynb #2e5a5e1c
 METHODS = {} # name -> factory(d, bits, *, layer, kind, heads, seed, **method_kw) -> codec, or None to keep tensors exact
@@ -477,6 +478,14 @@ def _latent_pair(bits, layer):
     if rotary is not None: raise ValueError(f"bits={bits!r} for layer {layer}: the values of this model's cache are the rotary keys that all heads share; keep them exact, bits=({latent}, None)")
     return latent, None
 
+# %% ../nbs/40_cache.ipynb #d9822f9d
+def _codecs(config, profile, bits, method, block, sinks, kw):
+    "Codecs planned from a profile of this very model, or one line why not."
+    if method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8: raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
+    profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
+    return plan(profile, bits, block, sinks, kw.pop("trellis", 256))
+
 # %% ../nbs/40_cache.ipynb #7da2e9d4
 def _check_counts(**counts):
     "Refuse token counts that are none."
@@ -498,7 +507,8 @@ class NDCache(_Accounts, DynamicCache):
     def __init__(self,
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
-        method:str="rotation",    # One of `METHODS`
+        method:str|None=None,     # One of `METHODS`; None = "spectral" with a profile, else "rotation"
+        profile=None,             # From `calibrate`, or the path of its file: measured frames, and `bits` is a budget over all layers
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
         block:int=64,             # Tokens encoded together as they leave the window
@@ -508,8 +518,11 @@ class NDCache(_Accounts, DynamicCache):
         seed:int=0,               # Of the rotations
         **method_kw               # Options of the method
     ):
-        _check_method(method, method_kw)
         _check_config(config)
+        if profile is not None and method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters: method_kw["profile"] = profile
+        elif profile is not None: method_kw["codecs"] = _codecs(config, profile, bits, method, block, sinks, method_kw)
+        method = method or ("rotation" if profile is None else "spectral")
+        _check_method(method, method_kw)
         _check_counts(window=window, sinks=sinks, block=block)
         if memo and offload: raise ValueError("memo=True keeps decoded copies on the device that offload=True would free; choose one of the two")
         if method == "exact": bits = None
@@ -517,6 +530,8 @@ class NDCache(_Accounts, DynamicCache):
         self.window, self.sinks, self.block = window, sinks, block
         kw = dict(method=method, window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo, offload=offload, seed=seed, **method_kw)
         pair = _latent_pair if getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) else _pair
+        if method == "spectral" and pair is _latent_pair: raise ValueError(f"{type(config).__name__} caches latents, of which a profile of its keys and values says nothing; use method='rotation'")
+        if method == "spectral": pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
         self.layers = [_swap(i, layer, pair, bits, kw) for i, layer in enumerate(self.layers)]
         if not self._mine: raise ValueError(f"{type(config).__name__} has no attention layer whose keys and values NDCache can hold; use DynamicCache(config=model.config)")
 
@@ -541,6 +556,7 @@ def encoder_decoder(
 ) -> EncoderDecoderCache: # For `past_key_values`
     "Caches for a model with an encoder."
     if not config.is_encoder_decoder: raise ValueError(f"{type(config).__name__} has no encoder; write NDCache(model.config, ...)")
+    if kw.keys() & {"profile", "codecs"}: raise ValueError("encoder_decoder: a profile describes one cache, here are two; use a method without one, such as 'rotation'")
     text = copy.deepcopy(config.get_text_config(decoder=True))
     text.is_encoder_decoder = False
     return EncoderDecoderCache(NDCache(text, bits, **kw), NDCache(text, cross_bits, **kw | dict(window=0)))

@@ -241,7 +241,7 @@ def test_block_relative_codes_with_left_padding(models, note):
     model = models["llama"]
     text = torch.randint(1, 61, (16, 96), generator=torch.Generator().manual_seed(0))
     prices = fisher(model, text, window=8, block=16, bar=False)
-    kw = dict(method="spectral", codecs=plan(collect(model, text, bar=False), prices, bits=4, block=16), window=8, block=16)
+    kw = dict(method="spectral", codecs=plan(collect(model, text, bar=False), bits=4, block=16, prices=prices), window=8, block=16)
     for pads in (0, 7, 16):
         ids, mask = text[:2, :80].clone(), torch.ones(2, 80, dtype=torch.long)
         ids[1, :pads], mask[1, :pads] = 0, 0
