@@ -530,6 +530,7 @@ class NDCache(_Accounts, DynamicCache):
         self.window, self.sinks, self.block = window, sinks, block
         kw = dict(method=method, window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo, offload=offload, seed=seed, **method_kw)
         pair = _latent_pair if getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) else _pair
+        if method == "spectral" and pair is _latent_pair: raise ValueError(f"{type(config).__name__} caches latents, of which a profile of its keys and values says nothing; use method='rotation'")
         if method == "spectral": pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
         self.layers = [_swap(i, layer, pair, bits, kw) for i, layer in enumerate(self.layers)]
         if not self._mine: raise ValueError(f"{type(config).__name__} has no attention layer whose keys and values NDCache can hold; use DynamicCache(config=model.config)")
@@ -555,6 +556,7 @@ def encoder_decoder(
 ) -> EncoderDecoderCache: # For `past_key_values`
     "Caches for a model with an encoder."
     if not config.is_encoder_decoder: raise ValueError(f"{type(config).__name__} has no encoder; write NDCache(model.config, ...)")
+    if kw.keys() & {"profile", "codecs"}: raise ValueError("encoder_decoder: a profile describes one cache, here are two; use a method without one, such as 'rotation'")
     text = copy.deepcopy(config.get_text_config(decoder=True))
     text.is_encoder_decoder = False
     return EncoderDecoderCache(NDCache(text, bits, **kw), NDCache(text, cross_bits, **kw | dict(window=0)))

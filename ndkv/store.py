@@ -210,6 +210,7 @@ def fork(
     cache:NDCache, # Stays as it is
 ) -> NDCache: # Goes its own way
     "A copy of a cache that shares its tensors."
-    stores = [s for layer in cache.layers if isinstance(layer, NDLayer) for s in layer.stores]
-    keep = [x for s in stores for x in (*s.tensors.values(), *[s.packed.codec] * bool(s.packed.n))]
+    mine = [layer for layer in cache.layers if isinstance(layer, NDLayer)]
+    keep = [x for layer in mine for s in layer.stores for x in (*s.tensors.values(), *[s.packed.codec] * bool(s.packed.n))]
+    keep += [layer.method_kw for layer in mine] # plans and profiles
     return copy.deepcopy(cache, {id(x): x for x in keep})

@@ -153,6 +153,7 @@ REFUSED = {
     "DeepSeek-V3, 3 bits": (lambda: tf.DeepseekV3Config(**MLA), dict(bits=3), "4 bits or more"),
     "DeepSeek-V3, rotary keys": (lambda: tf.DeepseekV3Config(**MLA), dict(bits=(4, 4)), "keep them exact"),
     "DeepSeek-V3, one layer": (lambda: tf.DeepseekV3Config(**MLA), dict(bits={0: 4, 1: 2}), "layer 1"),
+    "DeepSeek-V3, spectral": (lambda: tf.DeepseekV3Config(**MLA), dict(method="spectral", codecs={}), "caches latents"),
     "ResNet": (lambda: tf.ResNetConfig(), {}, "ResNetConfig"),
 }
 

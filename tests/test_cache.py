@@ -109,6 +109,7 @@ def test_encoder_decoder():
     assert cache.self_attention_cache.report()["packed_tokens"] == 8 and cache.cross_attention_cache.report()["packed_tokens"] == 36
     with pytest.raises(ValueError, match="encoder_decoder"): NDCache(model.config)
     with pytest.raises(ValueError, match="no encoder"): encoder_decoder(tf.LlamaConfig(**BASE))
+    with pytest.raises(ValueError, match="one cache, here are two"): encoder_decoder(model.config, profile="x")
 
 
 def test_conversation_goes_on(models):
