@@ -249,30 +249,30 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
     for s in tl.static_range(len(VU)): acc = acc + (tl.full([VU[s][2], NH], 0., tl.float32),)
     if QB == 0:
         for s in tl.static_range(len(KU)):
-            c = tl.arange(0, KU[s][2])
-            qs = qs + (tl.load(q + (bh*GROUP + h[None, :])*D + KU[s][0] + c[:, None], mask=(h[None, :] < GROUP) & (c[:, None] < KU[s][1]), other=0.),)
+            cq = tl.arange(0, KU[s][2])
+            qs = qs + (tl.load(q + (bh*GROUP + h[None, :])*D + KU[s][0] + cq[:, None], mask=(h[None, :] < GROUP) & (cq[:, None] < KU[s][1]), other=0.),)
     ahead = tl.load(table + b*table_stride + lo, mask=lo < hi, other=0)
     for i in tl.range(lo, hi, num_stages=STAGES):
         record = ahead.to(tl.int64)*H + kvh
         ahead = tl.load(table + b*table_stride + tl.minimum(i + 1, hi - 1))
         kt, vt, qt = (), (), qs
         for s in tl.static_range(len(KT)):
-            c = tl.arange(0, KT[s][3])
-            if KT[s][2] == KT[s][3]: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + c[None, :]),)
-            else: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + c[None, :], mask=c[None, :] < KT[s][2], other=0),)
+            ck = tl.arange(0, KT[s][3])
+            if KT[s][2] == KT[s][3]: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + ck[None, :]),)
+            else: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + ck[None, :], mask=ck[None, :] < KT[s][2], other=0),)
         for s in tl.static_range(len(VT)):
-            c = tl.arange(0, VT[s][3])
-            if VT[s][2] == VT[s][3]: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + c[:, None]*VT[s][1] + j[None, :]),)
-            else: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + c[:, None]*VT[s][1] + j[None, :], mask=c[:, None] < VT[s][2], other=0),)
+            cv = tl.arange(0, VT[s][3])
+            if VT[s][2] == VT[s][3]: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + cv[:, None]*VT[s][1] + j[None, :]),)
+            else: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + cv[:, None]*VT[s][1] + j[None, :], mask=cv[:, None] < VT[s][2], other=0),)
         for run in tl.static_range(TILES // RUN):
             top, xs, rs = m, (), ()
             for g in tl.static_range(run*RUN, run*RUN + RUN):
                 if QB > 0 and (g*T) % QB == 0:
                     qt = ()
                     for s in tl.static_range(len(KU)):
-                        c = tl.arange(0, KU[s][2])
+                        cb = tl.arange(0, KU[s][2])
                         at = q + (bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*(GROUP*D)
-                        qt = qt + (tl.load(at + h[None, :]*D + KU[s][0] + c[:, None], mask=(h[None, :] < GROUP) & (c[:, None] < KU[s][1]), other=0.),)
+                        qt = qt + (tl.load(at + h[None, :]*D + KU[s][0] + cb[:, None], mask=(h[None, :] < GROUP) & (cb[:, None] < KU[s][1]), other=0.),)
                 pair = tl.load(norms + record*(WORDS//2) + (WORDS//2 - PAGE) + g*T + j)
                 nk = (pair << 16).to(tl.float32, bitcast=True) * scale
                 nv = tl.maximum((pair & -65536).to(tl.float32, bitcast=True), 1e-18)
@@ -281,7 +281,7 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                 for s in tl.static_range(len(KU)):
                     x = tl.dot(_levels(kt[KU[s][4] + g % KU[s][5]], kt[KU[s][6]], g // KU[s][5], KU[s][3], KU[s][7], KC[s], ASM), qt[s], x)
                 x = x*nk[:, None] + lv[:, None]
-                if QB > 0: x += tl.load(bias + ((bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*QB + (g*T) % QB + j[:, None])*GROUP + h[None, :], mask=h[None, :] < GROUP, other=0.)
+                if QB > 0: x += tl.load(bias + ((bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*GROUP + h[None, :])*QB + (g*T) % QB + j[:, None], mask=h[None, :] < GROUP, other=0.)
                 top = tl.maximum(top, tl.max(x, 0) - 8)
                 xs, rs = xs + (x,), rs + (_fast(nv, "rcp", ASM),)
             keep, m, scaled = _fast(m - top, "ex2", ASM), top, ()
@@ -353,62 +353,57 @@ def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout,
 
 # %% ../nbs/52_kernels_decode.ipynb #29ec1d0e
 @triton.jit
-def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, mean, out, H, splits,
-                    D: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, S: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr):
-    "Merge splits and exact tokens, take `C` channels of the output out of the frame of the values."
-    bh, c0 = tl.program_id(0), tl.program_id(1)*C
-    r, v, c, s = tl.arange(0, 16), tl.arange(0, VP), c0 + tl.arange(0, C), tl.arange(0, S)
-    rows = bh*GROUP + r
-    top = tl.full([16], -1e30, tl.float32)
+def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, splits,
+                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr):
+    "Merge the splits and the exact tokens of one query head, and take its output out of the frame of the values."
+    row = tl.program_id(0)
+    bh = row // GROUP
+    kvh, first = bh % H, bh.to(tl.int64)*splits*GROUP + row % GROUP
+    v, c, s, a = tl.arange(0, VP), tl.arange(0, DP), tl.arange(0, S), tl.arange(0, SP)
+    frame = tl.load(Wv + (kvh*VD + v[:, None])*D + c[None, :], mask=(v[:, None] < VD) & (c[None, :] < D), other=0.)
+    m = tl.load(part_ml + 2*(first + a*GROUP), mask=a < splits, other=-1e30)
+    top = tl.max(m, 0)
+    l = tl.sum(tl.exp2(m - top) * tl.load(part_ml + 2*(first + a*GROUP) + 1, mask=a < splits, other=0.), 0)
+    acc = tl.full([S, VP], 0., tl.float32)
     for t in range(0, splits, S):
-        at = ((bh*splits + t + s[:, None])*GROUP + r[None, :]).to(tl.int64)
-        top = tl.maximum(top, tl.max(tl.load(part_ml + 2*at, mask=(t + s[:, None] < splits) & (r[None, :] < GROUP), other=-1e30), 0))
-    l, acc = tl.full([16], 0., tl.float32), tl.full([16, VP], 0., tl.float32)
-    for t in range(0, splits, S):
-        at = ((bh*splits + t + s[:, None])*GROUP + r[None, :]).to(tl.int64)
-        live = (t + s[:, None] < splits) & (r[None, :] < GROUP)
-        weight = tl.exp2(tl.load(part_ml + 2*at, mask=live, other=-1e30) - top[None, :])
-        l += tl.sum(weight * tl.load(part_ml + 2*at + 1, mask=live, other=0.), 0)
-        a = tl.load(part + at[:, :, None]*VD + v[None, None, :], mask=live[:, :, None] & (v[None, None, :] < VD), other=0.)
-        acc += tl.sum(a * weight[:, :, None], 0)
-    frame = tl.load(Wv + ((bh % H)*VD + v[:, None])*D + c[None, :], mask=(v[:, None] < VD) & (c[None, :] < D), other=0.)
-    y = tl.dot(acc, frame, input_precision="ieee")
-    if MEAN: y += l[:, None] * tl.load(mean + (bh % H)*D + c, mask=c < D, other=0.)[None, :]
-    top += tl.load(qconst + rows, mask=r < GROUP, other=0.)
+        at = first + (t + s)*GROUP
+        weight = tl.exp2(tl.load(part_ml + 2*at, mask=t + s < splits, other=-1e30) - top)
+        acc += weight[:, None] * tl.load(part + at[:, None]*VD + v[None, :], mask=(t + s < splits)[:, None] & (v[None, :] < VD), other=0.)
+    y = tl.sum(tl.sum(acc, 0)[:, None] * frame.to(tl.float32), 0) * tl.load(reach + kvh)
+    if MEAN: y += l * tl.load(mean + kvh*D + c, mask=c < D, other=0.)
+    top += tl.load(qconst + row)
     if EXACT:
-        m = tl.load(eml + 2*rows, mask=r < GROUP, other=-1e30)
+        m = tl.load(eml + 2*row)
         both = tl.maximum(top, m)
-        a, e = tl.exp2(top - both), tl.exp2(m - both)
-        l = l*a + e*tl.load(eml + 2*rows + 1, mask=r < GROUP, other=1.)
-        o = tl.load(eout + rows[:, None]*D + c[None, :], mask=(r[:, None] < GROUP) & (c[None, :] < D), other=0.)
-        y = y*a[:, None] + o*e[:, None]
-    tl.store(out + rows[:, None]*D + c[None, :], (y / tl.where(l > 0, l, 1.)[:, None]).to(out.dtype.element_ty), mask=(r[:, None] < GROUP) & (c[None, :] < D))
+        l = l*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eml + 2*row + 1)
+        y = y*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eout + row*D + c, mask=c < D, other=0.)
+    tl.store(out + row*D + c, (y / tl.where(l > 0, l, 1.)).to(out.dtype.element_ty), mask=c < D)
 
 # %% ../nbs/52_kernels_decode.ipynb #a93d0f9c
 @triton.jit
 def _relative_kernel(q, M, means, cos, sin, reach, query, bias, qscale, qconst, H, NB, sm_scale,
-                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, BOUND: tl.constexpr):
-    "The queries of `ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
+                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr):
+    "The queries of `TURNS · ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
     bh, p = tl.program_id(0), tl.program_id(1)
     r, d, c, j = tl.arange(0, ROWS), tl.arange(0, D//2), tl.arange(0, KP), tl.arange(0, QB)
-    block, row = p*(ROWS//GP) + r//GP, r % GP
-    live = (block < NB) & (row < GROUP)
-    x1 = tl.load(q + (bh*GROUP + row[:, None])*D + d[None, :], mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
-    x2 = tl.load(q + (bh*GROUP + row[:, None])*D + D//2 + d[None, :], mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
+    row, cols = r % GP, (c < KD)[None, :]
+    at = q + (bh*GROUP + row[:, None])*D + d[None, :]
+    x1 = tl.load(at, mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
+    x2 = tl.load(at + D//2, mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
     size = tl.maximum(tl.sqrt(tl.max(tl.sum(x1*x1 + x2*x2, 1))), 1e-30)
     size = tl.exp2(tl.ceil(tl.log2(size)) - BOUND) # the frame comes divided by its reach
-    co = tl.load(cos + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.) / size
-    si = tl.load(sin + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.) / size
-    y1, y2 = (x1*co + x2*si).to(tl.float16), (x2*co - x1*si).to(tl.float16)
-    A = M + (bh % H)*D*KD + d[:, None]*KD + c[None, :]
-    cols = (c < KD)[None, :]
-    z = tl.dot(y1, tl.load(A, mask=cols, other=0.)) + tl.dot(y2, tl.load(A + D//2*KD, mask=cols, other=0.))
-    to = (bh*NB + block).to(tl.int64)*GROUP + row
-    tl.store(query + to[:, None]*KD + c[None, :], z.to(tl.float16), mask=live[:, None] & cols)
-    B = means + (bh % H)*D*QB + d[:, None]*QB + j[None, :]
-    z = tl.dot(y1, tl.load(B)) + tl.dot(y2, tl.load(B + D//2*QB))
-    to = ((bh*NB + block).to(tl.int64)[:, None]*QB + j[None, :])*GROUP + row[:, None]
-    tl.store(bias + to, z * (size * sm_scale * LOG2E), mask=live[:, None])
+    x1, x2 = x1 / size, x2 / size
+    A, B = M + (bh % H)*D*KD + d[:, None]*KD + c[None, :], means + (bh % H)*D*QB + d[:, None]*QB + j[None, :]
+    A1, A2, B1, B2 = tl.load(A, mask=cols, other=0.), tl.load(A + D//2*KD, mask=cols, other=0.), tl.load(B), tl.load(B + D//2*QB)
+    for t in range(TURNS):
+        block = (p*TURNS + t)*(ROWS//GP) + r//GP
+        live = (block < NB) & (row < GROUP)
+        co = tl.load(cos + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.)
+        si = tl.load(sin + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.)
+        y1, y2 = (x1*co + x2*si).to(tl.float16), (x2*co - x1*si).to(tl.float16)
+        to = (bh*NB + block).to(tl.int64)*GROUP + row
+        tl.store(query + to[:, None]*KD + c[None, :], tl.dot(y2, A2, tl.dot(y1, A1)).to(tl.float16), mask=live[:, None] & cols)
+        tl.store(bias + to[:, None]*QB + j[None, :], tl.dot(y2, B2, tl.dot(y1, B1)) * (size * sm_scale * LOG2E), mask=live[:, None])
     if p == 0:
         tl.store(qscale + bh, size * tl.load(reach + bh % H) * sm_scale * LOG2E)
         tl.store(qconst + bh*GROUP + r, tl.full([ROWS], 0., tl.float32), mask=r < GROUP)
@@ -423,7 +418,7 @@ class Tuning:
     warps: int = 1       # Of the split kernel
     stages: int = 3      # Of its pipeline
     run: int = 4         # Sub-tiles an update of the softmax
-    columns: int = 32    # Output channels a program of the combine kernel
+    rows: int = 32       # Splits that the combine kernel loads at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
@@ -484,17 +479,17 @@ class PackedAttention:
         pages:Tensor, # int16 `[B, H, pages, words]`
         pos:int=0,    # Position of the first token
     ) -> tuple: # float64 keys and values `[B, H, T, D]`
-        "What the pages stand for, in float64 on the CPU: the specification of the kernels."
-        kc, vc, kn, vn = (x.cpu() for x in from_pages(self.layout, pages))
+        "What the pages stand for, in float64: the specification of the kernels."
+        kc, vc, kn, vn = from_pages(self.layout, pages)
         out = []
         for codes, norm, frame, kind in ((kc, kn, self.k_frame, "k"), (vc, vn, self.v_frame, "v")):
-            bits, _ = self._levels(kind)
+            bits = self._levels(kind)[0].to(codes.device)
             u = (codes - 2.**(bits - 1) + .5).double()
-            if self.layout.curve == "cubic": u = u * (u*u + torch.tensor([CUBIC[int(b)] for b in bits]).double())
-            x = (u * norm[..., None].double()) @ self._read(frame, kind).mT
+            if self.layout.curve == "cubic": u = u * (u*u + torch.tensor([CUBIC[int(b)] for b in bits], device=u.device).double())
+            x = (u * norm[..., None].double()) @ self._read(frame, kind).mT.to(u.device)
             mean = self._mean(frame, self.heads)
-            if kind == "k" and self.home is not None: x = self.home.leave(x.float(), torch.arange(pos, pos + x.shape[2]), frame.mean.cpu()).double()
-            elif mean is not None: x = x + mean[:, None].double()
+            if kind == "k" and self.home is not None: x = self.home.leave(x.float(), torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device)).double()
+            elif mean is not None: x = x + mean[:, None].double().to(x.device)
             out.append(x)
         return tuple(out)
 
@@ -505,9 +500,10 @@ def _on(self, device):
     if device not in self._at:
         K, V = self._read(self.k_frame, "k"), self._read(self.v_frame, "v")
         reach = K.square().sum(1).amax(-1).sqrt()
-        c = dict(K=K, V=V.mT.contiguous(), reach=reach, zero=torch.zeros(1))
+        c = dict(K=K, reach=reach, v_reach=V.abs().amax((-1, -2)), zero=torch.zeros(1))
         for name, frame in (("k_mean", self.k_frame), ("v_mean", self.v_frame)): c[name] = self._mean(frame, self.heads)
         c = {n: None if x is None else x.to(device, torch.float32).contiguous() for n, x in c.items()}
+        c["V16"] = (V.mT / V.abs().amax((-1, -2), keepdim=True)).to(device, torch.float16).contiguous()
         if self.home is not None:
             offsets = torch.arange(self.home.block)
             c["K16"] = (K / reach[:, None, None]).to(device, torch.float16).contiguous()
@@ -556,17 +552,17 @@ def _attend(self,
             H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=64, num_warps=4)
     if QB:
         cos, sin = _turns(self, NB, dev)
-        GP, ROWS = _pow2(G), 64
-        _relative_kernel[(BH, -(-NB // (ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
-            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, BOUND=6, num_warps=4)
+        GP, ROWS, TURNS = _pow2(G), 64, 4
+        _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
+            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, num_warps=4, num_stages=1)
     (kt, ku), (vt, vu), fast = _plan(L, "k"), _plan(L, "v"), not _interpreted()
     kw = dict(maxnreg=t.maxnreg) if t.maxnreg else {}
     _split_kernel[(BH, splits)](store, store.view(torch.int32), table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits,
         WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=G, NH=NH, KT=kt, KU=ku, KC=_curves(L, ku),
         VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=QB, RUN=min(t.run, L.tiles), ASM=fast, STAGES=t.stages, num_warps=t.warps, **kw)
-    C = min(t.columns, DP)
-    _combine_kernel[(BH, -(-D // C))](part, ml, qconst, eout, eml, c["V"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
-        D=D, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, C=C, S=4, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=4)
+    SP, zero = _pow2(splits), c["zero"]
+    _combine_kernel[(BH*G,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
+        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=4)
     return out
 
 def _splits(BH, pages, t, device):
