@@ -87,7 +87,7 @@ def compare(
     "Per-token metrics of several caches against the exact one, in decode mode."
     shapes = {(c.window, c.sinks, c.block) for c in cells if not c.exact}
     if len(shapes) > 1: raise ValueError(f"cells with different windows {sorted(shapes)} cannot be compared in one run: call compare once for each")
-    window, sinks, block = shapes.pop() if shapes else (128, 4, 64)
+    window, sinks, block = (shapes or {(c.window, c.sinks, c.block) for c in cells}).pop()
     if tokens.shape[1] <= window + sinks + block:
         raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
     edges, device = chunk_edges(tokens.shape[1], sinks + window + block, block), next(model.parameters()).device
@@ -214,6 +214,7 @@ def evaluate(
     data: str,  # For the rows
     batch: int = 8,  # Windows at a time
     heads: int = 2,  # Windows used for the errors of heads and the times of codecs (0 = none)
+    bar: bool = True,  # Show progress
     generations: int = 0,  # Windows whose first half is continued greedily, 128 tokens, to see where the texts part
     **fields,  # More for the rows
 ) -> None:
@@ -223,7 +224,7 @@ def evaluate(
     for c in cells: groups.setdefault((c.window, c.sinks, c.block), []).append(c)
     for (window, sinks, block), group in groups.items():
         first = sinks + window + block if window + sinks else 0
-        found, reports = compare(model, tokens, group, batch)
+        found, reports = compare(model, tokens, group, batch, bar)
         for c in group:
             record(run, c, _rows(c, found[c], reports.get(c), first), **where)
             for place, number in by_position(found[c]["dnll"], first, buckets=min(4, tokens.shape[1] - 1 - first)).items(): record(run, c, {"dnll_position": number}, position=place, **where)
