@@ -89,7 +89,7 @@ def compare(
     "Per-token metrics of several caches against the exact one, in decode mode."
     shapes = {(c.window, c.sinks, c.block) for c in cells if not c.exact}
     if len(shapes) > 1: raise ValueError(f"cells with different windows {sorted(shapes)} cannot be compared in one run: call compare once for each")
-    window, sinks, block = shapes.pop() if shapes else (128, 4, 64)
+    window, sinks, block = (shapes or {(c.window, c.sinks, c.block) for c in cells}).pop()
     if tokens.shape[1] <= window + sinks + block:
         raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
     edges, device = chunk_edges(tokens.shape[1], sinks + window + block, block), next(model.parameters()).device
@@ -216,6 +216,7 @@ def evaluate(
     data: str,  # For the rows
     batch: int = 8,  # Windows at a time
     heads: int = 2,  # Windows used for the errors of heads and the times of codecs (0 = none)
+    bar: bool = True,  # Show progress
     generations: int = 0,  # Windows whose first half is continued greedily, 128 tokens, to see where the texts part
     **fields,  # More for the rows
 ) -> None:
@@ -225,7 +226,7 @@ def evaluate(
     for c in cells: groups.setdefault((c.window, c.sinks, c.block), []).append(c)
     for (window, sinks, block), group in groups.items():
         first = sinks + window + block if window + sinks else 0
-        found, reports = compare(model, tokens, group, batch)
+        found, reports = compare(model, tokens, group, batch, bar)
         for c in group:
             numbers = _rows(c, found[c], reports.get(c), first)
             if "codecs" in c.options: numbers["bits_with_frames"] = (numbers["bits"][0] + frame_bits(c.options["codecs"]) / tokens.shape[1], None, tokens.shape[1])
