@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ndkv.cache.NDLayer.__init__': ('cache.html#ndlayer.__init__', 'ndkv/cache.py'),
                             'ndkv.cache.NDLayer._check': ('cache.html#ndlayer._check', 'ndkv/cache.py'),
                             'ndkv.cache.NDLayer._codec': ('cache.html#ndlayer._codec', 'ndkv/cache.py'),
+                            'ndkv.cache.NDLayer._encode': ('cache.html#ndlayer._encode', 'ndkv/cache.py'),
                             'ndkv.cache.NDLayer.activate_past_recording': ('cache.html#ndlayer.activate_past_recording', 'ndkv/cache.py'),
                             'ndkv.cache.NDLayer.flush': ('cache.html#ndlayer.flush', 'ndkv/cache.py'),
                             'ndkv.cache.NDLayer.lazy_initialization': ('cache.html#ndlayer.lazy_initialization', 'ndkv/cache.py'),

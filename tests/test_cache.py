@@ -451,9 +451,35 @@ def test_nan_names_the_layer(value, kind):
     assert cache.layers[1].stores[0].packed.n == cache.layers[1].stores[1].packed.n == 16
 
 
+@pytest.mark.parametrize("fails", ["k", "v"])
+def test_out_of_memory(fails):
+    "Where memory ends in an encoding, one line says where, the layer is as it was, and goes on when there is memory again."
+    full = []
+
+    class Tight(NormDirectionCodec):
+        def encode(self, x, pos=0):
+            if full and self.kind == fails: raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+            return super().encode(x, pos)
+
+    @method("test-tight")
+    def tight(d, bits, *, layer, kind, heads, seed):
+        codec = Tight(d, bits)
+        codec.kind = kind
+        return codec
+    layer, plain, x = (*(NDLayer(3, (4, 4), "test-tight", window=8, block=8) for _ in range(2)), torch.randn(2, 1, H, 40, D))
+    for a in (layer, plain): a.update(*x[:, :, :, :20]), a.update(*x[:, :, :, 20:28])
+    before, _ = stored(layer), full.append(1)
+    with pytest.raises(torch.OutOfMemoryError, match="layer 3: no memory left to encode 8 tokens of " + dict(k="keys", v="values")[fails]) as e: layer.update(*x[:, :, :, 28:])
+    assert "\n" not in str(e.value) and same_bits(stored(layer), before)
+    full.clear()
+    assert same_bits(layer.update(*x[:, :, :, 28:]), plain.update(*x[:, :, :, 28:])) and same_bits(stored(layer), stored(plain))
+
+
 def test_late_refusals():
     cache, k, v = filled()
     with pytest.raises(ValueError, match="negative"): cache.crop(5)
+    with pytest.raises(ValueError, match="float8_e4m3fn can't be cached"): NDLayer(0).update(k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="int64 can't be cached"): NDLayer(0).update(k.long(), v.long())
     with pytest.raises(AttributeError, match="update"): cache.layers[0].keys = k
     with pytest.raises(ValueError, match="multiple of 3"): NDLayer(0, method="test-absmax", group=3, block=8).update(k, v)
     with pytest.raises(ValueError, match="head_dim"): NDLayer(0).update(k[..., :15], v)

@@ -93,6 +93,30 @@ def test_other_memories(tmp_path, family):
     assert torch.equal(answer(loaded), answer(cache))
 
 
+def test_plans(tmp_path):
+    "Codecs measured on a text are not in the file; another plan's are refused, and forks share them."
+    from ndkv.fisher import fisher
+    from ndkv.profile import collect
+    from ndkv.spectral import plan
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(LLAMA).eval()
+    text = torch.randint(1, 61, (16, 64), generator=torch.Generator().manual_seed(0))
+    profile, prices = collect(model, text, bar=False), fisher(model, text, window=8, block=8, bar=False)
+    make = lambda bits: NDCache(LLAMA, method="spectral", codecs=plan(profile, bits, 8, prices=prices), window=8, block=8)
+    cache = make(4)
+    with torch.no_grad(): model(text[:2], past_key_values=cache)
+    path = save_cache(cache, tmp_path / "a.safetensors", model)
+    loaded = load_cache(path, make(4), model)
+    same(loaded, cache)
+    assert torch.equal(loaded.layers[1].keys, cache.layers[1].keys)
+    refused(path, make(3), model)
+    twin = fork(loaded)
+    assert twin.layers[0].method_kw is loaded.layers[0].method_kw and twin.layers[0].stores[0].packed.codec is loaded.layers[0].stores[0].packed.codec
+    turned = make(4)
+    for codec in turned.layers[0].method_kw["codecs"].values(): codec.frame.A_inv.neg_()
+    assert "does not decode" in refused(path, turned, model)
+
+
 # --- files that are wrong ------------------------------------------------------------------------------------------------------------------
 
 def refused(path, cache=None, model=LLAMA):
