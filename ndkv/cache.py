@@ -488,12 +488,13 @@ def _latent_pair(bits, layer):
     return latent, None
 
 # %% ../nbs/40_cache.ipynb #d9822f9d
-def _codecs(config, profile, bits, method, block, sinks, kw):
-    "Codecs planned from a profile of this very model, or one line why not."
-    if method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8: raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
+def _calibrated(config, profile, bits, method, block, sinks, kw):
+    "What a method gets from a profile of this very model: the profile itself if it has such an option, else planned codecs; or one line why not."
+    asks = method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters
+    if not asks and method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
+    if not asks and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8): raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
     profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
-    return plan(profile, bits, block, sinks, kw.pop("trellis", 256))
+    return dict(profile=profile) if asks else dict(codecs=plan(profile, bits, block, sinks, kw.pop("trellis", 256)))
 
 # %% ../nbs/40_cache.ipynb #7da2e9d4
 def _check_counts(**counts):
@@ -528,8 +529,7 @@ class NDCache(_Accounts, DynamicCache):
         **method_kw               # Options of the method
     ):
         _check_config(config)
-        if profile is not None and method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters: method_kw["profile"] = profile
-        elif profile is not None: method_kw["codecs"] = _codecs(config, profile, bits, method, block, sinks, method_kw)
+        if profile is not None: method_kw |= _calibrated(config, profile, bits, method, block, sinks, method_kw)
         method = method or ("rotation" if profile is None else "spectral")
         _check_method(method, method_kw)
         _check_counts(window=window, sinks=sinks, block=block)

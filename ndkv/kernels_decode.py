@@ -47,16 +47,19 @@ class Layout:
 
     def __post_init__(self):
         for n, bits in self.k + self.v:
-            if bits not in (2, 3, 4) or n % (32 if bits == 3 else 16): raise ValueError(f"Layout: {n} channels of {bits} bits; use 2, 3 or 4 bits and a multiple of 16 channels, 32 at 3 bits")
-        if self.page & (self.page-1) or self.page < 16*self.tiles: raise ValueError(f"Layout: a page of {self.page} tokens; use a power of two from {16*self.tiles}")
+            if bits not in (2, 3, 4) or n % (32 if bits == 3 and not self.five else 16): raise ValueError(f"Layout: {n} channels of {bits} bits; use 2, 3 or 4 bits and a multiple of 16 channels, 32 at 3 bits")
+            if self.five and bits != 3: raise ValueError(f"Layout: a page of {self.page} tokens holds 3 bits only, not {bits}; use a power of two")
+        if self.tokens * self.tiles != self.page or self.tokens & (self.tokens - 1) or self.tokens < 16: raise ValueError(f"Layout: a page of {self.page} tokens; use {16*self.tiles} times a power of two")
         if self.curve not in ("uniform", "cubic"): raise ValueError(f"Layout: curve={self.curve!r}; use 'uniform' or 'cubic'")
 
     @property
-    def tiles(self): return 4 if all(b == 4 for _, b in self.k + self.v) else 8 # sub-tiles a page
+    def five(self): return self.page % 5 == 0 # 3-bit codes, five to a lane
+    @property
+    def tiles(self): return 5 if self.five else 4 if all(b == 4 for _, b in self.k + self.v) else 8 # sub-tiles a page
     @property
     def tokens(self): return self.page // self.tiles # of a sub-tile
     @property
-    def words(self): return sum(n*b for n, b in self.k + self.v) * self.page // 16 + 2*self.page # int16 a page and head, norms at the end
+    def words(self): return sum(n * (self.page//5 if self.five else self.page*b//16) for n, b in self.k + self.v) + 2*self.page # int16 a page and head, norms at the end
     @property
     def bits(self): return 16*self.words / self.page / (sum(n for n, _ in self.k) + sum(n for n, _ in self.v)) # all-in, a stored channel
 
@@ -71,15 +74,15 @@ class Layout:
 
 # %% ../nbs/52_kernels_decode.ipynb #ea10c59d
 def _lanes(codes, bits):
-    "`[..., page, n]` codes of `bits` (4, 2 or 1) -> int16 `[..., page·bits/16, n]`: lane row `j` holds tokens `j, j+m, j+2m, ...`"
+    "`[..., page, n]` codes of `bits` -> int16 `[..., page/f, n]` for `f = 16 // bits` fields: lane row `j` holds tokens `j, j+m, j+2m, ...`"
     x = codes.int().unflatten(-2, (16//bits, -1)) << (bits * torch.arange(16//bits, device=codes.device))[:, None, None]
     x = x.sum(-3)
     return torch.where(x >= 2**15, x - 2**16, x).short()
 
 # %% ../nbs/52_kernels_decode.ipynb #4513b005
-def _segment(codes, bits):
+def _segment(codes, bits, five):
     "Lanes of one segment, in the order in which they are stored."
-    if bits != 3: return [_lanes(codes, bits)]
+    if bits != 3 or five: return [_lanes(codes, bits)]
     a, b = codes.chunk(2, -1)
     return [_lanes(a >> 1, 2), _lanes(b >> 1, 2), _lanes(torch.cat([a & 1, b & 1], -2), 1)]
 
@@ -96,7 +99,7 @@ def to_pages(
     for codes, segments, turn in ((k, layout.k, False), (v, layout.v, True)):
         codes = codes.unflatten(-2, (-1, layout.page))
         for c, (n, bits) in zip(codes.split([n for n, _ in segments], -1), segments):
-            out += [(x.mT if turn else x).flatten(-2) for x in _segment(c, bits)]
+            out += [(x.mT if turn else x).flatten(-2) for x in _segment(c, bits, layout.five)]
     norms = torch.stack([k_norm, v_norm], -1).bfloat16().unflatten(-2, (-1, layout.page)).flatten(-2)
     return torch.cat([*out, norms.contiguous().view(torch.int16)], -1).contiguous()
 
@@ -106,11 +109,11 @@ def _from_lanes(x, bits):
     x = (x.int()[..., None, :, :] >> (bits * torch.arange(16//bits, device=x.device))[:, None, None]) & (2**bits - 1)
     return x.flatten(-3, -2)
 
-def _from_segment(words, n, bits, page, turn):
+def _from_segment(words, n, bits, page, turn, five):
     "int codes `[..., page, n]` of one segment's words."
     shape = lambda m, rows: (m, rows) if turn else (rows, m)
-    read = lambda x, m, lane: _from_lanes(x.unflatten(-1, shape(m, page*lane//16)).mT if turn else x.unflatten(-1, shape(m, page*lane//16)), lane)
-    if bits != 3: return read(words, n, bits)
+    read = lambda x, m, lane: _from_lanes(x.unflatten(-1, shape(m, page//(16//lane))).mT if turn else x.unflatten(-1, shape(m, page//(16//lane))), lane)
+    if bits != 3 or five: return read(words, n, bits)
     a, b, e = words.chunk(3, -1)
     low = (e.unflatten(-1, shape(n//2, page//8)).mT if turn else e.unflatten(-1, shape(n//2, page//8))).int()
     low = (low[..., None, :, :] >> torch.arange(16)[:, None, None].to(low.device)) & 1
@@ -126,8 +129,8 @@ def from_pages(
     for segments, turn in ((layout.k, False), (layout.v, True)):
         parts = []
         for n, bits in segments:
-            size = n*bits*layout.page//16
-            parts.append(_from_segment(pages[..., word:word+size], n, bits, layout.page, turn))
+            size = n * (layout.page//5 if layout.five else bits*layout.page//16)
+            parts.append(_from_segment(pages[..., word:word+size], n, bits, layout.page, turn, layout.five))
             word += size
         out.append(torch.cat(parts, -1).flatten(-3, -2))
     norms = pages[..., word:].contiguous().view(torch.bfloat16).float().unflatten(-1, (layout.page, 2))
@@ -143,10 +146,11 @@ def _asm(bits, i, half, a):
         if step: move, pos = ("shl.b32 t, {x}, 3;", "shr.b32 t, {x}, 3;", "shr.b32 t, {x}, 9;")[i//3], 3 + 2*(i%3)
         else: move, pos = ("shl.b32 t, {x}, 1;", "shr.b32 t, {x}, 7;")[i*width//8], 1 + i*width%8
         return move.format(x=x) + f" lop3.b32 t, t, 0x{((1 << width) - 1 << pos) * 0x10001:08x}, 0x64006400, 0xEA;", pos
-    code, pos = magic("$1", 4 if bits == 4 else 2, i, bits == 3)
-    unit, center = (2. if bits == 3 else 1.) * 2**-pos, 2**(bits - 1) - .5
+    both_parts = bits == 3 and half >= 0
+    code, pos = magic("$1", 2 if both_parts else bits, i, both_parts)
+    unit, center = (2. if both_parts else 1.) * 2**-pos, 2**(bits - 1) - .5
     ptx = "{ .reg .b32 t, k, c; "
-    if bits == 3:
+    if both_parts:
         low, at = magic("$2", 1, i + 8*half, False)
         ptx += low + f" mov.b32 k, {both(2.**-at)}; mov.b32 c, {both(-1024*(2.**-at + unit) - center)}; fma.rn.f16x2 c, t, k, c; "
     else: ptx += f"mov.b32 c, {both(-1024*unit - center)}; "
@@ -160,12 +164,13 @@ def _levels(x, e, FIELD: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, A
     "Field FIELD of int16 lanes -> float16 levels."
     if ASM:
         TEXT: tl.constexpr = _asm(BITS, FIELD, HALF, A)
-        if BITS == 3: y = tl.inline_asm_elementwise(TEXT, "=r,r,r", [x, e], dtype=tl.float16, is_pure=True, pack=2)
+        if BITS == 3 and HALF >= 0: y = tl.inline_asm_elementwise(TEXT, "=r,r,r", [x, e], dtype=tl.float16, is_pure=True, pack=2)
         else: y = tl.inline_asm_elementwise(TEXT, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        if BITS == 4: c = (x >> (4*FIELD)) & 15
-        else: c = (x >> (2*FIELD)) & 3
-        if BITS == 3: c = 2*c + ((e >> (FIELD + 8*HALF)) & 1)
+        if BITS == 3 and HALF >= 0: WIDTH: tl.constexpr = 2
+        else: WIDTH: tl.constexpr = BITS
+        c = (x >> (WIDTH*FIELD)) & (2**WIDTH - 1)
+        if BITS == 3 and HALF >= 0: c = 2*c + ((e >> (FIELD + 8*HALF)) & 1)
         y = (c.to(tl.float32) - (2**(BITS-1) - .5)).to(tl.float16)
         if A > 0: y = (y * (y*y + A).to(tl.float16)).to(tl.float16)
     return y
@@ -180,25 +185,25 @@ def _fast(x, OP: tl.constexpr, ASM: tl.constexpr):
         else: return 1 / x
 
 # %% ../nbs/52_kernels_decode.ipynb #73b0548a
+def _run(layout, t): return 5 if layout.five else min(t.run, layout.tiles)
 def _curves(layout, use): return tuple(CUBIC[u[3]] if layout.curve == "cubic" else 0. for u in use) # 0 = uniform
 def _pow2(n): return 1 << (n-1).bit_length()
 
 def _plan(layout, which):
     "Tiles to load (word, row stride, rows, padded rows) and how segments use them (first channel, channels, padded, bits, first tile, its tiles, extra tile, half)."
     T, page = layout.tokens, layout.page
-    word = 0 if which == "k" else sum(n*b for n, b in layout.k) * page // 16
+    word = 0 if which == "k" else sum(n * (page//5 if layout.five else page*b//16) for n, b in layout.k)
     tiles, use, c0 = [], [], 0
     for n, bits in getattr(layout, which):
-        lane, parts = (4, 1) if bits == 4 else (2, 2 if bits == 3 else 1)
-        m, rows = n // parts, page*lane // 16
+        lane, parts = (4, 1) if bits == 4 else (3, 1) if layout.five else (2, 2 if bits == 3 else 1)
+        m, rows = n // parts, page // (16 // lane)
         N, extra = _pow2(max(m, 16)), -1
-        if bits == 3:
-            extra = len(tiles) + 2
+        if parts == 2: extra = len(tiles) + 2
         for p in range(parts):
-            use.append((c0 + p*m, m, N, bits, len(tiles), rows//T, extra, p))
+            use.append((c0 + p*m, m, N, bits, len(tiles), rows//T, extra, -1 if layout.five else p))
             tiles += [(word + (r*T*m if which == "k" else r*T), m if which == "k" else rows, m, N) for r in range(rows//T)]
             word += rows*m
-        if bits == 3:
+        if parts == 2:
             tiles.append((word, m if which == "k" else rows, m, N))
             word += rows*m
         c0 += n
@@ -210,12 +215,13 @@ def _levels(x, e, FIELD: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, A
     "Field FIELD of int16 lanes -> float16 levels."
     if ASM:
         TEXT: tl.constexpr = _asm(BITS, FIELD, HALF, A)
-        if BITS == 3: y = tl.inline_asm_elementwise(TEXT, "=r,r,r", [x, e], dtype=tl.float16, is_pure=True, pack=2)
+        if BITS == 3 and HALF >= 0: y = tl.inline_asm_elementwise(TEXT, "=r,r,r", [x, e], dtype=tl.float16, is_pure=True, pack=2)
         else: y = tl.inline_asm_elementwise(TEXT, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        if BITS == 4: c = (x >> (4*FIELD)) & 15
-        else: c = (x >> (2*FIELD)) & 3
-        if BITS == 3: c = 2*c + ((e >> (FIELD + 8*HALF)) & 1)
+        if BITS == 3 and HALF >= 0: WIDTH: tl.constexpr = 2
+        else: WIDTH: tl.constexpr = BITS
+        c = (x >> (WIDTH*FIELD)) & (2**WIDTH - 1)
+        if BITS == 3 and HALF >= 0: c = 2*c + ((e >> (FIELD + 8*HALF)) & 1)
         y = (c.to(tl.float32) - (2**(BITS-1) - .5)).to(tl.float16)
         if A > 0: y = (y * (y*y + A).to(tl.float16)).to(tl.float16)
     return y
@@ -249,30 +255,30 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
     for s in tl.static_range(len(VU)): acc = acc + (tl.full([VU[s][2], NH], 0., tl.float32),)
     if QB == 0:
         for s in tl.static_range(len(KU)):
-            c = tl.arange(0, KU[s][2])
-            qs = qs + (tl.load(q + (bh*GROUP + h[None, :])*D + KU[s][0] + c[:, None], mask=(h[None, :] < GROUP) & (c[:, None] < KU[s][1]), other=0.),)
+            cq = tl.arange(0, KU[s][2])
+            qs = qs + (tl.load(q + (bh*GROUP + h[None, :])*D + KU[s][0] + cq[:, None], mask=(h[None, :] < GROUP) & (cq[:, None] < KU[s][1]), other=0.),)
     ahead = tl.load(table + b*table_stride + lo, mask=lo < hi, other=0)
     for i in tl.range(lo, hi, num_stages=STAGES):
         record = ahead.to(tl.int64)*H + kvh
         ahead = tl.load(table + b*table_stride + tl.minimum(i + 1, hi - 1))
         kt, vt, qt = (), (), qs
         for s in tl.static_range(len(KT)):
-            c = tl.arange(0, KT[s][3])
-            if KT[s][2] == KT[s][3]: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + c[None, :]),)
-            else: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + c[None, :], mask=c[None, :] < KT[s][2], other=0),)
+            ck = tl.arange(0, KT[s][3])
+            if KT[s][2] == KT[s][3]: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + ck[None, :]),)
+            else: kt = kt + (tl.load(store + record*WORDS + KT[s][0] + j[:, None]*KT[s][1] + ck[None, :], mask=ck[None, :] < KT[s][2], other=0),)
         for s in tl.static_range(len(VT)):
-            c = tl.arange(0, VT[s][3])
-            if VT[s][2] == VT[s][3]: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + c[:, None]*VT[s][1] + j[None, :]),)
-            else: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + c[:, None]*VT[s][1] + j[None, :], mask=c[:, None] < VT[s][2], other=0),)
+            cv = tl.arange(0, VT[s][3])
+            if VT[s][2] == VT[s][3]: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + cv[:, None]*VT[s][1] + j[None, :]),)
+            else: vt = vt + (tl.load(store + record*WORDS + VT[s][0] + cv[:, None]*VT[s][1] + j[None, :], mask=cv[:, None] < VT[s][2], other=0),)
         for run in tl.static_range(TILES // RUN):
             top, xs, rs = m, (), ()
             for g in tl.static_range(run*RUN, run*RUN + RUN):
                 if QB > 0 and (g*T) % QB == 0:
                     qt = ()
                     for s in tl.static_range(len(KU)):
-                        c = tl.arange(0, KU[s][2])
+                        cb = tl.arange(0, KU[s][2])
                         at = q + (bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*(GROUP*D)
-                        qt = qt + (tl.load(at + h[None, :]*D + KU[s][0] + c[:, None], mask=(h[None, :] < GROUP) & (c[:, None] < KU[s][1]), other=0.),)
+                        qt = qt + (tl.load(at + h[None, :]*D + KU[s][0] + cb[:, None], mask=(h[None, :] < GROUP) & (cb[:, None] < KU[s][1]), other=0.),)
                 pair = tl.load(norms + record*(WORDS//2) + (WORDS//2 - PAGE) + g*T + j)
                 nk = (pair << 16).to(tl.float32, bitcast=True) * scale
                 nv = tl.maximum((pair & -65536).to(tl.float32, bitcast=True), 1e-18)
@@ -281,7 +287,7 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                 for s in tl.static_range(len(KU)):
                     x = tl.dot(_levels(kt[KU[s][4] + g % KU[s][5]], kt[KU[s][6]], g // KU[s][5], KU[s][3], KU[s][7], KC[s], ASM), qt[s], x)
                 x = x*nk[:, None] + lv[:, None]
-                if QB > 0: x += tl.load(bias + ((bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*QB + (g*T) % QB + j[:, None])*GROUP + h[None, :], mask=h[None, :] < GROUP, other=0.)
+                if QB > 0: x += tl.load(bias + ((bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*GROUP + h[None, :])*QB + (g*T) % QB + j[:, None], mask=h[None, :] < GROUP, other=0.)
                 top = tl.maximum(top, tl.max(x, 0) - 8)
                 xs, rs = xs + (x,), rs + (_fast(nv, "rcp", ASM),)
             keep, m, scaled = _fast(m - top, "ex2", ASM), top, ()
@@ -315,7 +321,7 @@ def _query(q, M, mean, reach, query, qscale, qconst, bh, kvh, c0, sm_scale,
     A = tl.load(M + (kvh*D + d[:, None])*KD + c[None, :], mask=(d[:, None] < D) & (c[None, :] < KD), other=0.)
     size = tl.maximum(tl.sqrt(tl.max(tl.sum(x*x, 1))) * tl.load(reach + kvh), 1e-30)
     size = tl.exp2(tl.ceil(tl.log2(size)) - BOUND)
-    y = tl.dot(x, A, input_precision="ieee") / size
+    y = tl.dot(x, A, input_precision="tf32x3") / size
     tl.store(query + (bh*GROUP + r[:, None])*KD + c[None, :], y.to(tl.float16), mask=(r[:, None] < GROUP) & (c[None, :] < KD))
     if c0 == 0:
         tl.store(qscale + bh, size * sm_scale * LOG2E)
@@ -353,62 +359,59 @@ def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout,
 
 # %% ../nbs/52_kernels_decode.ipynb #29ec1d0e
 @triton.jit
-def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, mean, out, H, splits,
-                    D: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, S: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr):
-    "Merge splits and exact tokens, take `C` channels of the output out of the frame of the values."
-    bh, c0 = tl.program_id(0), tl.program_id(1)*C
-    r, v, c, s = tl.arange(0, 16), tl.arange(0, VP), c0 + tl.arange(0, C), tl.arange(0, S)
-    rows = bh*GROUP + r
-    top = tl.full([16], -1e30, tl.float32)
-    for t in range(0, splits, S):
-        at = ((bh*splits + t + s[:, None])*GROUP + r[None, :]).to(tl.int64)
-        top = tl.maximum(top, tl.max(tl.load(part_ml + 2*at, mask=(t + s[:, None] < splits) & (r[None, :] < GROUP), other=-1e30), 0))
-    l, acc = tl.full([16], 0., tl.float32), tl.full([16, VP], 0., tl.float32)
-    for t in range(0, splits, S):
-        at = ((bh*splits + t + s[:, None])*GROUP + r[None, :]).to(tl.int64)
-        live = (t + s[:, None] < splits) & (r[None, :] < GROUP)
-        weight = tl.exp2(tl.load(part_ml + 2*at, mask=live, other=-1e30) - top[None, :])
-        l += tl.sum(weight * tl.load(part_ml + 2*at + 1, mask=live, other=0.), 0)
-        a = tl.load(part + at[:, :, None]*VD + v[None, None, :], mask=live[:, :, None] & (v[None, None, :] < VD), other=0.)
-        acc += tl.sum(a * weight[:, :, None], 0)
-    frame = tl.load(Wv + ((bh % H)*VD + v[:, None])*D + c[None, :], mask=(v[:, None] < VD) & (c[None, :] < D), other=0.)
-    y = tl.dot(acc, frame, input_precision="ieee")
-    if MEAN: y += l[:, None] * tl.load(mean + (bh % H)*D + c, mask=c < D, other=0.)[None, :]
-    top += tl.load(qconst + rows, mask=r < GROUP, other=0.)
-    if EXACT:
-        m = tl.load(eml + 2*rows, mask=r < GROUP, other=-1e30)
-        both = tl.maximum(top, m)
-        a, e = tl.exp2(top - both), tl.exp2(m - both)
-        l = l*a + e*tl.load(eml + 2*rows + 1, mask=r < GROUP, other=1.)
-        o = tl.load(eout + rows[:, None]*D + c[None, :], mask=(r[:, None] < GROUP) & (c[None, :] < D), other=0.)
-        y = y*a[:, None] + o*e[:, None]
-    tl.store(out + rows[:, None]*D + c[None, :], (y / tl.where(l > 0, l, 1.)[:, None]).to(out.dtype.element_ty), mask=(r[:, None] < GROUP) & (c[None, :] < D))
+def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, splits,
+                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr):
+    "Merge the splits and the exact tokens of `ROWS` query heads of a group, and take their outputs out of the frame of the values."
+    start = tl.program_id(0) * ROWS
+    bh = start // GROUP
+    kvh = bh % H
+    v, c, s, a = tl.arange(0, VP), tl.arange(0, DP), tl.arange(0, S), tl.arange(0, SP)
+    frame = tl.load(Wv + (kvh*VD + v[:, None])*D + c[None, :], mask=(v[:, None] < VD) & (c[None, :] < D), other=0.)
+    for row in range(start, start + ROWS):
+        first = bh.to(tl.int64)*splits*GROUP + row % GROUP
+        m = tl.load(part_ml + 2*(first + a*GROUP), mask=a < splits, other=-1e30)
+        top = tl.max(m, 0)
+        l = tl.sum(tl.exp2(m - top) * tl.load(part_ml + 2*(first + a*GROUP) + 1, mask=a < splits, other=0.), 0)
+        acc = tl.full([S, VP], 0., tl.float32)
+        for t in range(0, splits, S):
+            at = first + (t + s)*GROUP
+            weight = tl.exp2(tl.load(part_ml + 2*at, mask=t + s < splits, other=-1e30) - top)
+            acc += weight[:, None] * tl.load(part + at[:, None]*VD + v[None, :], mask=(t + s < splits)[:, None] & (v[None, :] < VD), other=0.)
+        y = tl.sum(tl.sum(acc, 0)[:, None] * frame.to(tl.float32), 0) * tl.load(reach + kvh)
+        if MEAN: y += l * tl.load(mean + kvh*D + c, mask=c < D, other=0.)
+        top += tl.load(qconst + row)
+        if EXACT:
+            m = tl.load(eml + 2*row)
+            both = tl.maximum(top, m)
+            l = l*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eml + 2*row + 1)
+            y = y*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eout + row*D + c, mask=c < D, other=0.)
+        tl.store(out + row*D + c, (y / tl.where(l > 0, l, 1.)).to(out.dtype.element_ty), mask=c < D)
 
 # %% ../nbs/52_kernels_decode.ipynb #a93d0f9c
 @triton.jit
 def _relative_kernel(q, M, means, cos, sin, reach, query, bias, qscale, qconst, H, NB, sm_scale,
-                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, BOUND: tl.constexpr):
-    "The queries of `ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
+                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr):
+    "The queries of `TURNS · ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
     bh, p = tl.program_id(0), tl.program_id(1)
     r, d, c, j = tl.arange(0, ROWS), tl.arange(0, D//2), tl.arange(0, KP), tl.arange(0, QB)
-    block, row = p*(ROWS//GP) + r//GP, r % GP
-    live = (block < NB) & (row < GROUP)
-    x1 = tl.load(q + (bh*GROUP + row[:, None])*D + d[None, :], mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
-    x2 = tl.load(q + (bh*GROUP + row[:, None])*D + D//2 + d[None, :], mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
+    row, cols = r % GP, (c < KD)[None, :]
+    at = q + (bh*GROUP + row[:, None])*D + d[None, :]
+    x1 = tl.load(at, mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
+    x2 = tl.load(at + D//2, mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
     size = tl.maximum(tl.sqrt(tl.max(tl.sum(x1*x1 + x2*x2, 1))), 1e-30)
     size = tl.exp2(tl.ceil(tl.log2(size)) - BOUND) # the frame comes divided by its reach
-    co = tl.load(cos + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.) / size
-    si = tl.load(sin + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.) / size
-    y1, y2 = (x1*co + x2*si).to(tl.float16), (x2*co - x1*si).to(tl.float16)
-    A = M + (bh % H)*D*KD + d[:, None]*KD + c[None, :]
-    cols = (c < KD)[None, :]
-    z = tl.dot(y1, tl.load(A, mask=cols, other=0.)) + tl.dot(y2, tl.load(A + D//2*KD, mask=cols, other=0.))
-    to = (bh*NB + block).to(tl.int64)*GROUP + row
-    tl.store(query + to[:, None]*KD + c[None, :], z.to(tl.float16), mask=live[:, None] & cols)
-    B = means + (bh % H)*D*QB + d[:, None]*QB + j[None, :]
-    z = tl.dot(y1, tl.load(B)) + tl.dot(y2, tl.load(B + D//2*QB))
-    to = ((bh*NB + block).to(tl.int64)[:, None]*QB + j[None, :])*GROUP + row[:, None]
-    tl.store(bias + to, z * (size * sm_scale * LOG2E), mask=live[:, None])
+    x1, x2 = x1 / size, x2 / size
+    A, B = M + (bh % H)*D*KD + d[:, None]*KD + c[None, :], means + (bh % H)*D*QB + d[:, None]*QB + j[None, :]
+    A1, A2, B1, B2 = tl.load(A, mask=cols, other=0.), tl.load(A + D//2*KD, mask=cols, other=0.), tl.load(B), tl.load(B + D//2*QB)
+    for t in range(TURNS):
+        block = (p*TURNS + t)*(ROWS//GP) + r//GP
+        live = (block < NB) & (row < GROUP)
+        co = tl.load(cos + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.)
+        si = tl.load(sin + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.)
+        y1, y2 = (x1*co + x2*si).to(tl.float16), (x2*co - x1*si).to(tl.float16)
+        to = (bh*NB + block).to(tl.int64)*GROUP + row
+        tl.store(query + to[:, None]*KD + c[None, :], tl.dot(y2, A2, tl.dot(y1, A1)).to(tl.float16), mask=live[:, None] & cols)
+        tl.store(bias + to[:, None]*QB + j[None, :], tl.dot(y2, B2, tl.dot(y1, B1)) * (size * sm_scale * LOG2E), mask=live[:, None])
     if p == 0:
         tl.store(qscale + bh, size * tl.load(reach + bh % H) * sm_scale * LOG2E)
         tl.store(qconst + bh*GROUP + r, tl.full([ROWS], 0., tl.float32), mask=r < GROUP)
@@ -423,7 +426,8 @@ class Tuning:
     warps: int = 1       # Of the split kernel
     stages: int = 3      # Of its pipeline
     run: int = 4         # Sub-tiles an update of the softmax
-    columns: int = 32    # Output channels a program of the combine kernel
+    rows: int = 32       # Splits that the combine kernel loads at once
+    exact: int = 64      # Exact tokens at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
@@ -484,17 +488,17 @@ class PackedAttention:
         pages:Tensor, # int16 `[B, H, pages, words]`
         pos:int=0,    # Position of the first token
     ) -> tuple: # float64 keys and values `[B, H, T, D]`
-        "What the pages stand for, in float64 on the CPU: the specification of the kernels."
-        kc, vc, kn, vn = (x.cpu() for x in from_pages(self.layout, pages))
+        "What the pages stand for, in float64: the specification of the kernels."
+        kc, vc, kn, vn = from_pages(self.layout, pages)
         out = []
         for codes, norm, frame, kind in ((kc, kn, self.k_frame, "k"), (vc, vn, self.v_frame, "v")):
-            bits, _ = self._levels(kind)
+            bits = self._levels(kind)[0].to(codes.device)
             u = (codes - 2.**(bits - 1) + .5).double()
-            if self.layout.curve == "cubic": u = u * (u*u + torch.tensor([CUBIC[int(b)] for b in bits]).double())
-            x = (u * norm[..., None].double()) @ self._read(frame, kind).mT
+            if self.layout.curve == "cubic": u = u * (u*u + torch.tensor([CUBIC[int(b)] for b in bits], device=u.device).double())
+            x = (u * norm[..., None].double()) @ self._read(frame, kind).mT.to(u.device)
             mean = self._mean(frame, self.heads)
-            if kind == "k" and self.home is not None: x = self.home.leave(x.float(), torch.arange(pos, pos + x.shape[2]), frame.mean.cpu()).double()
-            elif mean is not None: x = x + mean[:, None].double()
+            if kind == "k" and self.home is not None: x = self.home.leave(x.float(), torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device)).double()
+            elif mean is not None: x = x + mean[:, None].double().to(x.device)
             out.append(x)
         return tuple(out)
 
@@ -505,9 +509,10 @@ def _on(self, device):
     if device not in self._at:
         K, V = self._read(self.k_frame, "k"), self._read(self.v_frame, "v")
         reach = K.square().sum(1).amax(-1).sqrt()
-        c = dict(K=K, V=V.mT.contiguous(), reach=reach, zero=torch.zeros(1))
+        c = dict(K=K, reach=reach, v_reach=V.abs().amax((-1, -2)), zero=torch.zeros(1))
         for name, frame in (("k_mean", self.k_frame), ("v_mean", self.v_frame)): c[name] = self._mean(frame, self.heads)
         c = {n: None if x is None else x.to(device, torch.float32).contiguous() for n, x in c.items()}
+        c["V16"] = (V.mT / V.abs().amax((-1, -2), keepdim=True)).to(device, torch.float16).contiguous()
         if self.home is not None:
             offsets = torch.arange(self.home.block)
             c["K16"] = (K / reach[:, None, None]).to(device, torch.float16).contiguous()
@@ -553,20 +558,21 @@ def _attend(self,
     columns = 0 if QB else -(-kd // C)
     if columns or exact is not None:
         _begin_kernel[(BH, columns + (exact is not None))](q, c["K"], zero if c["k_mean"] is None else c["k_mean"], c["reach"], query, qscale, qconst, ek, ev, el, eout, eml,
-            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=64, num_warps=4)
+            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, num_warps=4)
     if QB:
         cos, sin = _turns(self, NB, dev)
-        GP, ROWS = _pow2(G), 64
-        _relative_kernel[(BH, -(-NB // (ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
-            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, BOUND=6, num_warps=4)
+        GP, ROWS, TURNS = _pow2(G), 64, 4
+        _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
+            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, num_warps=4, num_stages=1)
     (kt, ku), (vt, vu), fast = _plan(L, "k"), _plan(L, "v"), not _interpreted()
     kw = dict(maxnreg=t.maxnreg) if t.maxnreg else {}
     _split_kernel[(BH, splits)](store, store.view(torch.int32), table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits,
         WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=G, NH=NH, KT=kt, KU=ku, KC=_curves(L, ku),
-        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=QB, RUN=min(t.run, L.tiles), ASM=fast, STAGES=t.stages, num_warps=t.warps, **kw)
-    C = min(t.columns, DP)
-    _combine_kernel[(BH, -(-D // C))](part, ml, qconst, eout, eml, c["V"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
-        D=D, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, C=C, S=4, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=4)
+        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=QB, RUN=_run(L, t), ASM=fast, STAGES=t.stages, num_warps=t.warps, **kw)
+    SP, zero = _pow2(splits), c["zero"]
+    ROWS = G if BH*G >= 1024 else 1
+    _combine_kernel[(BH*G // ROWS,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
+        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=8 if t.rows > 32 else 4)
     return out
 
 def _splits(BH, pages, t, device):
@@ -603,7 +609,7 @@ def compile_split(
     t, (kt, ku), (vt, vu) = tuning or Tuning(), _plan(layout, "k"), _plan(layout, "v")
     kd, vd = (sum(n for n, _ in x) for x in (layout.k, layout.v))
     fixed = dict(WORDS=layout.words, PAGE=layout.page, T=layout.tokens, TILES=layout.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(layout, ku),
-        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=min(t.run, layout.tiles), ASM=True, STAGES=t.stages)
+        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages)
     types = dict(store="*i16", norms="*i32", table="*i32", lens="*i32", q="*fp16", qscale="*fp32", bias="*fp32", part="*fp32", part_ml="*fp32")
     fn = triton.JITFunction(getattr(_split_kernel, "fn", _split_kernel))
     signature = {a: "constexpr" if a in fixed else types.get(a, "i32") for a in fn.arg_names}

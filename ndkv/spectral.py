@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['klt', 'BitRow', 'norm_code', 'norm_value', 'Home', 'eight_bits', 'SmallFrame', 'SpectralCodec', 'code_table',
-           'key_frame', 'plan']
+           'key_frame', 'plan', 'frame_bits']
 
 # %% ../nbs/34_spectral.ipynb #1b83395b
 from dataclasses import dataclass, replace
@@ -288,6 +288,13 @@ def plan(
     groups = [[s] for s in spectra] if equal else [spectra]
     widths = [w for g in groups for w in allocate_global(g, _budget(g, bits), table)]
     return {key: SpectralCodec(frames[key], w, homes[key], trellis) for key, w in zip(frames, widths)}
+
+
+def frame_bits(
+    codecs: dict,  # From `plan`
+) -> float:  # Bits for each element of one token; over T tokens that share the frames, a T-th of it
+    "Memory of all frames, in bits an element."
+    return sum(c.frame_bits * c.widths.numel() for c in codecs.values()) / sum(c.widths.numel() for c in codecs.values())
 
 
 def _budget(spectra, bits):

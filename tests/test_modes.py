@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from ndkv import cache as caches
 from ndkv.cache import NDCache, NDLayer, method
 from ndkv.codec import NormDirectionCodec
-from ndkv.fisher import fisher
+from ndkv.fisher import calibrate
 from ndkv.profile import collect
 from ndkv.spectral import plan
 from ndkv.store import fork, load_cache, save_cache
@@ -240,8 +240,7 @@ def test_block_relative_codes_with_left_padding(models, note):
     note("modes", model="llama", method="spectral", mode="left padding, block-relative codes", window=8, sinks=4, block=16)
     model = models["llama"]
     text = torch.randint(1, 61, (16, 96), generator=torch.Generator().manual_seed(0))
-    prices = fisher(model, text, window=8, block=16, bar=False)
-    kw = dict(method="spectral", codecs=plan(collect(model, text, bar=False), bits=4, block=16, prices=prices), window=8, block=16)
+    kw = dict(method="spectral", codecs=plan(calibrate(model, text, window=8, block=16, bar=False), bits=4, block=16), window=8, block=16)
     for pads in (0, 7, 16):
         ids, mask = text[:2, :80].clone(), torch.ones(2, 80, dtype=torch.long)
         ids[1, :pads], mask[1, :pads] = 0, 0

@@ -1,0 +1,197 @@
+"Sweeps that are stopped, that fail and that lose a worker; recommendations that keep their promises."
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from conftest import ROOT
+from ndkv.codebooks import distortion, lloyd_max
+from ndkv.data import EOT, train_tokenizer
+from ndkv.models import load_model, save_model, zoo_config
+from ndkv.results import load_rows, validate
+from ndkv.search import bit_path, cells_of, read_grid, recommend, sweep
+from ndkv.tasks import filler
+
+SIZE = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+GRID = dict(models=['tiny'], methods=['bf16', 'rotation', 'int'], bits=[2, 3, 4], tasks=['prose', 'copy'], length=[160], n=2, window=[16], sinks=[2], block=[8])
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with a zoo of one model and a text."
+    folder, rng = tmp_path_factory.mktemp('home'), random.Random(0)
+    text = EOT.join(filler(rng, 900) for _ in range(12))
+    (folder / 'data').mkdir()
+    (folder / 'data' / 'prose.txt').write_text(text)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([text], 300), eos_token=EOT, pad_token=EOT)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(zoo_config('llama', **SIZE))
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(3)
+    save_model(model, tokenizer, folder / 'zoo' / 'tiny')
+    return folder
+
+
+def go(home, out, grid=GRID, **kw): return sweep(grid, out, 'rows', home / 'data', home / 'zoo', bar=False, **kw)
+
+
+def complete(out, grid=GRID):
+    "Every cell is there, in one run of its own, and the folder is sound."
+    runs = {}
+    for r in load_rows(out / 'rows.jsonl', clean_only=True): runs.setdefault(r['key'], set()).add(r['run'])
+    _, n = validate(out)
+    assert runs.keys() == cells_of(read_grid(grid)).keys() and all(len(r) == 1 for r in runs.values()) and n == len(runs)
+
+
+def test_a_sweep_is_never_run_twice(home, tmp_path, clean_code):
+    first = go(home, tmp_path)
+    assert len(first['done']) == 14 and not first['failed']
+    complete(tmp_path)
+    before = (tmp_path / 'rows.jsonl').read_bytes()
+    assert sorted(go(home, tmp_path)['skipped']) == sorted(first['done'])
+    assert (tmp_path / 'rows.jsonl').read_bytes() == before
+    more = dict(GRID, bits=[2, 3, 4, [4, 2]])
+    assert len(go(home, tmp_path, more)['done']) == 4
+    complete(tmp_path, more)
+
+
+def test_a_killed_sweep_goes_on(home, tmp_path, clean_code):
+    code = f'''
+        from pathlib import Path
+        import torch; torch.set_num_threads(1)
+        from ndkv.search import sweep
+        sweep({GRID!r}, {str(tmp_path)!r}, 'rows', {str(home / "data")!r}, {str(home / "zoo")!r}, bar=False)
+    '''
+    job = subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    end = time.time() + 60
+    while time.time() < end and job.poll() is None and not ((tmp_path / 'rows.jsonl').exists() and len({r['key'] for r in load_rows(tmp_path / 'rows.jsonl')}) >= 3): time.sleep(.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    before = {r['key'] for r in load_rows(tmp_path / 'rows.jsonl')}
+    assert 3 <= len(before) < 14
+    report = go(home, tmp_path)
+    assert set(report['skipped']) == before and len(report['done']) == 14 - len(before)
+    complete(tmp_path)
+
+
+def test_a_failed_cell_is_recorded_and_the_rest_go_on(home, tmp_path, clean_code):
+    grid = dict(GRID, bits=[3, 9], tasks=['prose', 'verse'])
+    report = go(home, tmp_path, grid)
+    failed = json.loads((tmp_path / 'rows.failed.json').read_text())
+    assert len(report['done']) == 3 and sorted(failed) == sorted(report['failed']) and len(failed) == 7 # 2 of prose at 9 bits, 5 of verse
+    assert {'bits=(9, 9)' in f['error'] or "named 'verse'" in f['error'] for f in failed.values()} == {True}
+    assert len(go(home, tmp_path, grid, retry=False)['skipped']) == 10
+    (home / 'data' / 'verse.txt').write_text((home / 'data' / 'prose.txt').read_text())
+    try: assert len(go(home, tmp_path, grid)['done']) == 3
+    finally: (home / 'data' / 'verse.txt').unlink()
+    assert len(json.loads((tmp_path / 'rows.failed.json').read_text())) == 4
+
+
+def test_two_sweeps_into_one_file_are_refused(home, tmp_path, clean_code, monkeypatch):
+    import ndkv.search as search
+    seen = []
+
+    def attempt(key, cell, where):
+        with pytest.raises(ValueError, match='another sweep is writing'): go(home, tmp_path)
+        seen.append(key)
+        return None, 'x'
+    monkeypatch.setattr(search, 'attempt', attempt)
+    go(home, tmp_path, dict(GRID, methods=['bf16']))
+    assert len(seen) == 2
+
+
+def test_baselines_and_spectral_in_one_grid(home, tmp_path, clean_code):
+    grid = dict(models=['tiny', 'tiny+key_outliers'], methods=['baselines', 'spectral'], bits=[3], tasks=['prose'], length=[160], n=1, window=[16], sinks=[4], block=[64], calibration='prose', calibration_windows=4)
+    report = go(home, tmp_path, grid)
+    failed = json.loads((tmp_path / 'rows.failed.json').read_text()) if report['failed'] else {}
+    assert {f['cell']['method'] for f in failed.values()} <= {'quanto', 'hqq'}, [f['error'] for f in failed.values()]
+    methods = Counter(r['method'] for r in load_rows(tmp_path) if r['metric'] == 'kl_mean' and r['model'] == 'tiny')
+    assert methods['spectral'] == 1 and methods['oscar'] == 3 and methods['turboquant'] == 8
+
+
+@pytest.mark.parametrize('bad, message', [
+    ({}, 'names no models'), ({'models': ['tiny'], 'task': ['x']}, "unknown field 'task'"), ({'models': ['tiny'], 'methods': ['rot']}, "'rot' is unknown"),
+])
+def test_a_wrong_grid_is_refused_at_once(home, tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message): go(home, tmp_path, bad)
+    assert not (tmp_path / 'rows.jsonl').exists()
+
+
+def test_a_grid_is_a_yaml_file(home, tmp_path, clean_code):
+    (tmp_path / 'grid.yaml').write_text('models: tiny\nmethods: [rotation, {method: rotation, codebook: uniform}]\nbits: [3, [4, 2]]\ntasks: prose\nlength: 160\nn: 1\nwindow: 16\nsinks: 2\nblock: 8\n')
+    assert len(go(home, tmp_path / 'out', tmp_path / 'grid.yaml')['done']) == 4
+    assert Counter(r.get('codebook') for r in load_rows(tmp_path / 'out') if r['metric'] == 'kl_max') == {None: 2, 'uniform': 2}
+    (tmp_path / 'bad.yaml').write_text('models: [tiny')
+    with pytest.raises(ValueError, match='not YAML'): go(home, tmp_path, tmp_path / 'bad.yaml')
+
+
+def workers():
+    "Process ids of Ray workers under this process that are measuring a cell."
+    parent, found = {}, []
+    for p in Path('/proc').iterdir():
+        try:
+            if p.name.isdigit():
+                parent[int(p.name)] = int((p / 'stat').read_text().rsplit(')', 1)[1].split()[1])
+                if b'ray::attempt' in (p / 'cmdline').read_bytes(): found.append(int(p.name))
+        except OSError: pass
+
+    def mine(pid): return pid == os.getpid() or pid in parent and mine(parent[pid])
+    return [pid for pid in found if mine(pid)]
+
+
+def test_ray_with_two_workers_one_killed(home, tmp_path, clean_code, monkeypatch):
+    ray = pytest.importorskip('ray', reason='ray is not installed: pip install ray')
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.setenv('RAY_ENABLE_UV_RUN_RUNTIME_ENV', '0')
+    ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)
+    grid, killed = dict(GRID, bits=[2, 3, 4, [4, 2], [3, 2], 6, 8]), []
+    import ndkv.search as search
+    publish = search._publish
+
+    def then_kill(files, out): # when the third cell has been written, one of the workers dies
+        publish(files, out)
+        if not killed and len({r['key'] for r in load_rows(out / 'rows.jsonl')}) == 3 and (pids := workers()):
+            os.kill(pids[0], signal.SIGKILL)
+            killed.append(pids[0])
+    monkeypatch.setattr(search, '_publish', then_kill)
+    try: report = go(home, tmp_path, grid, ray='local')
+    finally: ray.shutdown()
+    assert killed and not report['failed'] and len(report['done']) == 30
+    complete(tmp_path, grid)
+
+
+CHOICES = 2, 3, 4, 6
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_path_is_the_frontier(seed):
+    g = torch.Generator().manual_seed(seed)
+    s = {(l, x): torch.rand(1, generator=g).item() ** 4 for l in range(2) for x in (0, 1)}
+    prices = {(p, b): b + .125 for p in s for b in CHOICES}
+    D = {b: distortion(lloyd_max(b)) for b in CHOICES}
+    kl, cost = (lambda q: sum(s[p] * D[b] for p, b in q.items())), (lambda q: sum(prices[p, b] for p, b in q.items()))
+    every = [dict(zip(s, bits)) for bits in itertools.product(CHOICES, repeat=4)]
+    for q in bit_path(s, prices, CHOICES): assert kl(q) <= min(kl(o) for o in every if cost(o) <= cost(q) + 1e-9) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize('wish', [dict(budget=3.), dict(budget=4.4), dict(max_kl=.01)])
+def test_a_recommendation_keeps_its_promise(home, wish):
+    model, _ = load_model(home / 'zoo' / 'tiny', dtype=torch.float32)
+    ids = torch.randint(0, 300, (4, 140), generator=torch.Generator().manual_seed(0))
+    found = recommend(model, ids, **wish, choices=CHOICES, window=16, sinks=2, block=8, bar=False)
+    assert found.choice['bits'] <= wish.get('budget', 9) and found.choice['kl'] <= wish.get('max_kl', 9)
+    assert found.choice in found.points and 'choice' in str(found) and found.command in str(found)
+    bits = [p['bits'] for p in found.points]
+    assert bits == sorted(bits) and found.points[0]['kl'] > found.points[-1]['kl']
+    assert abs(found.uniform[0]['kl'] - found.points[0]['kl']) < 1e-9 # both ends are the same setting
