@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
-           'QUALITY', 'OPERATORS', 'CLAIMS', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'ALLOWED', 'LAYOUT', 'TYPED',
-           'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme',
-           'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve',
-           'frontier', 'quality_line', 'quality', 'heads_table', 'Claim', 'claim', 'met', 'reference_ppl', 'claims',
-           'claims_markdown', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device',
-           'numbers_tex', 'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare',
-           'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'DEFAULTS', 'QUALITY', 'OPERATORS', 'CLAIMS', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'ALLOWED', 'LAYOUT',
+           'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape', 'Style', 'style_of',
+           'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve', 'draw_noise_floor',
+           'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'quality_line', 'quality',
+           'heads_table', 'bits_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst',
+           'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'claims', 'claims_markdown',
+           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex',
+           'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, operator, re, tempfile
@@ -42,6 +44,7 @@ class Book:
     ):
         self.folder,self.used = Path(folder),{}
         self.rows = load_rows(folder, clean_only)
+        for r in self.rows: r['file'] = r['at'].split('.jsonl')[0]
         self.runs = load_runs(folder) if (self.folder/'runs.jsonl').exists() else {}
 
     @contextmanager
@@ -54,11 +57,11 @@ class Book:
             self.used = outer
 
 # %% ../nbs/90_report.ipynb #e18424eb
-MEASURED = {'value', 'stderr', 'n', 'run', 'at'}
+MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at'}
 
 def _cell(self:Book, **where):
     "The row that answers `where`, or None; rows of single layers and heads only where asked for."
-    where = dict(layer=None, head=None) | where
+    where = dict(layer=None, head=None, position=None) | where
     found = [r for r in self.rows if all(r.get(k) == v for k, v in where.items())]
     if not found: return None
     names = sorted(k for r in found for k in r if k not in MEASURED and r.get(k) != found[0].get(k))
@@ -126,6 +129,7 @@ class Style:
 STYLES = dict(
     bf16=Style('bf16 cache', '#555555', 'D'),
     rotation=Style('rotation', '#0072B2', 'o'),
+    spectral=Style('spectral', '#D55E00', 's'),
 )
 FALLBACK = ('#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
@@ -177,7 +181,7 @@ def table(name:str):
     return lambda f: TABLES.setdefault(name, f)
 
 # %% ../nbs/90_report.ipynb #75239391
-REFERENCE = dict(model='llama', data='wiki_val')
+REFERENCE = dict(file='frontier', model='llama', data='wiki_val')
 BITS = (2, 3, 4)
 WINDOWED,BARE = dict(window=128, sinks=4),dict(window=0, sinks=0)
 
@@ -233,6 +237,49 @@ def frontier(book, plt):
         ax.set(title=title, xlabel='bits per element, all included', ylabel='KL to exact cache (nats)', xticks=BITS)
         ax.spines[['top', 'right']].set_visible(False)
     handles,labels = axes[0].get_legend_handles_labels()
+    if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2.6, columnspacing=1.4)
+    return fig
+
+# %% ../nbs/90_report.ipynb #80f651b3
+DEFAULTS = dict(file='bits', data='wiki_val', window=128, sinks=4)
+
+def models_of(book, **where) -> list:
+    "Models that have a row for `where`, in order of name."
+    return sorted({r['model'] for r in book.rows if all(r.get(k) == v for k, v in where.items())})
+
+def line(
+    book:Book, # Where to look
+    metric:str, # `kl_mean`, ...
+    **where, # Model, method, profile, ...
+) -> list: # Rows of the metric, in order of the budget
+    "Rows of one method on one model, over its budgets."
+    where = dict(DEFAULTS, **where)
+    budgets = sorted({r['k_bits'] for r in book.rows if r.get('k_bits') and all(r.get(k) == v for k, v in where.items())})
+    return [row for b in budgets if (row := book.cell(metric=metric, k_bits=b, **where))]
+
+def spectral_line(book, metric, model, profile='wiki_cal'):
+    "Rows of the default spectral codes."
+    return line(book, metric, model=model, method='spectral', home='64', trellis=256, prices='fisher', allocation='global', profile=profile)
+
+# %% ../nbs/90_report.ipynb #5a43a628
+@figure('bits')
+def bits_figure(book, plt):
+    "Bits per element against KL, one panel a model."
+    models = models_of(book, **DEFAULTS) or ['llama']
+    fig,axes = plt.subplots(1, len(models), figsize=(2.75*max(len(models), 2), 2.5), sharey=True, squeeze=False, layout='constrained')
+    for ax, model in zip(axes[0], models):
+        for method, rows in (('rotation', lambda m: line(book, m, model=model, method='rotation')), ('spectral', lambda m: spectral_line(book, m, model))):
+            style,kl = style_of(method),[r['value'] for r in rows('kl_mean')]
+            if not kl: continue
+            ax.plot([r['value'] for r in rows('bits')], kl, color=style.color, marker=style.marker, label=style.label)
+            framed = [r['value'] for r in rows('bits_with_frames')]
+            if framed: ax.plot(framed, kl, color=style.color, marker=style.marker, mfc='white', mew=1.1, ls=(0, (4, 2)), label=f'{style.label}, frames counted at 4096 tokens')
+        if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+        else: ax.set_yscale('log')
+        ax.set(title=model, xlabel='bits per element', xticks=(1, 2, 3, 4))
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
+    handles,labels = axes[0, 0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2.6, columnspacing=1.4)
     return fig
 
@@ -295,6 +342,24 @@ def heads_table(book):
         lines.append(' & '.join([str(bits), *cells]) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
+# %% ../nbs/90_report.ipynb #8bbcba98
+@table('bits')
+def bits_table(book):
+    "Bits, KL and perplexity of rotation and spectral codes on every model."
+    lines = [r'\begin{tabular}{@{}llrrrrrr@{}}', r'\toprule', r'& & \multicolumn{2}{c}{bits} & \multicolumn{3}{c}{KL to exact cache (nats)} & \\ \cmidrule(lr){3-4}\cmidrule(lr){5-7}',
+             r'model & codes & codes & + frames & mean & p99.9 & max & ppl \\', r'\midrule']
+    metrics = [('bits', dict(digits=4)), ('bits_with_frames', dict(digits=4)), ('kl_mean', {}), ('kl_p999', {}), ('kl_max', {}), ('ppl', dict(digits=4))]
+    for model in models_of(book, **DEFAULTS):
+        exact = dict(DEFAULTS, model=model, method='bf16')
+        found = [['exact again', '16', '', *(res(book.cell(metric=m, **exact), **style) for m, style in metrics[2:])]]
+        for r in line(book, 'bits', model=model, method='rotation'):
+            where = dict(DEFAULTS, model=model, method='rotation', k_bits=r['k_bits'])
+            found.append([f"rotation, {r['k_bits']} bits", *('' if m == 'bits_with_frames' else res(book.cell(metric=m, **where), **style) for m, style in metrics)])
+        rows = {m: spectral_line(book, m, model) for m, _ in metrics}
+        for i, r in enumerate(rows['bits']): found.append([f"spectral, {r['k_bits']:g}", *(res(rows[m][i], **style) for m, style in metrics)])
+        lines += [' & '.join([model if i == 0 else '', *cells]) + r' \\' for i, cells in enumerate(found)] + [r'\addlinespace']
+    return '\n'.join(lines[:-1] + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
 # %% ../nbs/90_report.ipynb #364904ca
 OPERATORS = {'<=': operator.le, '>=': operator.ge, '<': operator.lt, '>': operator.gt}
 
@@ -337,6 +402,67 @@ def _kl_claim(bits, target):
 
 for _bits, _target in ((2, '<= 0.08'), (3, '<= 0.02'), (4, '<= 0.006')): _kl_claim(_bits, _target)
 
+# %% ../nbs/90_report.ipynb #1d9953f0
+def reached(
+    book:Book, # Where to look
+    model:str, # Of the zoo
+    bits:int, # Of the rotation
+    profile:str='wiki_cal', # Text that the spectral codes were calibrated on
+) -> tuple|None: # Row of the rotation's bits, budget of the first spectral cell that is as good
+    "The smallest budget of spectral codes whose mean KL is at most the rotation's."
+    goal = book.cell(metric='kl_mean', model=model, method='rotation', k_bits=bits, **DEFAULTS)
+    if goal is None: return None
+    good = [r['k_bits'] for r in spectral_line(book, 'kl_mean', model, profile) if r['value'] <= goal['value']]
+    return good[0] if good else None
+
+def spectral_value(book, metric, model, budget, profile='wiki_cal'):
+    "One number of one spectral cell."
+    return next(r['value'] for r in spectral_line(book, metric, model, profile) if r['k_bits'] == budget)
+
+def worst(book, f, **where):
+    "Largest value of `f(model)` over the models with rows, None where one has none."
+    values = [f(m) for m in models_of(book, **dict(DEFAULTS, method='spectral', **where))]
+    return None if not values or None in values else max(values)
+
+# %% ../nbs/90_report.ipynb #ae6b790e
+def bits_ratio(book, model, bits, profile='wiki_cal', tokens=4096):
+    "Bits of spectral codes over bits of the rotation at equal mean KL, frames shared by `tokens`."
+    budget = reached(book, model, bits, profile)
+    if budget is None: return None
+    plain,framed = (spectral_value(book, m, model, budget, profile) for m in ('bits', 'bits_with_frames'))
+    length = book.cell(metric='kl_mean', model=model, method='rotation', k_bits=bits, **DEFAULTS)['length']
+    return (plain + (framed - plain)*length/tokens) / book.value(metric='bits', model=model, method='rotation', k_bits=bits, **DEFAULTS)
+
+def _ratio_claim(bits, target):
+    sentence = f'Bits of spectral codes that reach the mean KL of rotation + Lloyd–Max at {bits} bits, as a share of its bits, frames counted at 4096 tokens; worst model.'
+    @claim(f'bits_ratio_{bits}', sentence, 'of the bits', target)
+    def ratio(book): return worst(book, lambda m: bits_ratio(book, m, bits))
+
+for _bits, _target in ((2, '<= 0.5'), (3, '<= 0.5'), (4, '<= 0.6')): _ratio_claim(_bits, _target)
+
+@claim('bits_ratio_3_uncalibrated', 'The same at 3 bits without any text to calibrate on (the model writes its own), frames counted at 32768 tokens; worst model.', 'of the bits', '<= 0.55')
+def bits_ratio_3_uncalibrated(book): return worst(book, lambda m: bits_ratio(book, m, 3, 'own text', 32768), profile='own text')
+
+# %% ../nbs/90_report.ipynb #beb927f3
+@claim('p99_kl_ratio_3', 'Tail at that point: 99.9th percentile of the KL of spectral codes over that of the rotation at 3 bits; worst model.', 'of the KL', '<= 1')
+def p99_kl_ratio_3(book):
+    def ratio(model):
+        budget = reached(book, model, 3)
+        return budget and spectral_value(book, 'kl_p999', model, budget) / book.value(metric='kl_p999', model=model, method='rotation', k_bits=3, **DEFAULTS)
+    return worst(book, ratio)
+
+def _ppl_claim(id, most, target):
+    @claim(id, f'Increase of the perplexity with at most {most} bits an element, frames counted at 4096 tokens; worst model.', '%', target)
+    def ppl_increase(book):
+        def increase(model):
+            fits = [r['k_bits'] for r in spectral_line(book, 'bits_with_frames', model) if r['value'] <= most]
+            exact = book.value(metric='ppl', model=model, method='bf16', **DEFAULTS)
+            return 100*(spectral_value(book, 'ppl', model, fits[-1])/exact - 1) if fits and exact else None
+        return worst(book, increase)
+
+_ppl_claim('ppl_increase_2bit', 2.0, '<= 1')
+_ppl_claim('ppl_increase_1p5bit', 1.5, '<= 2.5')
+
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(
     source=None, # A Book, a results folder, or None for the one of this repository
@@ -359,7 +485,8 @@ def claims_markdown(book) -> str:
     lines = ['| claim | value | target | met | rows |', '|---|---|---|---|---|']
     for c in claims(book):
         value = 'not run' if c['value'] is None else f"{significant(c['value'])} {c['unit']}"
-        rows = ', '.join(f"[`{Path(r).name}`]({r})" for r in c['rows']) or '–'
+        rows = ', '.join(f"[`{Path(r).name}`]({r})" for r in c['rows'][:3]) or '–'
+        if len(c['rows']) > 3: rows += f" and {len(c['rows']) - 3} more"
         lines.append(f"| `{c['id']}`: {c['sentence']} | {value} | {c['target']} | {'yes' if c['met'] else '**no**'} | {rows} |")
     return '\n'.join(lines)
 

@@ -17,7 +17,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def write_synthetic(folder, name='kl'):
+def write_synthetic(folder, name='frontier'):
     "Rows with the schema of the real ones; KL falls by four a bit."
     common = dict(model='llama', data='wiki_val', length=2048, block=64, n=65536)
     with Run(folder, command='synthetic', name=name) as run:

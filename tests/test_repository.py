@@ -125,25 +125,25 @@ def change_last_digit(path, line):
 
 @pytest.mark.parametrize('line', [1, 9, 17, 25, 40, 64])
 def test_one_changed_digit_fails_and_is_located(small_repository, line):
-    change_last_digit(small_repository / 'results' / 'kl.jsonl', line)
+    change_last_digit(small_repository / 'results' / 'frontier.jsonl', line)
     out = command('verify', cwd=small_repository)
     assert out.returncode == 1 and 'run `ndkv report`' in out.stderr
     assert f'paper/generated/ledger.txt:{line}' in out.stdout
-    assert f'results/kl.jsonl#L{line}' in out.stdout
+    assert f'results/frontier.jsonl#L{line}' in out.stdout
     assert 'committed:' in out.stdout and 'regenerated:' in out.stdout
 
 
 def test_a_changed_claim_is_found_in_readme_numbers_and_figure(small_repository):
-    rows = (small_repository / 'results' / 'kl.jsonl').read_text().splitlines()
+    rows = (small_repository / 'results' / 'frontier.jsonl').read_text().splitlines()
     line = next(i for i, r in enumerate(map(json.loads, rows), 1) if r.get('k_bits') == 3 and r['window'] == 128 and r['metric'] == 'kl_mean')
     text = rows[line - 1].replace('"value": 0.0125', '"value": 0.0225')
-    (small_repository / 'results' / 'kl.jsonl').write_text('\n'.join(rows[:line - 1] + [text] + rows[line:]) + '\n')
+    (small_repository / 'results' / 'frontier.jsonl').write_text('\n'.join(rows[:line - 1] + [text] + rows[line:]) + '\n')
     faults = report.verify(small_repository)
     named = {f.split('\n')[0].split(':')[0].split(' ')[0] for f in faults}
     expected = {'paper/generated/ledger.txt', 'paper/generated/numbers.tex', 'paper/generated/tables/quality.tex', 'paper/generated/tables/claims.tex', 'README.md'}
     if not report.unpinned(ROOT): expected |= {'paper/generated/figures/frontier.pdf', 'paper/generated/figures/frontier.svg'}
     assert named == expected
-    assert all(f'results/kl.jsonl#L{line}' in f for f in faults if 'claims.tex' not in f and 'figures' not in f)
+    assert all(f'results/frontier.jsonl#L{line}' in f for f in faults if 'claims.tex' not in f and 'figures' not in f)
 
 
 def test_an_edited_or_missing_generated_file_is_found(small_repository):
@@ -169,7 +169,7 @@ def test_a_number_typed_into_the_paper_is_found(small_repository):
     (lambda text: text.replace('"value": ', '"value": NaN, "was": ', 1), r'kl\.jsonl:1: value is NaN'),
 ])
 def test_damaged_results_are_one_line_and_exit_code_1(small_repository, damage, message):
-    path = small_repository / 'results' / 'kl.jsonl'
+    path = small_repository / 'results' / 'frontier.jsonl'
     path.write_text(damage(path.read_text()))
     before = {p: p.read_bytes() for p in (small_repository / 'paper').rglob('*') if p.is_file()}
     for what in ('verify', 'report', 'claims'):
