@@ -592,13 +592,14 @@ def kvquant_method(
     seed: int = 0,  # Not used
     profile: Profile | None = None,  # Channels' means and variances before RoPE, for keys
     share: float = 0.01,  # Outliers
+    spread: float = 1.15,  # Factor on the keys' deviations, for tails heavier than a Gaussian's
 ) -> Codec:
     "KVQuant-style: pre-RoPE keys per channel, values per token, 1 % outliers."
     span = 64 if d <= 1024 else 2**16 // d
     if kind == "v": return DenseSparse(d, bits, share, span=span, heads=heads)
     s = _stats(profile, layer, kind, heads, d, "kvquant")
     std = s.k_cov.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-6)
-    return DenseSparse(d, bits, share, s.k_mean.float(), std.float(), span, heads=heads, rope=s.rope)
+    return DenseSparse(d, bits, share, s.k_mean.float(), spread * std.float(), span, heads=heads, rope=s.rope)
 
 # %% ../nbs/60_baselines.ipynb #994c801b
 @cache

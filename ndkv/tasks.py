@@ -236,8 +236,8 @@ def cell_fields(
 ) -> dict:  # method, k_bits, v_bits, window, sinks, block, and plain options
     "What a row says of a cell."
     fields = {k: v for k, v in vars(cell).items() if not callable(v)}
-    options = fields.pop("options", {})
-    return fields | {k: v for k, v in options.items() if v is None or isinstance(v, (int, float, str))}
+    options, note = fields.pop("options", {}), fields.pop("note", {})
+    return fields | note | {k: v for k, v in options.items() if v is None or isinstance(v, (int, float, str))}
 
 
 def task_scores(

@@ -129,6 +129,17 @@ def test_family(family, tmp_path, note):
                 bits=first.report()["bits_packed"], reference_identical=True)
 
 
+@pytest.mark.parametrize("family", ["Falcon-H1", "Qwen3-Next", "LFM2", "BART", "T5", "DeepSeek-V3", "Gemma 2"])
+def test_beams(family, tmp_path):
+    "Beams reorder every kind of memory: states, latents, cross-attention."
+    model = load(family, tmp_path)
+    run = lambda cache: model.generate(**prompt(family), past_key_values=cache, do_sample=True, num_beams=4, max_new_tokens=24)
+    torch.manual_seed(1); ordinary = run(EncoderDecoderCache(DynamicCache(), DynamicCache()) if model.config.is_encoder_decoder else DynamicCache(config=model.config))
+    torch.manual_seed(1); assert torch.equal(run(make(model, method="exact")), ordinary)
+    torch.manual_seed(1); mine = run(make(model, **QUANTIZED))
+    torch.manual_seed(1); assert torch.equal(mine, run(as_plain(make(model, **QUANTIZED))))
+
+
 def test_quantized_layers(tmp_path):
     "Which layers of the hybrids are quantized, and that nothing else is."
     for family, expected in {"Qwen3-Next": [False, True], "Falcon-H1": [True, True], "LFM2": [False, True], "Gemma 2": [True, True]}.items():
@@ -142,6 +153,7 @@ REFUSED = {
     "DeepSeek-V3, 3 bits": (lambda: tf.DeepseekV3Config(**MLA), dict(bits=3), "4 bits or more"),
     "DeepSeek-V3, rotary keys": (lambda: tf.DeepseekV3Config(**MLA), dict(bits=(4, 4)), "keep them exact"),
     "DeepSeek-V3, one layer": (lambda: tf.DeepseekV3Config(**MLA), dict(bits={0: 4, 1: 2}), "layer 1"),
+    "DeepSeek-V3, spectral": (lambda: tf.DeepseekV3Config(**MLA), dict(method="spectral", codecs={}), "caches latents"),
     "ResNet": (lambda: tf.ResNetConfig(), {}, "ResNetConfig"),
 }
 

@@ -237,3 +237,7 @@ def test_library_caches_stream(tiny, backend, module):
     numbers = account(reports[cell])
     assert numbers['bits'] == pytest.approx(4 + 32/64) and 4.5 < numbers['bits_total'] < 8
     assert 0 < found[cell]['kl'][:, 132:].mean() < .1
+    caches = cell.cache(CONFIG), cell.cache(CONFIG)
+    chunked = torch.cat([step(tiny, ids[:, a:b], caches[0]) for a, b in chunk_edges(300, 132, 64)], 1)
+    single = torch.cat([step(tiny, ids[:, :132], caches[1])] + [step(tiny, ids[:, i:i+1], caches[1]) for i in range(132, 300)], 1)
+    assert torch.allclose(single, chunked, atol=1e-4)

@@ -109,6 +109,7 @@ def test_encoder_decoder():
     assert cache.self_attention_cache.report()["packed_tokens"] == 8 and cache.cross_attention_cache.report()["packed_tokens"] == 36
     with pytest.raises(ValueError, match="encoder_decoder"): NDCache(model.config)
     with pytest.raises(ValueError, match="no encoder"): encoder_decoder(tf.LlamaConfig(**BASE))
+    with pytest.raises(ValueError, match="one cache, here are two"): encoder_decoder(model.config, profile="x")
 
 
 def test_conversation_goes_on(models):
@@ -200,6 +201,100 @@ def test_chunks_are_decoding(window, sinks, block, n, done, sliding):
                 last = got.shape[2] - (end - 1 - t)
                 seen = expected.shape[2] if sliding is None else min(expected.shape[2], sliding)
                 assert torch.equal(got[:, :, last - seen:last], expected[:, :, expected.shape[2] - seen:])
+
+
+# --- properties of any stream ----------------------------------------------------------------------------------------------------------------
+
+SETTINGS = dict(window=st.integers(0, 12), sinks=st.integers(0, 5), block=st.sampled_from([4, 8, 12]), sliding=st.sampled_from([None, 1, 5, 17, 30]), group=st.sampled_from([1, 4]))
+
+
+def absmax_layer(sliding, group, **kw):
+    "A layer with codes that depend on position and are the same bit for bit however a batch is cut."
+    kw |= dict(method="test-absmax", group=group)
+    return NDLayer(0, (3, 3), **kw) if sliding is None else NDSlidingLayer(sliding, 0, (3, 3), **kw)
+
+
+def stored(layer): return [t for s in layer.stores for t in (*s.tensors.values(), torch.tensor(s.starts + (s.end,)))]
+
+
+def same_bits(a, b): return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), **SETTINGS)
+def test_chunks_equal_one_shot(sizes, sliding, **kw):
+    "However a stream is cut into calls, the next token reads the same, bit for bit, and a layer that doesn't slide holds the same."
+    x, one, cut = torch.randn(2, 1, H, sum(sizes) + 1, D, generator=torch.Generator().manual_seed(0)), absmax_layer(sliding, **kw), absmax_layer(sliding, **kw)
+    one.update(*x[:, :, :, :-1])
+    at = 0
+    for q in sizes: at = (cut.update(*x[:, :, :, at:at+q]), at + q)[1]
+    assert same_bits(one.update(*x[:, :, :, -1:]), cut.update(*x[:, :, :, -1:]))
+    if sliding is None: assert same_bits(stored(one), stored(cut))
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(st.one_of(st.tuples(st.just("update"), st.integers(1, 24)), st.tuples(st.just("crop"), st.integers(0, 4))), min_size=1, max_size=10), **SETTINGS)
+def test_a_row_is_alone(steps, sliding, **kw):
+    "What a row of a batch reads and stores is what it reads and stores in a batch of one."
+    both, alone, g = absmax_layer(sliding, **kw), [absmax_layer(sliding, **kw) for _ in range(3)], torch.Generator().manual_seed(0)
+    for layer in (both, *alone): layer.activate_past_recording()
+    for name, n in steps:
+        if name == "crop":
+            for layer in (both, *alone): layer.crop(-min(n, layer.get_seq_length()) if sliding is None else 0)
+            continue
+        x = torch.randn(2, 3, H, n, D, generator=g)
+        out = both.update(*x)
+        for row, layer in enumerate(alone): assert same_bits([o[row:row+1] for o in out], layer.update(*x[:, row:row+1]))
+    for row, layer in enumerate(alone):
+        for s, t in zip(both.stores, layer.stores): assert same_bits([v[row:row+1] for v in s.tensors.values()], list(t.tensors.values()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(before=st.lists(st.integers(1, 40), min_size=1, max_size=4), proposals=st.lists(st.integers(1, 60), min_size=1, max_size=4), keep=st.integers(0, 3), after=st.integers(1, 20), exact_new=st.booleans(), **SETTINGS)
+def test_crop_leaves_no_trace(before, proposals, keep, after, exact_new, sliding, **kw):
+    "Proposals of any length, cropped to the tokens that are kept, are as if only these had come; without announcement, up to a block."
+    announced = exact_new and max(proposals) + keep > kw["block"]
+    kw |= dict(exact_new=exact_new)
+    if not exact_new: proposals = []                # there, everything that comes is encoded at once: nothing can be taken back unseen
+    a, b, g = absmax_layer(sliding, **kw), absmax_layer(sliding, **kw), torch.Generator().manual_seed(0)
+    for layer in (a, b):
+        if announced or sliding: layer.activate_past_recording()
+    feed = lambda layers, x: [layer.update(*x) for layer in layers]
+    for q in before: feed((a, b), torch.randn(2, 1, H, q, D, generator=g))
+    for q in proposals:
+        x = torch.randn(2, 1, H, q + keep, D, generator=g)
+        a.update(*x)
+        a.crop(-q)
+        if keep: b.update(*x[:, :, :, :keep])
+        b.crop(0)
+    one, two = feed((a, b), torch.randn(2, 1, H, after, D, generator=g))
+    assert same_bits(one, two)
+    one, two = feed((a, b), torch.randn(2, 1, H, 1, D, generator=g))
+    assert same_bits(one, two)
+    if sliding is None: assert same_bits(stored(a), stored(b))
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(step, min_size=1, max_size=14), window=st.integers(0, 12), sinks=st.integers(0, 5), block=st.sampled_from([4, 8, 12]), exact_new=st.booleans(), announced=st.booleans())
+def test_no_token_twice(steps, window, sinks, block, exact_new, announced):
+    "After any operations every position was encoded once since its token last came, in order, and never before the block was whole."
+    done, g = [], torch.Generator().manual_seed(0)
+
+    class Spy(Absmax):
+        def encode(self, x, pos=0):
+            done.extend(range(pos, pos + x.shape[2]))
+            return super().encode(x, pos)
+    method("test-spy")(lambda d, bits, *, layer, kind, heads, seed: Spy(1))
+    layer = NDLayer(0, (3, None), "test-spy", window=window, sinks=sinks, block=block, exact_new=exact_new)
+    if announced: layer.activate_past_recording()
+    for name, n in steps:
+        if name == "update": layer.update(*torch.randn(2, 2, H, n, D, generator=g))
+        if name == "reorder" and layer.stores: layer.reorder_cache(torch.tensor(n))
+        if name == "crop":
+            layer.crop(-min(n, layer.get_seq_length()))
+            done = [t for t in done if t < layer.get_seq_length()]
+        assert done == list(range(sinks, sinks + len(done)))
+        assert not layer.stores or len(done) == layer.stores[0].packed.n
 
 
 # --- single properties -------------------------------------------------------------------------------------------------------------------
@@ -334,7 +429,7 @@ def test_other_layers_are_left_alone():
 
 @pytest.mark.parametrize("bad, says", [
     (dict(bits=0), "from 1 to 8"), (dict(bits=9), "from 1 to 8"), (dict(bits=(4, 4, 4)), "from 1 to 8"), (dict(bits="4"), "from 1 to 8"), (dict(bits=True), "from 1 to 8"),
-    (dict(bits={1: 4}), "layer 0"), (dict(method="rotatoin"), "exact, rotation"), (dict(bit=4), "bit"), (dict(window=-1), "window"),
+    (dict(bits={1: 4}), "layer 0"), (dict(method="rotatoin"), "choose one of .*rotation"), (dict(bit=4), "bit"), (dict(window=-1), "window"),
     (dict(sinks=1.5), "sinks"), (dict(block=0), "block"), (dict(config="llama"), "model.config"),
     (dict(config=tf.MambaConfig()), "MambaConfig"), (dict(config=tf.RwkvConfig()), "RwkvConfig"), (dict(config=tf.ResNetConfig()), "ResNetConfig")])
 def test_refused(bad, says):
@@ -356,9 +451,35 @@ def test_nan_names_the_layer(value, kind):
     assert cache.layers[1].stores[0].packed.n == cache.layers[1].stores[1].packed.n == 16
 
 
+@pytest.mark.parametrize("fails", ["k", "v"])
+def test_out_of_memory(fails):
+    "Where memory ends in an encoding, one line says where, the layer is as it was, and goes on when there is memory again."
+    full = []
+
+    class Tight(NormDirectionCodec):
+        def encode(self, x, pos=0):
+            if full and self.kind == fails: raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+            return super().encode(x, pos)
+
+    @method("test-tight")
+    def tight(d, bits, *, layer, kind, heads, seed):
+        codec = Tight(d, bits)
+        codec.kind = kind
+        return codec
+    layer, plain, x = (*(NDLayer(3, (4, 4), "test-tight", window=8, block=8) for _ in range(2)), torch.randn(2, 1, H, 40, D))
+    for a in (layer, plain): a.update(*x[:, :, :, :20]), a.update(*x[:, :, :, 20:28])
+    before, _ = stored(layer), full.append(1)
+    with pytest.raises(torch.OutOfMemoryError, match="layer 3: no memory left to encode 8 tokens of " + dict(k="keys", v="values")[fails]) as e: layer.update(*x[:, :, :, 28:])
+    assert "\n" not in str(e.value) and same_bits(stored(layer), before)
+    full.clear()
+    assert same_bits(layer.update(*x[:, :, :, 28:]), plain.update(*x[:, :, :, 28:])) and same_bits(stored(layer), stored(plain))
+
+
 def test_late_refusals():
     cache, k, v = filled()
     with pytest.raises(ValueError, match="negative"): cache.crop(5)
+    with pytest.raises(ValueError, match="float8_e4m3fn can't be cached"): NDLayer(0).update(k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="int64 can't be cached"): NDLayer(0).update(k.long(), v.long())
     with pytest.raises(AttributeError, match="update"): cache.layers[0].keys = k
     with pytest.raises(ValueError, match="multiple of 3"): NDLayer(0, method="test-absmax", group=3, block=8).update(k, v)
     with pytest.raises(ValueError, match="head_dim"): NDLayer(0).update(k[..., :15], v)
