@@ -263,9 +263,10 @@ def dead_heads(
     g: torch.Generator,  # Not used
     marks: Marks,  # Not used
     every: int = 2,  # Layers
+    first: int = 2,  # Layer; the first two are hardly ever pruned
 ) -> None:
     "The last KV head of every second layer makes zero keys and values."
-    if site.layer % every: return
+    if site.layer < first or (site.layer - first) % every: return
     alive = torch.ones(site.heads, site.d)
     alive[-1] = 0
     for kind in "kv": site.scale_rows(kind, alive)

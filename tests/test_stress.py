@@ -8,7 +8,7 @@ from ndkv.models import ZOO, zoo_config
 from ndkv.profile import find_rope, fingerprint
 from ndkv.stress import TWINS, sites, stress
 
-SIZE = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=256, num_attention_heads=4)
+SIZE = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, intermediate_size=64, max_position_embeddings=256, num_attention_heads=4)
 PRESERVING = ('key_outliers', 'value_outliers', 'fp16_range')
 DTYPES = torch.float32, torch.float64, torch.bfloat16
 
