@@ -10,7 +10,6 @@ __all__ = ['CASES', 'Case', 'read_tuning', 'layout_name', 'graph_time', 'copy_ra
 import json
 import statistics
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -6,11 +6,10 @@
 __all__ = ['CUBIC', 'cubic', 'Layout', 'to_pages', 'from_pages', 'Tuning', 'PackedAttention', 'attend_ref', 'compile_split']
 
 # %% ../nbs/52_kernels_decode.ipynb #c4aa25b9
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 import math
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from .codebooks import Codebook, distortion, uniform
 from .codec import ls_gain, unit_rms
@@ -175,15 +174,6 @@ def _levels(x, e, FIELD: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, A
         if A > 0: y = (y * (y*y + A).to(tl.float16)).to(tl.float16)
     return y
 
-@triton.jit
-def _fast(x, OP: tl.constexpr, ASM: tl.constexpr):
-    "2^x, log2(x) or 1/x, in one instruction on a GPU."
-    if ASM: return tl.inline_asm_elementwise(OP + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        if OP == "ex2": return tl.exp2(x)
-        elif OP == "lg2": return tl.log2(x)
-        else: return 1 / x
-
 # %% ../nbs/52_kernels_decode.ipynb #73b0548a
 def _run(layout, t): return 5 if layout.five else min(t.run, layout.tiles)
 def _curves(layout, use): return tuple(CUBIC[u[3]] if layout.curve == "cubic" else 0. for u in use) # 0 = uniform
@@ -210,22 +200,6 @@ def _plan(layout, which):
     return tuple(tiles), tuple(use)
 
 # %% ../nbs/52_kernels_decode.ipynb #1b5c70e6
-@triton.jit
-def _levels(x, e, FIELD: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, A: tl.constexpr, ASM: tl.constexpr):
-    "Field FIELD of int16 lanes -> float16 levels."
-    if ASM:
-        TEXT: tl.constexpr = _asm(BITS, FIELD, HALF, A)
-        if BITS == 3 and HALF >= 0: y = tl.inline_asm_elementwise(TEXT, "=r,r,r", [x, e], dtype=tl.float16, is_pure=True, pack=2)
-        else: y = tl.inline_asm_elementwise(TEXT, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
-    else:
-        if BITS == 3 and HALF >= 0: WIDTH: tl.constexpr = 2
-        else: WIDTH: tl.constexpr = BITS
-        c = (x >> (WIDTH*FIELD)) & (2**WIDTH - 1)
-        if BITS == 3 and HALF >= 0: c = 2*c + ((e >> (FIELD + 8*HALF)) & 1)
-        y = (c.to(tl.float32) - (2**(BITS-1) - .5)).to(tl.float16)
-        if A > 0: y = (y * (y*y + A).to(tl.float16)).to(tl.float16)
-    return y
-
 @triton.jit
 def _fast(x, OP: tl.constexpr, ASM: tl.constexpr):
     "2^x, log2(x) or 1/x, in one instruction on a GPU."
@@ -443,7 +417,7 @@ class PackedAttention:
         self.layout, self.k_frame, self.v_frame, self.heads, self.home, self._at = layout, k_frame, v_frame, heads, home, {}
         self.d = k_frame.A.shape[-1]
         if self.d != v_frame.A.shape[-1]: raise ValueError(f"keys have {self.d} channels, values {v_frame.A.shape[-1]}; the kernels need one head_dim")
-        if home is not None and (layout.page % home.block or home.block % layout.tokens): raise ValueError(f"blocks of {home.block} tokens do not divide a page of {layout.page} into whole tiles of {layout.tokens}; use a block from {layout.tokens} to {layout.page}")
+        if home is not None and (home.block < 64 or layout.page % home.block): raise ValueError(f"keys in blocks of {home.block} tokens on pages of {layout.page}; use a block of 64 or more that divides the page")
         if home is not None and (home.rope.rotary_dim != self.d or home.rope.pairing != "half" or home.rope.scaling != 1): raise ValueError("block-relative keys are read with full rotary embeddings in half-split pairing and no scaling; use frames of the cached keys for this model")
 
     def _levels(self, kind):
