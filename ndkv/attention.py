@@ -45,7 +45,7 @@ class PagedPast:
             if self.n >= self.sinks + self.window + self.page: self._flush()
 
     def _flush(self):
-        B, first, p = len(self.table), self.sinks, self.page
+        first, p = self.sinks, self.page
         self._make_room()
         encode_pages(self.pa, *self.exact, self.store, self.table[:, self.pages:self.pages+1], first)
         for buffer in self.exact: buffer[:, :, first:self.n-p] = buffer[:, :, first+p:self.n].clone()
