@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'CLAIM_KEYS', 'GRIDS', 'main', 'one_line', 'console', 'grid', 'generate',
            'bytes_per_token', 'divergence', 'demo_row', 'demonstrate', 'zoo', 'quiet_load', 'demo', 'show_demo',
-           'claims', 'report', 'verify', 'existing', 'calibrate', 'evaluate', 'train']
+           'claims', 'report', 'verify', 'existing', 'calibrate', 'evaluate', 'sweep', 'recommend', 'bench', 'train']
 
 # %% ../nbs/95_cli.ipynb #1439e71e
 import json, math, sys, time
@@ -28,6 +28,7 @@ from .metrics import quantile
 from .models import load_model, train as train_model
 from .profile import Profile
 from .results import Run
+from .search import recommend as search_bits, sweep as run_sweep
 
 # %% ../nbs/95_cli.ipynb #086698d0
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help='KV-cache quantization by norm and direction.')
@@ -295,6 +296,49 @@ def evaluate(
     with Run(out, command=command, model=folder, data=[path, profile] if profile else path, name=name) as run:
         measure(lm, tokens, cells, run, Path(model).name, text, batch, heads=2 if grid == 'rotation' else 0, dtype=dtype)
     print(f'{len(run.rows)} rows of run {run.id} added to {out/name}.jsonl')
+
+# %% ../nbs/95_cli.ipynb #4ac4695d
+@app.command()
+def sweep(
+    grid:Annotated[Path, typer.Argument(help='YAML file: models, methods, bits, tasks.')],
+    out:Annotated[Path, typer.Option(help='Results folder; rows are added, cells that are there are not run again.')]=Path('results'),
+    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json.')]='sweep',
+    data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
+    ray:Annotated[Optional[str], typer.Option(help='Address of a Ray cluster (auto, local, HOST:PORT); none = this process.')]=None,
+    gpus:Annotated[float, typer.Option(min=0, help='GPUs that a cell takes on the cluster.')]=0,
+    retry:Annotated[bool, typer.Option(help='Try again what failed before.')]=True,
+):
+    "Measure model x method x bits x task; resumable."
+    done = run_sweep(existing(grid, 'grid'), out, name, data, zoo(), ray, gpus, retry)
+    print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
+    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name}.failed.json says why')
+
+@app.command()
+def recommend(
+    model:Annotated[str, typer.Argument(help='A name in results/zoo, a folder, or a Hub id.')]='llama',
+    budget:Annotated[Optional[float], typer.Option(min=1, help='Bits an element at most, all included; or')]=None,
+    max_kl:Annotated[Optional[float], typer.Option(min=0, help='mean divergence in nats at most.')]=None,
+    data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
+    text:Annotated[str, typer.Option(help='Text file in that folder, without .txt.xz.')]='wiki_val',
+    length:Annotated[int, typer.Option(min=256, help='Tokens a window.')]=1024,
+    windows:Annotated[int, typer.Option(min=2, help='Windows: one half measures, the other verifies.')]=8,
+):
+    "Search bits over layers, keys and values, and print the frontier and the line to use."
+    path = existing(data/f'{text}.txt.xz', 'text')
+    lm,tokenizer = quiet_load(model)
+    print(search_bits(lm.float(), text_windows(path, tokenizer, length, windows), budget, max_kl, name=Path(model).name))
+
+@app.command()
+def bench(
+    out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
+    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl.')]='kernels',
+):
+    "Time the kernels on this machine's GPU against SDPA; rows with speed-ups and errors."
+    from ndkv.kernels_bench import CASES, bench as time_kernels
+    with Run(out, command=f'ndkv bench --name {name}', name=name) as run: time_kernels(CASES, run)
+    speeds = [[r['method'], r['batch'], r['length'], f"{r['value']:.2f}"] for _, r in run.rows if r['metric'] == 'speedup']
+    out_ = console()
+    out_.print(grid(out_, ['case', 'batch', 'context', 'speed-up'], speeds))
 
 # %% ../nbs/95_cli.ipynb #f3943bad
 @app.command()

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
-           'DEFAULTS', 'QUALITY', 'OPERATORS', 'CLAIMS', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'ALLOWED', 'LAYOUT',
-           'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape', 'Style', 'style_of',
-           'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve', 'draw_noise_floor',
-           'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'quality_line', 'quality',
-           'heads_table', 'bits_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst',
-           'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'claims', 'claims_markdown',
+           'DEFAULTS', 'QUALITY', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS',
+           'ALLOWED', 'LAYOUT', 'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape',
+           'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
+           'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure',
+           'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim', 'met',
+           'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
+           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims', 'claims_markdown',
            'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex',
            'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
            'verify', 'lint_text', 'lint_paper', 'report']
@@ -360,6 +361,23 @@ def bits_table(book):
         lines += [' & '.join([model if i == 0 else '', *cells]) + r' \\' for i, cells in enumerate(found)] + [r'\addlinespace']
     return '\n'.join(lines[:-1] + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
+# %% ../nbs/90_report.ipynb #f555ff3a
+CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel')
+
+@table('speed')
+def speed_table(book):
+    "Time of decode attention on packed codes and on bfloat16."
+    lines = [r'\begin{tabular}{@{}lrrrrrrrr@{}}', r'\toprule', r'& & & & \multicolumn{2}{c}{time (\textmu s)} & & \multicolumn{2}{c}{relative error} \\ \cmidrule(lr){5-6}\cmidrule(l){8-9}',
+             r'codes & bits & batch & context & packed & bf16 & speed-up & packed & bf16 \\', r'\midrule']
+    rows = [r for r in book.rows if r['file'] == 'kernels' and r['metric'] == 'speedup' and r['method'] in CASES]
+    rows = sorted(rows, key=lambda r: (CASES.index(r['method']), -r['batch']*r['length'], r['batch'], r.get('block', 0)))
+    for r in rows:
+        where = {k: r[k] for k in ('file', 'method', 'batch', 'length', 'block', 'window', 'run')}
+        name = r['method'].replace('_', ', ') + (f", block {r['block']}" if r.get('block') else '')
+        cells = [res(book.cell(metric=m, **where), d) for m, d in (('time_us', 3), ('time_bf16_us', 3), ('speedup', 3), ('error', 2), ('error_bf16', 2))]
+        lines.append(' & '.join([name, f"{(r['k_bits'] + r['v_bits'])/2:g}", str(r['batch']), f"{r['length']//1024}k", *cells]) + r' \\')
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
 # %% ../nbs/90_report.ipynb #364904ca
 OPERATORS = {'<=': operator.le, '>=': operator.ge, '<': operator.lt, '>': operator.gt}
 
@@ -462,6 +480,45 @@ def _ppl_claim(id, most, target):
 
 _ppl_claim('ppl_increase_2bit', 2.0, '<= 1')
 _ppl_claim('ppl_increase_1p5bit', 1.5, '<= 2.5')
+
+# %% ../nbs/90_report.ipynb #c81e0093
+SPEED = dict(file='kernels', metric='speedup', window=132)
+
+def _speed_claim(id, what, target, batch=8, length=32768, **where):
+    @claim(id, f'Decode attention, {batch} × {length//1024}k tokens, 32 query and 8 KV heads of 128: {what}, against the faster of SDPA and FlashAttention on bfloat16.', 'times as fast', target)
+    def speedup(book): return book.value(batch=batch, length=length, **SPEED, **where)
+
+for _id, _what, _target, _where in (
+    ('speedup_4bit_uniform_8x32k', 'uniform 4-bit codes', '>= 2.3', dict(method='4bit_uniform')),
+    ('speedup_4bit_lm_8x32k', '4-bit codes within 2 % of the error of Lloyd–Max', '>= 2.0', dict(method='4bit_lm')),
+    ('speedup_3bit_8x32k', 'uniform 3-bit codes', '>= 2.4', dict(method='3bit')),
+    ('speedup_2bit_8x32k', '2-bit codes', '>= 3.0', dict(method='2bit')),
+    ('speedup_mixed_8x32k', 'a template of 4- and 2-bit channels, 2.25 bits on average', '>= 2.4', dict(method='mixed')),
+    ('speedup_blockrel_8x32k', 'block-relative frames (block 64), template of mixed bits', '>= 1.6', dict(method='blockrel', block=64)),
+    ('speedup_trellis_8x32k', 'the same with trellis codes', '>= 1.0', dict(method='trellis')),
+    ('speedup_prerope_8x32k', 'full pre-RoPE keys', '>= 1.0', dict(method='prerope')),
+    ('speedup_4bit_1x32k', 'uniform 4-bit codes', '>= 2.0', dict(method='4bit_uniform', batch=1)),
+): _speed_claim(_id, _what, _target, **_where)
+
+# %% ../nbs/90_report.ipynb #c84518f5
+def latest(
+    book:Book, # Where to look
+    file:str, # Results file without ending
+) -> list: # Its rows
+    "Rows of the latest run that wrote to a file."
+    rows = [r for r in book.rows if r['file'] == file]
+    last = max((r['run'] for r in rows), key=lambda id: (book.runs[id].get('start', ''), id), default=None)
+    rows = [r for r in rows if r['run'] == last]
+    book.used.update({r['at']: r for r in rows})
+    return rows
+
+@claim('architectures_passed', 'Families of models that generate with quantized keys and values, token for token as a plain cache of the same codes.', 'families', '>= 26')
+def architectures_passed(book): return sum(r['value'] for r in latest(book, 'architectures')) or None
+
+@claim('generation_modes_passed', 'Ways to generate whose tokens are those of a plain cache of the same codes.', 'modes', '>= 28')
+def generation_modes_passed(book):
+    rows = latest(book, 'modes')
+    return sum(all(r['value'] for r in rows if r['mode'] == m) for m in {r['mode'] for r in rows}) or None
 
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(

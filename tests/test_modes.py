@@ -11,7 +11,6 @@ from ndkv import cache as caches
 from ndkv.cache import NDCache, NDLayer, method
 from ndkv.codec import NormDirectionCodec
 from ndkv.fisher import calibrate
-from ndkv.profile import collect
 from ndkv.spectral import plan
 from ndkv.store import fork, load_cache, save_cache
 from reference import plain

@@ -8,11 +8,11 @@ import torch
 import transformers as tf
 from hypothesis import given, settings, strategies as st
 
-from ndkv.cache import NDCache, NDLayer, encoder_decoder
+from ndkv.cache import NDCache, encoder_decoder
 from ndkv.store import KEY, _digest, fork, load_cache, save_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
-import reference # registers its codec
+import reference  # noqa: F401, registers its codec
 
 BASE = dict(vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
 LLAMA, MISTRAL = tf.LlamaConfig(**BASE), tf.MistralConfig(**BASE, sliding_window=20)
@@ -82,7 +82,7 @@ def test_nothing_of_the_file_is_kept(tmp_path):
 @pytest.mark.parametrize("family", ["Lfm2", "FalconH1", "Qwen3Next"])
 def test_other_memories(tmp_path, family):
     "Convolutions and recurrent states go into the file, and a model goes on with them; a fork doesn't disturb them."
-    from test_architectures import FAMILIES, load
+    from test_architectures import load
     name = {"Lfm2": "LFM2", "FalconH1": "Falcon-H1", "Qwen3Next": "Qwen3-Next"}[family]
     model, kw = load(name, tmp_path / "model"), dict(bits=4, window=8, sinks=2, block=8)
     cache, ids = NDCache(model.config, **kw), torch.randint(2, 58, (1, 40), generator=torch.Generator().manual_seed(0))
