@@ -1,5 +1,6 @@
 "Caches on disk and forks: whatever was done before, what is loaded is what was saved; whatever is done to a file, it is refused in one line."
 import copy
+import importlib
 import json
 import struct
 
@@ -12,7 +13,8 @@ from ndkv.cache import NDCache, encoder_decoder
 from ndkv.store import KEY, _digest, fork, load_cache, save_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
-import reference  # noqa: F401, registers its codec
+
+importlib.import_module('reference')  # registers its codec
 
 BASE = dict(vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
 LLAMA, MISTRAL = tf.LlamaConfig(**BASE), tf.MistralConfig(**BASE, sliding_window=20)
