@@ -205,7 +205,8 @@ def claims(
     found = reporting.claims()
     if as_json: return print(json.dumps([{k: c[k] for k in CLAIM_KEYS} for c in found], indent=1, ensure_ascii=False))
     out = console()
-    rows = [[c['id'], c['sentence'], 'not run' if c['value'] is None else reporting.significant(c['value']), c['unit'], c['target'], 'yes' if c['met'] else 'no', ' '.join(c['rows'])] for c in found]
+    where = lambda at: ' '.join(at[:2]) + (f' and {len(at) - 2} more' if len(at) > 2 else '')
+    rows = [[c['id'], c['sentence'], 'not run' if c['value'] is None else reporting.significant(c['value']), c['unit'], c['target'], 'yes' if c['met'] else 'no', where(c['rows'])] for c in found]
     out.print(grid(out, ['claim', 'what', 'value', 'unit', 'target', 'met', 'rows'], rows, left=7))
 
 # %% ../nbs/95_cli.ipynb #3e3008b8

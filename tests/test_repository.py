@@ -164,9 +164,9 @@ def test_a_number_typed_into_the_paper_is_found(small_repository):
 
 
 @pytest.mark.parametrize('damage, message', [
-    (lambda text: text[:-10], r'kl\.jsonl:64: line is cut off'),
-    (lambda text: text.replace('"run": "', '"run": "x', 1), r"kl\.jsonl:1: run 'x.*' is not in runs\.jsonl"),
-    (lambda text: text.replace('"value": ', '"value": NaN, "was": ', 1), r'kl\.jsonl:1: value is NaN'),
+    (lambda text: text[:-10], r'frontier\.jsonl:64: line is cut off'),
+    (lambda text: text.replace('"run": "', '"run": "x', 1), r"frontier\.jsonl:1: run 'x.*' is not in runs\.jsonl"),
+    (lambda text: text.replace('"value": ', '"value": NaN, "was": ', 1), r'frontier\.jsonl:1: value is NaN'),
 ])
 def test_damaged_results_are_one_line_and_exit_code_1(small_repository, damage, message):
     path = small_repository / 'results' / 'frontier.jsonl'

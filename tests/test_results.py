@@ -39,7 +39,7 @@ def test_a_killed_run_leaves_what_was_saved(tmp_path, clean_code):
     job = python(f'''
         import time
         from ndkv.results import Run
-        with Run({str(tmp_path)!r}, command='long job', name='kl') as run:
+        with Run({str(tmp_path)!r}, command='long job', name='frontier') as run:
             for i in range(5): run.row(model='m', method='a', metric='kl_mean', value=i, head=i)
             run.save()
             for i in range(5, 9): run.row(model='m', method='a', metric='kl_mean', value=i, head=i)
@@ -57,7 +57,7 @@ def test_two_writers_take_turns(tmp_path, clean_code):
     code = f'''
         from ndkv.results import Run
         for i in range(15):
-            with Run({str(tmp_path)!r}, command='one of many', name='kl') as run: run.row(model='m', method='a', metric='kl_mean', value=i)
+            with Run({str(tmp_path)!r}, command='one of many', name='frontier') as run: run.row(model='m', method='a', metric='kl_mean', value=i)
     '''
     jobs = [python(code) for _ in range(2)]
     assert [job.wait() for job in jobs] == [0, 0]
@@ -74,7 +74,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 @pytest.fixture
 def rows(tmp_path, clean_code):
     write_synthetic(tmp_path)
-    return tmp_path / 'kl.jsonl'
+    return tmp_path / 'frontier.jsonl'
 
 
 @given(cut=st.integers(1, 60))
@@ -82,8 +82,8 @@ def test_a_cut_file_is_refused_with_its_line(tmp_path_factory, cut):
     folder = tmp_path_factory.mktemp('cut')
     (folder / 'runs.jsonl').write_text('{"run": "r1"}\n')
     line = '{"method": "a", "metric": "kl_mean", "model": "m", "run": "r1", "value": 1.5}\n'
-    (folder / 'kl.jsonl').write_text((line * 3)[:-cut])
-    with pytest.raises(ValueError, match=r'kl\.jsonl:3: line is cut off'): load_rows(folder)
+    (folder / 'frontier.jsonl').write_text((line * 3)[:-cut])
+    with pytest.raises(ValueError, match=r'frontier\.jsonl:3: line is cut off'): load_rows(folder)
 
 
 @pytest.mark.parametrize('edit, message', [
@@ -97,7 +97,7 @@ def test_a_cut_file_is_refused_with_its_line(tmp_path_factory, cut):
 def test_an_edited_line_is_named(rows, edit, message):
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text(''.join(lines[:6] + [edit(lines[6])] + lines[7:]))
-    with pytest.raises(ValueError, match=rf'^kl\.jsonl:7: .*{message}[^\n]*$'): validate(rows.parent)
+    with pytest.raises(ValueError, match=rf'^frontier\.jsonl:7: .*{message}[^\n]*$'): validate(rows.parent)
 
 
 def test_a_lost_run_a_lost_row_and_a_lost_file_are_noticed(rows):
@@ -115,7 +115,7 @@ def test_runs_of_an_edited_tree_are_refused_for_the_paper(tmp_path, monkeypatch)
     monkeypatch.delenv('NDKV_DIRTY', raising=False)
     write_synthetic(tmp_path)
     assert validate(tmp_path) == (64, 1)
-    with pytest.raises(ValueError, match=r'kl\.jsonl:1: run .* uncommitted changes'): validate(tmp_path, clean_only=True)
+    with pytest.raises(ValueError, match=r'frontier\.jsonl:1: run .* uncommitted changes'): validate(tmp_path, clean_only=True)
 
 
 def test_merge_adds_once_and_checks_first(tmp_path, clean_code):
@@ -124,6 +124,6 @@ def test_merge_adds_once_and_checks_first(tmp_path, clean_code):
     assert merge(a, home) == 64 and merge(b, home) == 64
     assert validate(home, clean_only=True) == (128, 2)
     with pytest.raises(ValueError, match='already in'): merge(a, home)
-    (b / 'kl.jsonl').write_text((b / 'kl.jsonl').read_text()[:-5])
+    (b / 'frontier.jsonl').write_text((b / 'frontier.jsonl').read_text()[:-5])
     with pytest.raises(ValueError, match='cut off'): merge(b, tmp_path / 'other')
     assert not (tmp_path / 'other').exists() and validate(home) == (128, 2)
