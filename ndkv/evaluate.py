@@ -260,14 +260,17 @@ def spectral_cell(
     trellis: int = 256,  # States; 0 = Lloyd–Max
     prices: str = "fisher",  # Or "reading" (queries and output projection), or "none"
     allocation: str = "global",  # Or "layer": the same bits for keys and values of every layer
+    ridge: float = 0.01,  # As in `klt`
+    norm: int | None = None,  # Bits of every norm; None = as the water level says
+    window: int = 128,  # Recent tokens kept exact
 ) -> Cell:
     "A cell of the method `spectral`."
     eye = lambda s: tuple(torch.eye(c.shape[-1], dtype=torch.float64).expand_as(c) for c in (s.k_cov, s.v_cov))
     reading = lambda s: (query_weight(s), s.o_gram)
     made = dict(fisher=None, reading={i: reading(s) for i, s in profile.layers.items()}, none={i: eye(s) for i, s in profile.layers.items()})[prices]
-    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer")
-    note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices, allocation=allocation, profile="+".join(d["name"] for d in profile.data))
-    return Cell("spectral", bits, bits, options=dict(codecs=codecs), note=note)
+    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge, norm=norm)
+    note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices, allocation=allocation, ridge=ridge, norm=norm or "level", profile="+".join(d["name"] for d in profile.data))
+    return Cell("spectral", bits, bits, window, options=dict(codecs=codecs), note=note)
 
 
 def bits_grid(
@@ -284,8 +287,10 @@ def ablation_grid(
 ) -> list[Cell]:
     "The default with Lloyd–Max codes (quick to encode), and cells that differ from it in one choice."
     homes = [dict(home=h) for h in (None, 256, 128, 32, 16, 1)]
-    others = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"), dict(prices="reading", allocation="layer"), dict(trellis=256), dict(trellis=1024)]
-    return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **dict(trellis=0) | kw) for kw in ({}, *homes, *others))]
+    prices = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"), dict(prices="none", allocation="layer"), dict(ridge=0.001), dict(ridge=0.1)]
+    codes = [dict(norm=n) for n in (4, 8, 16)] + [dict(trellis=256), dict(trellis=1024)]
+    small = [Cell("bf16", None, None, 32), Cell(k_bits=3, v_bits=3, window=32), spectral_cell(profile, bits, trellis=0, window=32)]
+    return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **dict(trellis=0) | kw) for kw in ({}, *homes, *prices, *codes)), *small]
 
 # %% ../nbs/76_evaluate.ipynb #8501ea81
 def text_windows(
