@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from . import report as reporting
 from .cache import NDCache
 from .baselines import baseline_grid
-from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, bits_grid, compare, evaluate as measure, first_grid, text_windows
+from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, text_windows
 from .fisher import calibrate as measure_profile, own_text
 from .metrics import quantile
 from .models import load_model, train as train_model
@@ -261,6 +261,7 @@ def calibrate(
 GRIDS = dict( # name -> f(profile or None, number of layers, budgets if given)
     rotation=lambda profile, layers: first_grid(),
     bits=lambda profile, layers, *bits: bits_grid(profile, *bits),
+    adaptive=lambda profile, layers, *bits: adaptive_grid(profile, *bits),
     ablation=lambda profile, layers, *bits: ablation_grid(profile, *(b[0] for b in bits)),
     baselines=lambda profile, layers: [NOISE, *ROTATIONS, *(Cell(**c) for c in baseline_grid(layers, profile, third_party=find_spec('optimum') is not None))],
 )
@@ -268,9 +269,9 @@ GRIDS = dict( # name -> f(profile or None, number of layers, budgets if given)
 @app.command()
 def evaluate(
     model:Annotated[str, typer.Argument(help='A name in results/zoo, a folder, or a Hub id.')]='llama',
-    grid:Annotated[str, typer.Option(help='rotation: 2, 3, 4 bits with and without window; bits: spectral codes of many sizes; ablation: one choice changed at a time; baselines: other methods.')]='rotation',
-    profile:Annotated[Optional[Path], typer.Option(help='From `ndkv calibrate`; the grids bits and ablation need it.')]=None,
-    bits:Annotated[Optional[str], typer.Option(help='Budgets of the grids bits and ablation, such as 0.8,1,1.25.')]=None,
+    grid:Annotated[str, typer.Option(help='rotation: 2, 3, 4 bits with and without window; bits: spectral codes of many sizes; ablation: one choice changed at a time; adaptive: classes of tokens; baselines: other methods.')]='rotation',
+    profile:Annotated[Optional[Path], typer.Option(help='From `ndkv calibrate`; the grids bits, adaptive and ablation need it.')]=None,
+    bits:Annotated[Optional[str], typer.Option(help='Budgets of the grids bits, adaptive and ablation, such as 0.8,1,1.25.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
     text:Annotated[str, typer.Option(help='Text file in that folder, without .txt.xz.')]='wiki_val',
     length:Annotated[int, typer.Option(min=2, help='Tokens a window.')]=2048,
@@ -282,13 +283,13 @@ def evaluate(
 ):
     "Measure a grid of caches on held-out text, and the noise floor; add the rows to results/."
     if grid not in GRIDS: raise ValueError(f'--grid {grid}: choose one of {", ".join(GRIDS)}')
-    if profile is None and grid in ('bits', 'ablation'): raise ValueError(f'--grid {grid} needs --profile; make one with `ndkv calibrate {model} --text wiki_train_1`')
+    if profile is None and grid in ('bits', 'adaptive', 'ablation'): raise ValueError(f'--grid {grid} needs --profile; make one with `ndkv calibrate {model} --text wiki_train_1`')
     path = existing(data/f'{text}.txt.xz', 'text')
     if dtype not in ('float32', 'bfloat16'): raise ValueError(f'--dtype {dtype}: choose float32 or bfloat16')
     lm,tokenizer = quiet_load(model)
     lm = lm.to(getattr(torch, dtype))
     name = name or dict(rotation='frontier').get(grid, grid)
-    budgets = [tuple(float(b) for b in bits.split(','))] if bits and grid in ('bits', 'ablation') else []
+    budgets = [tuple(float(b) for b in bits.split(','))] if bits and grid in ('bits', 'adaptive', 'ablation') else []
     cells = GRIDS[grid](profile and Profile.load(profile, lm, ('dtype',)), lm.config.get_text_config().num_hidden_layers, *budgets)
     tokens = text_windows(path, tokenizer, length, windows)
     folder = zoo()/model if (zoo()/model).is_dir() else model

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'ROTATIONS', 'Cell', 'chunk_edges', 'step', 'compare', 'layer_errors', 'codec_times', 'divergence_lengths',
-           'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'bits_grid', 'ablation_grid', 'text_windows']
+           'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'bits_grid', 'adaptive_grid',
+           'ablation_grid', 'text_windows']
 
 # %% ../nbs/76_evaluate.ipynb #6a1a367e
 from dataclasses import dataclass, field
@@ -262,14 +263,16 @@ def spectral_cell(
     allocation: str = "global",  # Or "layer": the same bits for keys and values of every layer
     ridge: float = 0.01,  # As in `klt`
     norm: int | None = None,  # Bits of every norm; None = as the water level says
+    classes: bool = True,  # Of tokens by forecast price?
+    tokens: int | None = None,  # That share the frames, which are then paid from the budget
     window: int = 128,  # Recent tokens kept exact
 ) -> Cell:
     "A cell of the method `spectral`."
     eye = lambda s: tuple(torch.eye(c.shape[-1], dtype=torch.float64).expand_as(c) for c in (s.k_cov, s.v_cov))
     reading = lambda s: (query_weight(s), s.o_gram)
     made = dict(fisher=None, reading={i: reading(s) for i, s in profile.layers.items()}, none={i: eye(s) for i, s in profile.layers.items()})[prices]
-    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge, norm=norm)
-    note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices, allocation=allocation, ridge=ridge, norm=norm or "level", profile="+".join(d["name"] for d in profile.data))
+    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge, norm=norm, group=64, tokens=tokens, **({} if classes else dict(classes=None)))
+    note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices, allocation=allocation, ridge=ridge, norm=norm or "level", classes=len(next(iter(codecs.values())).counts), tokens=tokens or 0, profile="+".join(d["name"] for d in profile.data))
     return Cell("spectral", bits, bits, window, options=dict(codecs=codecs), note=note)
 
 
@@ -281,16 +284,27 @@ def bits_grid(
     return [NOISE, *ROTATIONS, *(spectral_cell(profile, b) for b in bits)]
 
 
+def adaptive_grid(
+    profile: Profile,  # From `calibrate`
+    bits: tuple = (0.6, 0.85, 1.25, 2.0),  # Budgets, frames for `tokens` included
+    tokens: int = 4096,  # That share the frames
+) -> list[Cell]:
+    "What classes of tokens are worth: spectral codes with four and with one, frames paid from the budget."
+    cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens)
+    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3])]
+
+
 def ablation_grid(
     profile: Profile,  # From `calibrate`
     bits: float = 1.5,  # Budget of all cells
 ) -> list[Cell]:
     "The default with Lloyd–Max codes (quick to encode), and cells that differ from it in one choice."
-    homes = [dict(home=h) for h in (None, 256, 128, 32, 16, 1)]
-    prices = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"), dict(prices="none", allocation="layer"), dict(ridge=0.001), dict(ridge=0.1)]
-    codes = [dict(norm=n) for n in (4, 8, 16)] + [dict(trellis=256), dict(trellis=1024)]
+    base = dict(trellis=0)
+    homes = [dict(home=h) for h in (None, 256, 16, 1)]
+    prices = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"), dict(prices="none", allocation="layer", classes=False), dict(ridge=0.001), dict(ridge=0.1)]
+    codes = [dict(norm=n) for n in (4, 8, 16)] + [dict(trellis=256), dict(classes=False)]
     small = [Cell("bf16", None, None, 32), Cell(k_bits=3, v_bits=3, window=32), spectral_cell(profile, bits, trellis=0, window=32)]
-    return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **dict(trellis=0) | kw) for kw in ({}, *homes, *prices, *codes)), *small]
+    return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **base | kw) for kw in ({}, *homes, *prices, *codes)), *small]
 
 # %% ../nbs/76_evaluate.ipynb #8501ea81
 def text_windows(

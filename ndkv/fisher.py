@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .profile import Profile, Rope, _inner, _module_eager, collect, find_rope
+from .profile import RANKS, Profile, Rope, _inner, _module_eager, collect, find_rope
 
 # %% ../nbs/32_fisher.ipynb #5340c770
 def packed_mask(
@@ -30,7 +30,7 @@ def packed_mask(
     return (t >= sinks) & (t < end[:, None])
 
 # %% ../nbs/32_fisher.ipynb #9973204d
-_state: dict = {}  # "inner": what runs beneath, "packed": mask [T, T], "leaves": layer -> (dk, dv)
+_state: dict = {}  # "inner": what runs beneath, "packed": mask [T, T], "leaves": layer -> (dk, dv), "seen": layer -> (key, value)
 
 
 def _split_mask(mask, packed, like):
@@ -43,7 +43,7 @@ def _split_mask(mask, packed, like):
 
 def _leafy_attention(module, query, key, value, attention_mask, **kw):
     dk, dv = (torch.zeros_like(x, requires_grad=True) for x in (key, value))
-    _state["leaves"][module.layer_idx] = dk, dv
+    _state["leaves"][module.layer_idx], _state["seen"][module.layer_idx] = (dk, dv), (key.detach(), value.detach())
     f = ALL_ATTENTION_FUNCTIONS.get_interface(_state["inner"], None) or _module_eager(module)
     mask = _split_mask(attention_mask, _state["packed"], query)
     return f(module, query, torch.cat([key, key + dk], 2), torch.cat([value, value + dv], 2), mask, **kw)
@@ -53,17 +53,10 @@ AttentionInterface.register("ndkv_fisher", _leafy_attention)
 AttentionMaskInterface.register("ndkv_fisher", lambda *a, **kw: ALL_MASK_ATTENTION_FUNCTIONS[_state["inner"]](*a, **kw))
 
 # %% ../nbs/32_fisher.ipynb #94d5ab8d
-def reading_gradients(
-    model,  # A causal language model
-    ids: Tensor,  # Tokens [B, T]
-    window: int = 128,  # Exact recent tokens
-    sinks: int = 4,  # Exact first tokens
-    block: int = 64,  # Tokens packed together
-    generator: torch.Generator | None = None,  # Of the draws
-) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:  # layer -> gradients [B, H, T, D] of keys and of values; the logits
-    "Gradient of one sampled log-likelihood with respect to every packed key and value."
+def _read(model, ids, window, sinks, block, generator):
+    "Gradients and what was read, (keys, values) of each layer, and the logits."
     before, T = model.config._attn_implementation, ids.shape[1]
-    _state.update(inner=_inner(model), leaves={}, packed=packed_mask(T, window, sinks, block).to(model.device))
+    _state.update(inner=_inner(model), leaves={}, seen={}, packed=packed_mask(T, window, sinks, block).to(model.device))
     try:
         model.set_attn_implementation("ndkv_fisher")
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
@@ -73,10 +66,23 @@ def reading_gradients(
         leaves = _state["leaves"]
         grads = torch.autograd.grad(logp.gather(-1, drawn[..., None]).sum(), [t for pair in leaves.values() for t in pair], allow_unused=True)
         grads = [g if g is not None else torch.zeros_like(t) for g, t in zip(grads, (t for pair in leaves.values() for t in pair))]
-        return dict(zip(leaves, zip(grads[::2], grads[1::2]))), logits.detach()
+        return dict(zip(leaves, zip(grads[::2], grads[1::2]))), _state["seen"], logits.detach()
     finally:
         model.set_attn_implementation(before)
         _state.clear()
+
+
+def reading_gradients(
+    model,  # A causal language model
+    ids: Tensor,  # Tokens [B, T]
+    window: int = 128,  # Exact recent tokens
+    sinks: int = 4,  # Exact first tokens
+    block: int = 64,  # Tokens packed together
+    generator: torch.Generator | None = None,  # Of the draws
+) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:  # layer -> gradients [B, H, T, D] of keys and of values; the logits
+    "Gradient of one sampled log-likelihood with respect to every packed key and value."
+    grads, _, logits = _read(model, ids, window, sinks, block, generator)
+    return grads, logits
 
 # %% ../nbs/32_fisher.ipynb #6b66f941
 def fisher(
@@ -89,6 +95,7 @@ def fisher(
     seed: int = 0,  # Of the drawn tokens
     ropes: dict[int, Rope] | None = None,  # From `find_rope`, which is asked if None
     bar: bool = True,  # Show progress
+    see=None,  # f(layer, keys before RoPE and values, gradients of both), each [B, H, n, D] of the tokens that are read packed
 ) -> dict[int, tuple[Tensor, Tensor]]:  # layer -> Fisher matrices of keys before RoPE [H, D, D], of values [H, Dv, Dv]; float64, CPU
     "Fisher information of packed keys and values, per layer and head: an error e of one token costs about ½ eᵀFe nats in all."
     T = tokens.shape[1]
@@ -99,10 +106,12 @@ def fisher(
     model.requires_grad_(False)
     try:
         for ids in tqdm(tokens.split(batch), desc="fisher", disable=not bar, mininterval=2):
-            grads, _ = reading_gradients(model, ids.to(model.device), window, sinks, block, generator)
+            grads, seen, _ = _read(model, ids.to(model.device), window, sinks, block, generator)
             for layer, (gk, gv) in grads.items():
-                gk = ropes[layer].adjoint(gk, torch.arange(T, device=gk.device), gk.dtype)
-                new = [_outer(g[:, :, sinks:last]) for g in (gk, gv)]
+                (k, v), pos = seen[layer], torch.arange(T, device=gk.device)
+                pairs = [x[:, :, sinks:last] for x in (ropes[layer].undo(k, pos, k.dtype), v, ropes[layer].adjoint(gk, pos, gk.dtype), gv)]
+                if see: see(layer, pairs[:2], pairs[2:])
+                new = [_outer(g) for g in pairs[2:]]
                 sums[layer] = [a + b for a, b in zip(sums[layer], new)] if layer in sums else new
     finally:
         for p, r in needed: p.requires_grad_(r)
@@ -116,6 +125,46 @@ def _outer(g):
     return x.mT @ x
 
 # %% ../nbs/32_fisher.ipynb #97abe397
+class _Forecast:
+    "Forecast of one kind of vectors of one layer: `fit` batches of text, then `rank` others."
+
+    def __init__(self): self.A = self.b = self.ranks = 0
+
+    def fit(self, x, price):
+        "Vectors [B, H, n, D], prices [B, H, n]."
+        y = (price + 1e-4 * price.mean((0, 2), keepdim=True)).clamp_min(1e-30).log().transpose(0, 1).flatten(1)
+        x = x.transpose(0, 1).flatten(1, 2).double()
+        x, y = x - x.mean(1, keepdim=True), (y - y.mean(1, keepdim=True)).double()
+        self.A, self.b = self.A + x.mT @ x, self.b + x.mT @ y[..., None]
+
+    @property
+    def direction(self):
+        "[H, D], by ridge regression."
+        return torch.linalg.solve(self.A + torch.diag_embed(0.015 * self.A.diagonal(dim1=-2, dim2=-1) + 1e-12), self.b)[..., 0]
+
+    def rank(self, x, price):
+        "Add up prices by rank, over whole groups of tokens."
+        groups = lambda t: t[..., : t.shape[-1] // RANKS * RANKS].unflatten(-1, (-1, RANKS))
+        order = groups(torch.einsum("bhnd,hd->bhn", x.double(), self.direction)).argsort(-1, descending=True)
+        self.ranks = self.ranks + groups(price.double()).gather(-1, order).sum((0, 2))
+
+
+def _forecasts(layers, batches):
+    "A `see` for `fisher`, and what gives the forecasts {layer: (directions of keys, of values, prices by rank of both)} after it."
+    found, calls = {i: (_Forecast(), _Forecast()) for i in layers}, dict.fromkeys(layers, 0)
+    def see(layer, vectors, grads):
+        s, half = layers[layer], calls[layer] >= batches // 2
+        for f, x, g, cov in zip(found[layer], vectors, grads, (s.k_cov, s.v_cov)):
+            price = torch.einsum("bhnd,hde,bhne->bhn", g.float(), cov.to(g.device).float(), g.float())
+            (f.rank if half else f.fit)(x, price)
+        calls[layer] += 1
+    def done():
+        known = all(torch.is_tensor(f.ranks) and f.ranks.numel() and torch.is_tensor(f.A) for pair in found.values() for f in pair)
+        unit = lambda r: (r / r.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
+        return {i: (k.direction.cpu(), v.direction.cpu(), unit(k.ranks), unit(v.ranks)) for i, (k, v) in found.items()} if known else {}
+    return see, done
+
+# %% ../nbs/32_fisher.ipynb #731c1291
 def calibrate(
     model,  # A causal language model
     tokens: Tensor,  # Windows of text [N, T]; a few dozen of 1024 are plenty
@@ -131,7 +180,9 @@ def calibrate(
     "Statistics and prices of every attention layer."
     profile = collect(model, tokens, batch, sinks, data, enough, bar=bar)
     ropes = {i: s.rope for i, s in profile.layers.items()}
-    return replace(profile, prices=fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar))
+    see, forecasts = _forecasts(profile.layers, -(-len(tokens) // batch))
+    prices = fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, see)
+    return replace(profile, prices=prices, forecasts=forecasts())
 
 # %% ../nbs/32_fisher.ipynb #9e3334c6
 @torch.no_grad()

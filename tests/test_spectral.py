@@ -1,0 +1,263 @@
+"Spectral codes: strings of any widths, classes of tokens, budgets in full bytes, files with forecasts, and answers to bad input."
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ndkv.cache import NDCache
+from ndkv.fisher import calibrate
+from ndkv.frames import Frame
+from ndkv.profile import Profile, Rope, collect
+from ndkv.spectral import BitRow, Classes, Home, SpectralCodec, Strings, class_bytes, code_table, frame_bits, klt, norm_bits, norm_code, norm_value, plan, spend, token_bytes, water, whole_bytes
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 10**6)
+CONFIG = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
+
+
+def generator(seed): return torch.Generator().manual_seed(seed)
+
+
+def frame_of(H, D, seed=0):
+    "Orthogonal frames with a falling spectrum."
+    Q = torch.linalg.qr(torch.randn(H, D, D, generator=generator(seed))).Q
+    return Frame(Q, Q.mT.contiguous(), torch.randn(H, D, generator=generator(seed + 1)), torch.logspace(.5, -1, D).expand(H, D))
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(CONFIG).eval()
+    for p in m.parameters(): p.data = p.data * (4 if p.dim() > 1 else 1)
+    return m
+
+
+@pytest.fixture(scope='module')
+def text(): return torch.randint(1, 61, (8, 240), generator=generator(0))
+
+
+@pytest.fixture(scope='module')
+def profile(model, text): return calibrate(model, text, window=16, block=64, batch=2, bar=False)
+
+
+# strings
+
+@few
+@given(st.lists(st.integers(1, 16), max_size=30), seeds)
+def test_rows_come_back(widths, seed):
+    row = BitRow(widths)
+    codes = torch.stack([torch.randint(2**b, (7,), generator=generator(seed + i)) for i, b in enumerate(widths)], -1) if widths else torch.zeros(7, 0, dtype=torch.long)
+    packed = row.pack(codes)
+    assert packed.dtype == torch.uint8 and packed.shape == (7, math.ceil(sum(widths) / 8))
+    assert torch.equal(row.unpack(packed), codes.int())
+
+
+@few
+@given(st.lists(st.lists(st.integers(0, 8), min_size=12, max_size=12), min_size=1, max_size=3), st.sampled_from([0, 256]), st.integers(3, 12), seeds)
+def test_strings_of_any_widths(widths, trellis, norm, seed):
+    widths = torch.tensor(widths)
+    widths[0] *= seed % 3 > 0  # now and then a head without any
+    lam = torch.logspace(0, -2, 12).expand(widths.shape)
+    strings, u = Strings(widths, lam, trellis, norm), torch.randn(2, len(widths), 5, 12, generator=generator(seed))
+    assert strings.nbytes == token_bytes(widths, torch.full((len(widths),), norm), trellis)
+    packed = strings.encode(u)
+    assert packed.shape == (2, 1, 5, strings.nbytes)
+    back = strings.decode(packed)
+    assert back.shape == u.shape and (back[(widths == 0)[None, :, None].expand(u.shape)] == 0).all()
+    assert torch.equal(strings.decode(packed[:, :, 2:4]), back[:, :, 2:4])
+    if norm >= 8: assert (lam[:, None] * (u - back).square()).sum() <= (lam[:, None] * u.square()).sum()
+
+
+def test_a_single_channel_and_nothing_at_all():
+    one = Strings(torch.tensor([[0, 3, 0]]), torch.ones(1, 3), 256, 8)
+    u = torch.randn(1, 1, 50, 3, generator=generator(0))
+    assert one.nbytes == 2 and (u - one.decode(one.encode(u)))[..., 1].square().mean() < .1
+    none = Strings(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), 256, 8)
+    assert none.nbytes == 0 and none.encode(u.expand(1, 2, 50, 3)).shape == (1, 1, 50, 0)
+    assert (none.decode(none.encode(u.expand(1, 2, 50, 3))) == 0).all()
+
+
+@few
+@given(st.integers(3, 12), seeds)
+def test_norms_are_as_fine_as_they_say(bits, seed):
+    norm = torch.exp2(7.4 * torch.rand(100, 1, generator=generator(seed)) - 3.9)
+    back = norm_value(norm_code(norm, torch.tensor([bits])), torch.tensor([bits]))
+    assert ((back / norm).log2().abs() <= 8 / 2**bits / 2 + 1e-3).logical_or(norm > 2 ** (4 - 8 / 2**bits)).all()
+
+
+# classes of tokens
+
+@few
+@given(st.sampled_from([(1, 3, 4, 8), (4, 12, 16, 32), (1, 1)]), st.integers(1, 3), st.integers(1, 4), seeds)
+def test_classes_part_and_join(counts, heads, groups, seed):
+    classes = Classes(torch.randn(heads, 5, generator=generator(seed)), counts)
+    x = torch.randn(2, heads, groups * sum(counts), 5, generator=generator(seed + 1))
+    which = classes.pick(x)
+    assert [(which == i).sum(-1).unique().tolist() for i in range(len(counts))] == [[n] for n in counts]
+    score = torch.einsum('bhtd,hd->bht', x, classes.direction).unflatten(-1, (-1, sum(counts)))
+    for i in range(len(counts) - 1): assert (score.masked_fill(which != i, 9e9).amin(-1) >= score.masked_fill(which <= i, -9e9).amax(-1)).all()
+    parts = classes.part(x, which)
+    assert [p.shape[2] for p in parts] == [groups * n for n in counts]
+    assert torch.equal(classes.join(parts, which), x)
+
+
+@few
+@given(st.booleans(), st.sampled_from([0, 256]), seeds)
+def test_codec_with_classes(keys, trellis, seed):
+    H, D, counts = 2, 8, (1, 3, 4, 8)
+    widths = [torch.randint(0, 7 - i, (H, D), generator=generator(seed + i)) for i in range(4)]
+    home = Home(Rope(10000.0 ** -(torch.arange(0, D, 2) / D)), 16, 4) if keys else Home()
+    codec = SpectralCodec(frame_of(H, D), widths, home, trellis, 6, Classes(torch.randn(H, D, generator=generator(seed)), counts))
+    x = torch.randn(1, H, 64, D, generator=generator(seed))
+    enc = codec.encode(x, 20)
+    assert sum(t.nbytes for t in enc.values()) == 4 * codec.nbytes and abs(codec.bits_per_element - 8 * codec.nbytes / 16 / H / D) < 1e-12
+    whole = codec.decode(enc, 20)
+    assert torch.allclose(codec.decode({n: t[:, :, 1:3] for n, t in enc.items()}, 36), whole[:, :, 16:48], atol=1e-5)
+    again = codec.encode(x[:, :, 16:32], 36)
+    assert all(torch.equal(again[n], enc[n][:, :, 1:2]) for n in enc)
+
+
+# budgets
+
+@few
+@given(st.floats(.3, 5), st.sampled_from([0, 256]), st.booleans(), seeds)
+def test_budgets_are_met_from_below_in_full_bytes(bits, trellis, forecast, seed):
+    spectra, counts = [], []
+    for i in range(3):
+        lam = torch.exp(4 * torch.randn(2, 24, generator=generator(seed + i), dtype=torch.float64))
+        spectra.append(torch.stack([lam * w for w in ((9., 2., .7, .1) if forecast else (1.,))]))
+        counts.append((4, 12, 16, 32) if forecast else (1,))
+    try: out = spend(spectra, counts, bits, code_table(trellis), trellis)
+    except ValueError as e:
+        assert bits < 1 and 'pay for the norms' in str(e)
+        return
+    used = sum(8 * (n * token_bytes(*o, trellis)) / sum(c) for c, classes in zip(counts, out) for n, o in zip(c, classes)) + sum(8 * class_bytes(2, c) / sum(c) for c in counts)
+    assert used <= bits * 144 + 1e-6 and used > .6 * bits * 144 - 24
+
+
+@few
+@given(st.floats(.1, 6), st.floats(0, 2), seeds)
+def test_water_finds_its_level(bits, frame, seed):
+    s = torch.exp(3 * torch.randn(1, 2, 16, generator=generator(seed), dtype=torch.float64))
+    (w,), level = water([s], [torch.ones(1, dtype=torch.float64)], bits * 32, code_table(0), frame)
+    assert w.sum() + frame * (w > 0).sum() <= bits * 32 + 1e-6
+    t = torch.tensor(code_table(0), dtype=torch.float64)
+    some, more = w[w > 0], w < 8
+    assert (s[w > 0] * (t[some - 1] - t[some]) > level).all()
+    if not frame: assert (s[more] * (t[w[more]] - t[w[more] + 1]) <= level * (1 + 1e-9)).all()
+
+
+@few
+@given(st.lists(st.integers(0, 8), min_size=10, max_size=10), st.sampled_from([0, 256]), seeds)
+def test_whole_bytes_stay_near(widths, trellis, seed):
+    lam = torch.exp(torch.randn(1, 10, generator=generator(seed), dtype=torch.float64)).sort(descending=True).values
+    widths = torch.tensor([widths]).sort(descending=True).values
+    out, norm = whole_bytes(lam, widths, torch.tensor([5]), code_table(trellis), trellis)
+    assert 0 <= out.min() and out.max() <= 8 and abs(int(out.sum() - widths.sum())) <= 14
+    if not trellis and (out > 0).any(): assert (out.sum() + norm.sum()) % 8 == 0 or out.sum() == 80
+
+
+def test_more_bits_for_dear_heads():
+    lam = torch.ones(2, 16, dtype=torch.float64) * torch.tensor([[1.], [4.**3]])
+    a, b = norm_bits(lam, 1e-3).tolist()
+    assert b - a == 3
+
+
+# calibration and bad input
+
+def test_profile_has_forecasts_and_keeps_them(profile, model, tmp_path):
+    assert profile.forecasts.keys() == profile.layers.keys()
+    for k, v, rk, rv in profile.forecasts.values():
+        assert k.shape == v.shape == (2, 16) and rk.shape == rv.shape == (2, 64)
+        assert torch.allclose(rk.mean(1), torch.ones(2, dtype=rk.dtype))
+    profile.save(tmp_path / 'a.safetensors')
+    again = Profile.load(tmp_path / 'a.safetensors', model)
+    assert all(torch.allclose(x.float(), y.float()) for i in again.forecasts for x, y in zip(again.forecasts[i], profile.forecasts[i]))
+    bad = replace(profile, forecasts={i: (k * math.nan, *rest) for i, (k, *rest) in profile.forecasts.items()})
+    with pytest.raises(ValueError, match='forecasts are not finite'): bad.check()
+    with pytest.raises(ValueError, match='forecasts of layers'): replace(profile, forecasts={0: profile.forecasts[0]}).check()
+
+
+def test_forecasts_find_the_tokens_that_matter(profile):
+    "Prices by rank were measured on text that was not fitted: the first ranks must cost more than the last."
+    ratios = [r[:, :16].mean() / r[:, -16:].mean() for four in profile.forecasts.values() for r in four[2:]]
+    assert sum(r > 1 for r in ratios) >= len(ratios) - 1, ratios
+
+
+def test_cache_with_classes_reads_in_any_chunks(profile, model, text):
+    ids = text[:2, :200]
+    make = lambda: NDCache(CONFIG, bits=2, profile=profile, window=16, block=64)
+    one, cut = make(), make()
+    with torch.no_grad():
+        model(ids, past_key_values=one)
+        for a, b in cut.chunks(200): model(ids[:, a:b], past_key_values=cut)
+        assert one.layers[0].stores[0].packed.codec.classes is not None and one.layers[0].stores[0].packed.n > 0
+        x, y = (model(text[:2, 200:201], past_key_values=c).logits for c in (one, cut))
+    assert torch.isfinite(x).all() and one.layers[0].stores[0].packed.n == cut.layers[0].stores[0].packed.n
+    report = one.report()
+    assert abs(report['bits_packed'] - 2) < .1
+
+
+def test_blocks_that_cannot_be_cut_have_one_class(profile):
+    assert all(c.classes is None for c in plan(profile, 3, block=8).values())
+    assert all(c.classes.counts == (1, 3, 4, 8) for c in plan(profile, 3, block=16).values())
+    assert all(c.classes.counts == (2, 6, 8, 16) for c in plan(profile, 3, block=96).values())
+    assert all(c.classes is None for c in plan(profile, 3, block=64, classes=None).values())
+    assert all(c.classes is None for c in plan(replace(profile, forecasts={}), 3).values())
+
+
+def test_frames_are_paid_from_the_budget(profile):
+    free, paid = (plan(profile, 3, tokens=n) for n in (None, 500))
+    bits = lambda codecs: sum(c.bits_per_element for c in codecs.values()) / len(codecs)
+    assert bits(paid) + frame_bits(paid) / 500 <= 3 + 1e-9 and bits(free) <= 3 + 1e-9
+    assert sum((c.widths > 0).sum() for c in paid.values()) < sum((c.widths > 0).sum() for c in free.values())
+    with pytest.raises(ValueError, match='norms and frames'): plan(profile, 1, tokens=20)
+
+
+@pytest.mark.parametrize('bits', [-1, 0, 1e-3])
+def test_budgets_too_small(profile, bits):
+    with pytest.raises(ValueError, match='do not even pay for the norms'): plan(profile, bits)
+
+
+def test_budget_larger_than_every_width(profile):
+    codecs = plan(profile, 12, trellis=256)
+    assert all(c.widths.max() <= 8 for c in codecs.values()) and sum(c.bits_per_element for c in codecs.values()) / 4 < 12
+
+
+def test_too_little_text(model):
+    with pytest.raises(ValueError, match='too few'): calibrate(model, torch.randint(1, 61, (1, 40)), window=8, block=8, bar=False)
+    with pytest.raises(ValueError, match='never read packed'): calibrate(model, torch.randint(1, 61, (8, 40)), window=128, bar=False)
+
+
+def test_no_prices(model, text):
+    with pytest.raises(ValueError, match='no prices'): plan(collect(model, text, bar=False), 2)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_covariances_that_are_not_finite(bad):
+    cov = torch.eye(4, dtype=torch.float64)[None].clone()
+    cov[0, 1, 1] = bad
+    with pytest.raises(ValueError, match='not finite'): klt(cov, torch.eye(4, dtype=torch.float64)[None])
+    with pytest.raises(ValueError, match='not finite'): klt(torch.eye(4, dtype=torch.float64)[None], torch.zeros(1, 4, 4, dtype=torch.float64))
+
+
+def test_singular_covariances_have_a_frame():
+    cov = torch.zeros(1, 6, 6, dtype=torch.float64)
+    cov[0, 0, 0] = 1
+    for weight in (torch.eye(6, dtype=torch.float64)[None], cov):
+        frame = klt(cov, weight)
+        assert torch.isfinite(frame.A).all() and torch.isfinite(frame.A_inv).all() and (frame.scale > 0).all()
+        assert torch.allclose(frame.A @ frame.A_inv, torch.eye(6)[None], atol=1e-3)
+
+
+def test_profiles_of_other_models(profile):
+    with pytest.raises(ValueError, match='head_dim'): NDCache(LlamaConfig(**CONFIG.to_dict() | dict(head_dim=32)), bits=2, profile=profile)
+    with pytest.raises(ValueError, match='rope'): NDCache(LlamaConfig(**CONFIG.to_dict() | dict(rope_parameters=dict(rope_theta=500000., rope_type='default'))), bits=2, profile=profile)
+
+
+def test_widths_that_fit_no_frame():
+    with pytest.raises(ValueError, match='take them from `plan`'): SpectralCodec(frame_of(2, 8), torch.full((2, 8), 9))
+    with pytest.raises(ValueError, match='take them from `plan`'): SpectralCodec(frame_of(2, 8), torch.full((1, 8), 2))
