@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'CLAIM_KEYS', 'GRIDS', 'main', 'one_line', 'console', 'grid', 'generate',
            'bytes_per_token', 'divergence', 'demo_row', 'demonstrate', 'zoo', 'quiet_load', 'demo', 'show_demo',
-           'claims', 'report', 'verify', 'existing', 'calibrate', 'evaluate', 'sweep', 'recommend', 'bench', 'train']
+           'claims', 'report', 'verify', 'existing', 'calibrate', 'evaluate', 'spectra', 'sweep', 'recommend', 'bench',
+           'train']
 
 # %% ../nbs/95_cli.ipynb #1439e71e
 import json, math, sys, time
@@ -22,7 +23,7 @@ from transformers import DynamicCache
 from . import report as reporting
 from .cache import NDCache
 from .baselines import baseline_grid
-from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, text_windows
+from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
 from .fisher import calibrate as measure_profile, own_text
 from .metrics import quantile
 from .models import load_model, train as train_model
@@ -298,6 +299,29 @@ def evaluate(
     with Run(out, command=command, model=folder, data=[path, profile] if profile else path, name=name) as run:
         measure(lm, tokens, cells, run, Path(model).name, text, batch, heads=2 if grid == 'rotation' else 0, dtype=dtype)
     print(f'{len(run.rows)} rows of run {run.id} added to {out/name}.jsonl')
+
+# %% ../nbs/95_cli.ipynb #051ed216
+@app.command()
+def spectra(
+    model:Annotated[str, typer.Argument(help='A name in results/zoo, a folder, or a Hub id.')]='llama',
+    profile:Annotated[Path, typer.Option(help='From `ndkv calibrate`.')]=Path('llama.safetensors'),
+    data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
+    text:Annotated[str, typer.Option(help='Text file in that folder, without .txt.xz.')]='wiki_val',
+    length:Annotated[int, typer.Option(min=256, help='Tokens a window.')]=1024,
+    windows:Annotated[int, typer.Option(min=1, help='Windows, evenly spread over the text.')]=1,
+    out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
+):
+    "Spectra of a model's keys and values, and distortion against bits: rows to spectra.jsonl and ratedistortion.jsonl."
+    path = existing(data/f'{text}.txt.xz', 'text')
+    lm,tokenizer = quiet_load(model)
+    p = Profile.load(existing(profile, 'profile'), lm, ('dtype',))
+    lm,name = lm.float(),Path(model).name
+    tokens = text_windows(path, tokenizer, length, windows)
+    folder = zoo()/model if (zoo()/model).is_dir() else model
+    command = f'ndkv spectra {name} --profile {profile.name} --text {text} --length {length} --windows {windows}'
+    for kind, f in (('spectra', lambda run: spectra_rows(run, p, name)), ('ratedistortion', lambda run: rates(run, lm, tokens, p, name, text))):
+        with Run(out, command=command, model=folder, data=[path, profile], name=kind) as run: f(run)
+        print(f'{len(run.rows)} rows of run {run.id} added to {out/kind}.jsonl')
 
 # %% ../nbs/95_cli.ipynb #4ac4695d
 @app.command()

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NOISE', 'ROTATIONS', 'Cell', 'chunk_edges', 'step', 'compare', 'layer_errors', 'codec_times', 'divergence_lengths',
            'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'bits_grid', 'adaptive_grid',
-           'ablation_grid', 'text_windows']
+           'ablation_grid', 'text_windows', 'spectra', 'rates', 'trellis_times']
 
 # %% ../nbs/76_evaluate.ipynb #6a1a367e
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import process_time
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from .baselines import CACHES
 from .cache import NDCache
 from .data import read_documents, windows
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
-from .profile import Profile, probe, query_weight
+from .profile import Profile, effective_rank, probe, query_weight, water_level
 from .results import Run
-from .spectral import frame_bits, plan
+from .spectral import frame_bits, key_frame, klt, plan
 from .tasks import cell_fields, greedy
+from .trellis import Trellis
 
 # %% ../nbs/76_evaluate.ipynb #b05f904c
 @dataclass(frozen=True, eq=False)
@@ -318,3 +320,70 @@ def text_windows(
     if getattr(tokenizer, "eos_token_id", None) is None: raise ValueError("the tokenizer has no end-of-text token to separate documents with; set tokenizer.eos_token")
     stream = [t for d in docs for t in (*tokenizer(d, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
     return windows(stream, length, count)
+
+# %% ../nbs/76_evaluate.ipynb #e1784114
+def spectra(
+    run: Run,  # Open run
+    profile: Profile,  # From `calibrate`
+    model_name: str,  # For the rows
+    block: int = 64,  # Of the block-relative home
+) -> None:
+    "Spectra of keys before RoPE, after it, and relative to their block, and of values: plain and weighed by prices."
+    for i, s in profile.layers.items():
+        plain = torch.eye(s.k_cov.shape[-1], dtype=torch.float64).expand_as(s.k_cov), torch.eye(s.v_cov.shape[-1], dtype=torch.float64).expand_as(s.v_cov)
+        for prices, (pk, pv) in dict(none=plain, fisher=profile.prices[i]).items():
+            frames = {("k", h): key_frame(s, pk, b) for h, b in (("pre", 1), (str(block), block), ("post", None))} | {("v", ""): klt(s.v_cov, pv)}
+            for (kind, home), f in frames.items():
+                for head, lam in enumerate(f.scale.double() ** 2):
+                    run.row(method="spectrum", metric="effective_rank", model=model_name, value=effective_rank(lam).item(), layer=i, head=head, kind=kind, home=home, prices=prices, spectrum=[float(f"{x:.4g}") for x in (lam / lam.sum()).tolist()])
+
+# %% ../nbs/76_evaluate.ipynb #bf7ca406
+def rates(
+    run: Run,  # Open run
+    model,  # A causal language model
+    tokens: Tensor,  # Windows [N, T]
+    profile: Profile,  # From `calibrate`
+    model_name: str,  # For the rows
+    data: str,  # For the rows
+    bits: tuple = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0),  # Budgets of every layer, keys and values apart
+    trellis: tuple = (0, 256),  # States; 0 = Lloyd–Max
+) -> None:
+    "Weighed error over weighed energy of each layer's codes on a text, beside the bound of a Gaussian with the same spectrum and the same bits."
+    flat = replace(profile, forecasts={})
+    plans = {(b, t): plan(flat, b, trellis=t, equal=True) for b in bits for t in trellis}
+    def see(module, q, k, v, kw):
+        i = module.layer_idx
+        for kind, x in (("k", k), ("v", v)):
+            x = x[:, :, 4:]
+            for (b, t), codecs in plans.items():
+                c, home = codecs[i, kind], codecs[i, kind].home
+                full, pos = (key_frame(profile.layers[i], profile.prices[i][0]) if kind == "k" else klt(profile.layers[i].v_cov, profile.prices[i][1], profile.layers[i].v_mean)), torch.arange(4, 4 + x.shape[2])
+                y, y_hat = ((home.enter(z.float(), pos, full.mean) @ full.A.mT).double() for z in (x, c.decode(c.encode(x, 4), 4)))
+                lam = full.scale.double().square().flatten()
+                level = water_level(lam, c.bits_per_element * len(lam))
+                run.row(method="spectral", metric="distortion", model=model_name, data=data, value=((y - y_hat).square().sum() / y.square().sum()).item(),
+                        bound=(lam.clamp_max(level).sum() / lam.sum()).item(), bits=c.bits_per_element, k_bits=b, v_bits=b, layer=i, kind=kind, trellis=t, n=x.shape[0] * x.shape[2])
+    probe(model, tokens, see)
+
+# %% ../nbs/76_evaluate.ipynb #a209a435
+def trellis_times(
+    run: Run,  # Open run
+    states: tuple = (256, 1024, 4096),
+    bits: tuple = (1, 2, 4),  # Of every channel
+    vectors: int = 512,  # At a time
+    repeats: int = 3,  # Of which the fastest counts
+) -> None:
+    "Time to encode and to decode on this machine's CPU, rows of a vector (one token of one head)."
+    u = torch.randn(vectors, 128, generator=torch.Generator().manual_seed(run.info["seed"]))
+    for s, b in ((s, b) for s in states for b in bits):
+        t = Trellis([b] * 128, s)
+        packed = t.encode(u)
+        for metric, f in (("encode_us", lambda: t.encode(u)), ("decode_us", lambda: t.decode(packed))):
+            run.row(method="trellis", metric=metric, model="gaussian", value=1e6 * min(_cpu_seconds(f) for _ in range(repeats)) / vectors, trellis=s, k_bits=b, v_bits=b, n=vectors, threads=torch.get_num_threads())
+
+
+def _cpu_seconds(f):
+    "Processor time of a call: other programs of the machine do not count."
+    t0 = process_time()
+    f()
+    return process_time() - t0
