@@ -270,7 +270,7 @@ GRIDS = dict( # name -> f(profile or None, number of layers, budgets if given)
 @app.command()
 def evaluate(
     model:Annotated[str, typer.Argument(help='A name in results/zoo, a folder, or a Hub id.')]='llama',
-    grid:Annotated[str, typer.Option(help='rotation: 2, 3, 4 bits with and without window; bits: spectral codes of many sizes; ablation: one choice changed at a time; adaptive: classes of tokens; baselines: other methods.')]='rotation',
+    grid:Annotated[str, typer.Option(help='rotation: 2, 3, 4 bits with and without window; bits: spectral codes of many sizes; ablation: one choice changed at a time; adaptive: classes of tokens, frames from the prompt; baselines: other methods.')]='rotation',
     profile:Annotated[Optional[Path], typer.Option(help='From `ndkv calibrate`; the grids bits, adaptive and ablation need it.')]=None,
     bits:Annotated[Optional[str], typer.Option(help='Budgets of the grids bits, adaptive and ablation, such as 0.8,1,1.25.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
@@ -279,6 +279,7 @@ def evaluate(
     windows:Annotated[int, typer.Option(min=1, help='Windows, evenly spread over the text.')]=64,
     batch:Annotated[int, typer.Option(min=1, help='Windows at a time.')]=8,
     dtype:Annotated[str, typer.Option(help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]='float32',
+    prompt:Annotated[int, typer.Option(min=0, help='Tokens of each window that come at once, before the stream.')]=0,
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl, the grid by default (frontier for rotation).')]=None,
 ):
@@ -294,10 +295,10 @@ def evaluate(
     cells = GRIDS[grid](profile and Profile.load(profile, lm, ('dtype',)), lm.config.get_text_config().num_hidden_layers, *budgets)
     tokens = text_windows(path, tokenizer, length, windows)
     folder = zoo()/model if (zoo()/model).is_dir() else model
-    options = dict(grid=grid, bits=bits, profile=profile and profile.name, text=text, length=length, windows=windows, batch=batch, dtype=dtype, name=name)
+    options = dict(grid=grid, bits=bits, profile=profile and profile.name, text=text, length=length, windows=windows, batch=batch, dtype=dtype, prompt=prompt or None, name=name)
     command = ' '.join([f'ndkv evaluate {Path(model).name}', *(f'--{k} {v}' for k, v in options.items() if v is not None)])
     with Run(out, command=command, model=folder, data=[path, profile] if profile else path, name=name) as run:
-        measure(lm, tokens, cells, run, Path(model).name, text, batch, heads=2 if grid == 'rotation' else 0, dtype=dtype)
+        measure(lm, tokens, cells, run, Path(model).name, text, batch, heads=2 if grid == 'rotation' else 0, prompt=prompt, dtype=dtype)
     print(f'{len(run.rows)} rows of run {run.id} added to {out/name}.jsonl')
 
 # %% ../nbs/95_cli.ipynb #051ed216

@@ -88,6 +88,7 @@ def compare(
     cells: list[Cell],  # Caches to measure, all with the same window, sinks and block (`NOISE` apart)
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
+    prompt: int = 0,  # Tokens that come at once; at least what is exact and one block
 ) -> tuple[dict[Cell, dict[str, Tensor]], dict[Cell, dict]]:  # Per-token tensors [N, T-1] on the CPU; the caches' reports
     "Per-token metrics of several caches against the exact one, in decode mode."
     shapes = {(c.window, c.sinks, c.block) for c in cells if not c.exact}
@@ -95,7 +96,7 @@ def compare(
     window, sinks, block = (shapes or {(c.window, c.sinks, c.block) for c in cells}).pop()
     if tokens.shape[1] <= window + sinks + block:
         raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
-    edges, device = chunk_edges(tokens.shape[1], sinks + window + block, block), next(model.parameters()).device
+    edges, device = chunk_edges(tokens.shape[1], max(sinks + window + block, prompt), block), next(model.parameters()).device
     found, reports = {c: [] for c in cells}, {}
     progress = tqdm(total=len(tokens) * len(edges), desc="compare", disable=not bar, mininterval=2)
     for ids in tokens.split(batch):
@@ -109,9 +110,16 @@ def compare(
             progress.update(len(ids))
         for c in cells:
             found[c].append({k: torch.cat([r[k] for r in rows[c]], 1).cpu() for k in rows[c][0]})
-            if not c.exact: reports[c] = caches[c].report()
+            if not c.exact: reports[c] = caches[c].report() | dict(frame_bits=_frames(caches[c]))
     progress.close()
     return {c: {k: torch.cat([f[k] for f in found[c]]) for k in found[c][0]} for c in cells}, reports
+
+
+def _frames(cache):
+    "Bits an element of the frames that a cache's codecs read, for one token."
+    codecs = [s.packed.codec for layer in getattr(cache, "layers", ()) for s in getattr(layer, "stores", ())]
+    codecs = {i: c for i, c in enumerate(codecs) if hasattr(c, "frame_bits")}
+    return frame_bits(codecs) if codecs else None
 
 
 def _judge(reference, logits, target):
@@ -220,6 +228,7 @@ def evaluate(
     batch: int = 8,  # Windows at a time
     heads: int = 2,  # Windows used for the errors of heads and the times of codecs (0 = none)
     bar: bool = True,  # Show progress
+    prompt: int = 0,  # Tokens that come at once, as in `compare`
     generations: int = 0,  # Windows whose first half is continued greedily, 128 tokens, to see where the texts part
     **fields,  # More for the rows
 ) -> None:
@@ -228,11 +237,11 @@ def evaluate(
     groups = {}
     for c in cells: groups.setdefault((c.window, c.sinks, c.block), []).append(c)
     for (window, sinks, block), group in groups.items():
-        first = sinks + window + block if window + sinks else 0
-        found, reports = compare(model, tokens, group, batch, bar)
+        first = max(sinks + window + block if window + sinks else 0, prompt)
+        found, reports = compare(model, tokens, group, batch, bar, prompt)
         for c in group:
             numbers = _rows(c, found[c], reports.get(c), first)
-            if "codecs" in c.options: numbers["bits_with_frames"] = (numbers["bits"][0] + frame_bits(c.options["codecs"]) / tokens.shape[1], None, tokens.shape[1])
+            if (frames := (reports.get(c) or {}).get("frame_bits")) is not None: numbers["bits_with_frames"] = (numbers["bits"][0] + frames / tokens.shape[1], None, tokens.shape[1])
             record(run, c, numbers, **where)
             for place, number in by_position(found[c]["dnll"], first, buckets=min(4, tokens.shape[1] - 1 - first)).items(): record(run, c, {"dnll_position": number}, position=place, **where)
     for c in cells:
@@ -290,10 +299,14 @@ def adaptive_grid(
     profile: Profile,  # From `calibrate`
     bits: tuple = (0.6, 0.85, 1.25, 2.0),  # Budgets, frames for `tokens` included
     tokens: int = 4096,  # That share the frames
+    trellis: int = 0,  # States; 0 = Lloyd–Max, quick to encode
 ) -> list[Cell]:
-    "What classes of tokens are worth: spectral codes with four and with one, frames paid from the budget."
-    cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens)
-    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3])]
+    "What is measured on the text itself: classes of tokens, beside one class, and frames from the prompt (to be run with a prompt), beside the same from a profile; the rotation."
+    cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens, trellis=trellis)
+    made = dict(home="64", trellis=trellis, prices="none", allocation="layer", profile="prompt")
+    prompts = [Cell("prompt", b, b, options=dict(trellis=trellis), note=made) for b in (1.5, 2.5)]
+    known = spectral_cell(profile, 1.5, trellis=trellis, prices="none", allocation="layer", classes=False)
+    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *prompts, known]
 
 
 def ablation_grid(
