@@ -423,6 +423,7 @@ def water(
 ) -> tuple[list[Tensor], float]:  # Widths [C, H, D], and the level
     "Reverse water-filling: a bit is given where it removes more than the level, a channel where it removes more than it costs."
     t = torch.tensor(table, dtype=torch.float64)
+    spectra = [s * torch.linspace(1, 1.001, s[0].numel(), dtype=torch.float64).view_as(s[0]) for s in spectra]  # equal channels may get unequal bits
     def at(level):
         widths, cost = [], 0.0
         for s, n in zip(spectra, shares):
