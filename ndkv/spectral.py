@@ -555,11 +555,11 @@ class PromptCodec:
     def frame_bits(self): return getattr(self.codec, "frame_bits", 0.0)
 
     @property
-    def widths(self): return getattr(self.codec, "widths", torch.zeros(1))
+    def widths(self): return getattr(self.codec, "widths", torch.zeros(self.shape))  # [H, D]; zeros for the fallback
 
     def encode(self, x, pos=0):
         "As the codec that was chosen; the first call chooses."
-        if self.codec is None: self.codec = self._choose(x, pos)
+        if self.codec is None: self.codec, self.shape = self._choose(x, pos), x.shape[1::2]
         return self.codec.encode(x, pos)
 
     def decode(self, enc, pos=0, dtype=torch.float32): return self.codec.decode(enc, pos, dtype)
