@@ -361,8 +361,9 @@ def _check_forecasts(p):
     "One-line error for forecasts that are not finite, or of other layers."
     if p.forecasts and p.forecasts.keys() != p.layers.keys(): raise ValueError(f"profile: forecasts of layers {sorted(p.forecasts)}, statistics of {sorted(p.layers)}; measure both on one model")
     for i, four in p.forecasts.items():
+        if any((x < 0).any() for x in four[2:]): raise ValueError(f"profile: layer {i}: prices by rank are negative; measure them again")
         for x, shape in zip(four, _forecast_shapes(*p.layers[i].k_mean.shape, p.layers[i].v_mean.shape[-1])):
-            if list(x.shape) != shape or not torch.isfinite(x).all() or (shape[1] == RANKS and (x < 0).any()): raise ValueError(f"profile: layer {i}: forecasts are not finite, or of another shape; measure them again")
+            if list(x.shape) != shape or not torch.isfinite(x).all(): raise ValueError(f"profile: layer {i}: forecasts are not finite, or of another shape; measure them again")
 
 def _forecast_shapes(H, D, Dv): return [H, D], [H, Dv], [H, RANKS], [H, RANKS]
 

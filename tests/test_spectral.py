@@ -11,7 +11,7 @@ from ndkv.cache import NDCache, plain_rope
 from ndkv.codec import NormDirectionCodec
 from ndkv.fisher import calibrate
 from ndkv.frames import Frame
-from ndkv.profile import Profile, Rope, collect, find_rope
+from ndkv.profile import MATRICES, MEANS, Profile, Rope, collect, find_rope
 from ndkv.spectral import BitRow, Classes, Home, PromptCodec, SpectralCodec, Strings, class_bytes, code_table, frame_bits, klt, norm_bits, norm_code, norm_value, plan, shrunk, spend, token_bytes, water, whole_bytes
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -174,6 +174,13 @@ def test_more_bits_for_dear_heads():
 
 # calibration and bad input
 
+def of_64_channels(p):
+    "The same profile for heads of 64 channels, as many as tokens are ranked."
+    s = p.layers[0]
+    wide = lambda t: torch.nn.functional.pad(t, (0, 48) * (t.dim() - 1))
+    stats = replace(s, **{f: wide(getattr(s, f)) for f in MEANS + MATRICES})
+    return Profile({0: stats}, forecasts={0: (wide(p.forecasts[0][0]), wide(p.forecasts[0][1]), *p.forecasts[0][2:])}, data=p.data)
+
 def test_profile_has_forecasts_and_keeps_them(profile, model, tmp_path):
     assert profile.forecasts.keys() == profile.layers.keys()
     for k, v, rk, rv in profile.forecasts.values():
@@ -184,6 +191,10 @@ def test_profile_has_forecasts_and_keeps_them(profile, model, tmp_path):
     assert all(torch.allclose(x.float(), y.float()) for i in again.forecasts for x, y in zip(again.forecasts[i], profile.forecasts[i]))
     bad = replace(profile, forecasts={i: (k * math.nan, *rest) for i, (k, *rest) in profile.forecasts.items()})
     with pytest.raises(ValueError, match='forecasts are not finite'): bad.check()
+    low = replace(profile, forecasts={i: (*four[:2], -four[2], four[3]) for i, four in profile.forecasts.items()})
+    with pytest.raises(ValueError, match='by rank are negative'): low.check()
+    wide = of_64_channels(profile)
+    wide.check(enough=0)
     with pytest.raises(ValueError, match='forecasts of layers'): replace(profile, forecasts={0: profile.forecasts[0]}).check()
 
 
