@@ -16,6 +16,7 @@ from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSliding
                                       LinearAttentionAndFullAttentionLayer, LinearAttentionLayer)
 from .codec import NormDirectionCodec
 from .frames import rotation
+from .hub import load_profile
 from .profile import Profile
 from .spectral import SpectralCodec, plan
 
@@ -493,7 +494,7 @@ def _calibrated(config, profile, bits, method, block, sinks, kw):
     asks = method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters
     if not asks and method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
     if not asks and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8): raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
-    profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
+    profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else load_profile(profile, config, ("dtype",))
     return dict(profile=profile) if asks else dict(codecs=plan(profile, bits, block, sinks, kw.pop("trellis", 256)))
 
 # %% ../nbs/40_cache.ipynb #7da2e9d4
@@ -518,7 +519,7 @@ class NDCache(_Accounts, DynamicCache):
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
         method:str|None=None,     # One of `METHODS`; None = "spectral" with a profile, else "rotation"
-        profile=None,             # From `calibrate`, or the path of its file: measured frames, and `bits` is a budget over all layers
+        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all layers
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
         block:int=64,             # Tokens encoded together as they leave the window
