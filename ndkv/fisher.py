@@ -93,8 +93,8 @@ def _load_sums(path, head):
     "Windows done, sums and state of the generator from a checkpoint that belongs to `head`."
     try:
         with safe_open(path, "pt") as f: found, tensors = json.loads((f.metadata() or {})["ndkv_fisher"]), {name: f.get_tensor(name) for name in f.keys()}
-        good = found.pop("sha256") == _digest(found, tensors)
-    except (SafetensorError, KeyError, ValueError, AttributeError, RecursionError): good = False
+        good = isinstance(found, dict) and found.pop("sha256") == _digest(found, tensors)
+    except (SafetensorError, KeyError, ValueError, RecursionError): good = False
     if not good: raise ValueError(f"{path}: damaged checkpoint; remove it, and the pass begins anew")
     if found | dict(done=0) != head | dict(done=0): raise ValueError(f"{path}: checkpoint of another model, text or setting; remove it or name another file")
     state = tensors.pop("generator")
