@@ -174,6 +174,7 @@ def own_text(
     count: int = 24,  # Windows
     length: int = 1024,  # Tokens a window
     seed: int = 0,  # Of the draws
+    bar: bool = False,  # Show progress
 ) -> Tensor:  # [count, length]
     "Text sampled from the model itself at temperature one."
     c = model.config.get_text_config(decoder=True)
@@ -182,4 +183,6 @@ def own_text(
     first = torch.full((count, 1), starts[0][0] if isinstance(starts[0], list) else starts[0], device=model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return model.generate(first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))
+        with tqdm(total=length - 1, desc="own text", disable=not bar, mininterval=2) as progress:
+            watch = lambda ids, scores, **kw: (progress.update(), torch.zeros(len(ids), dtype=torch.bool, device=ids.device))[1]  # stops nothing
+            return model.generate(first, stopping_criteria=[watch], attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))

@@ -73,6 +73,7 @@ def draw_bits(ax, rows, kind, most):
     "Bits of each head and layer."
     image = ax.imshow([r["head_bits"] for r in rows if r["kind"] == kind], aspect="auto", cmap="magma_r", vmin=0, vmax=most, origin="lower")
     ax.set(title=f"bits of {dict(k='keys', v='values')[kind]}", xlabel="head", ylabel="layer")
+    for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
     return image
 
 def draw_numbers(ax, rows, name, title):

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
-           'DEFAULTS', 'QUALITY', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS',
-           'ALLOWED', 'LAYOUT', 'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape',
-           'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
-           'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure',
+           'DEFAULTS', 'QUALITY', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'BEGIN', 'END', 'MARKED', 'DIGITS',
+           'NUMBERS', 'ALLOWED', 'LAYOUT', 'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res',
+           'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at',
+           'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure',
            'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim', 'met',
            'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
            'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims', 'claims_markdown',
-           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex',
-           'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
-           'verify', 'lint_text', 'lint_paper', 'report']
+           'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
+           'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex', 'claims_table', 'ledger', 'generate',
+           'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper',
+           'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, operator, re, tempfile
@@ -548,15 +549,46 @@ def claims_markdown(book) -> str:
     return '\n'.join(lines)
 
 # %% ../nbs/90_report.ipynb #a6b2c636
+def architectures_markdown(book) -> str:
+    "Families of models, as the latest run of their tests found them."
+    rows = latest(book, 'architectures')
+    lines = ['| family | class | layers quantized | bits of keys, values | same tokens | |', '|---|---|---|---|---|---|']
+    exact = lambda b: 'exact' if b is None else b
+    lines += [f"| {r['model']} | `{r['architecture']}` | {r.get('quantized', '–')} of {r.get('layers', '–')} | {exact(r.get('k_bits'))}, {exact(r.get('v_bits'))} | {'yes' if r['value'] else '**no**'} | {r.get('note', '')} |" for r in rows]
+    return '\n'.join(lines) if rows else 'not run'
+
+def modes_markdown(book) -> str:
+    "Ways to generate, and the models on which the latest run of their tests tried them."
+    rows = latest(book, 'modes')
+    lines = ['| way to generate | models | same tokens |', '|---|---|---|']
+    for mode in dict.fromkeys(r['mode'] for r in rows):
+        mine = [r for r in rows if r['mode'] == mode]
+        lines.append(f"| {mode} | {', '.join(dict.fromkeys(r['model'] for r in mine))} | {'yes' if all(r['value'] for r in mine) else '**no**'} |")
+    return '\n'.join(lines) if rows else 'not run'
+
+MARKED = {'claims': claims_markdown, 'architectures': architectures_markdown, 'modes': modes_markdown} # name in the markers -> table
+
+def marked(
+    text:str, # Markdown
+    name:str, # Of a table in `MARKED`
+    book:Book, # Rows
+) -> str:
+    "`text` with a fresh table between the markers of one name, where it has them."
+    begin,end = (m.replace('claims', name, 1) for m in (BEGIN, END))
+    if text.count(begin) + text.count(end) == 0 and name != 'claims': return text
+    if text.count(begin) != 1 or text.count(end) != 1: raise ValueError(f'README.md needs the markers {begin!r} and {end!r} once each; add them to nbs/index.ipynb')
+    head,tail = text.split(begin)[0],text.split(end)[1]
+    return f'{head}{begin}\n\n{MARKED[name](book)}\n\n{end}{tail}'
+
+# %% ../nbs/90_report.ipynb #7afc12c5
 def readme_with_claims(
-    text:str, # README with the two markers
+    text:str, # README with the markers of the claims and perhaps of other tables
     source, # Book or results folder
 ) -> str:
-    "`text` with a fresh table between the markers."
-    if text.count(BEGIN) != 1 or text.count(END) != 1: raise ValueError(f'README.md needs the markers {BEGIN!r} and {END!r} once each; add them to nbs/index.ipynb')
+    "`text` with fresh tables between the markers."
     book = source if isinstance(source, Book) else Book(source)
-    head,tail = text.split(BEGIN)[0],text.split(END)[1]
-    return f'{head}{BEGIN}\n\n{claims_markdown(book)}\n\n{END}{tail}'
+    for name in MARKED: text = marked(text, name, book)
+    return text
 
 # %% ../nbs/90_report.ipynb #ffcc2a47
 DIGITS = 'Zero One Two Three Four Five Six Seven Eight Nine'.split()
