@@ -88,6 +88,7 @@ class PagePool(PagedCache):
         super().__init__(config, **kw)
         like = self.layers[0]
         self.sinks, self.window, self.page = like.sinks, like.window, page_of(like)
+        if self.window < 1: raise ValueError("a pool codes a page before the step that fills it, so its window must hold the new token; give window=1 or more")
         self.room, self.slots, self.pages = self.sinks + self.window + self.page, slots, pages
         self.layers = [PoolLayer(self, l) for l in self.layers]
         self.most = self.width = max(self.whole_pages(length), 1)
