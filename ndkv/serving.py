@@ -40,7 +40,8 @@ class PoolLayer(DynamicLayer):
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
         if self.pool.filling is not None: self._fill(self.pool.filling, key_states, value_states)
         else:
-            at = self.pool.rows[:len(key_states)], slice(None), self.pool.fresh[:len(key_states)].long()
+            rows, fresh = (t[:len(key_states)].to(self.device) for t in (self.pool.rows, self.pool.fresh))
+            at = rows, slice(None), fresh.long()
             for buffer, x in zip(self.exact, (key_states, value_states)): buffer[at] = x[:, :, 0]
             key_states.ndkv_past = self
         return key_states, value_states
@@ -53,12 +54,12 @@ def _fill(self:PoolLayer, slot, k, v):
     "Pages and exact tokens of a prompt `[1, H, T, D]`."
     S, T, p = self.pool.sinks, k.shape[2], self.pool.page
     pages = self.pool.whole_pages(T)
-    if pages: write_pages(self.pa, k, v, self.store, self.pool.table[slot:slot+1, :pages], S, S)
+    if pages: write_pages(self.pa, k, v, self.store, self.pool.table[slot:slot+1, :pages].to(self.device), S, S)
     for buffer, x in zip(self.exact, (k, v)): buffer[slot, :, :T - pages*p] = torch.cat([x[0, :, :S], x[0, :, S + pages*p:]], 1)
 
 def _flush(self:PoolLayer, at, table, packed):
     "Code the oldest page of the slots `at` into the pages `table` `[n, 1]`; `packed`: their tokens in pages so far."
-    S, p = self.pool.sinks, self.pool.page
+    S, p, at, table = self.pool.sinks, self.pool.page, at.to(self.device), table.to(self.device)
     k, v = (buffer[at, :, S:S+p] for buffer in self.exact)
     if self.pa.home is None: write_pages(self.pa, k, v, self.store, table)
     else:
@@ -69,8 +70,9 @@ def _attend(self:PoolLayer, q, scale=None):
     "Attention of one token of the first `len(q)` slots `[B, Hq, D]`, as `ndkv_packed` asks for it."
     pool, B = self.pool, len(q)
     exact = [buffer[:B] for buffer in self.exact]
+    table, packed, fresh = (t[:B].to(q.device) for t in (pool.table, pool.packed, pool.fresh))
     attend = self.pa if q.is_cuda else lambda *a, **kw: attend_tiles(self.pa, *a, **kw)
-    return attend(q, self.store, pool.table[:B, :pool.width], pool.packed[:B], exact=(*exact, pool.fresh[:B] + 1), scale=scale)
+    return attend(q, self.store, table[:, :pool.width], packed, exact=(*exact, fresh + 1), scale=scale)
 
 PoolLayer._fill, PoolLayer.flush, PoolLayer.attend = _fill, _flush, _attend
 
