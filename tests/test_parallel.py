@@ -15,7 +15,7 @@ from ndkv.fisher import calibrate
 from ndkv.parallel import bytes_by_device, local_cache
 from ndkv.serving import Server
 
-BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+BASE = dict(vocab_size=62, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 KW = dict(window=8, sinks=4, block=16)
 MODELS = {"llama": lambda: LlamaForCausalLM(LlamaConfig(**BASE, head_dim=32)), "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**BASE | dict(hidden_size=128)))} # heads of 32; qwen2 has biases
