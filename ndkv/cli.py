@@ -475,17 +475,38 @@ def sweep(
 
 @command('ndkv bench', 'ndkv bench --out /tmp/results --json')
 def bench(
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one.')]='kernels',
+    model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or a folder.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
-    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl.')]='kernels',
+    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, throughput or serving.')]=None,
+    data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
+    seconds:Annotated[float, typer.Option(help='For generate: start nothing after so many seconds.')]=420,
     as_json:JSON=False,
 ):
-    "Time the kernels on this machine's GPU against SDPA; rows with speed-ups and errors."
-    from ndkv.kernels_bench import CASES, bench as time_kernels
-    with Run(out, command=f'ndkv bench --name {name}', name=name) as run: time_kernels(CASES, run)
+    "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
+    files = dict(kernels='kernels', generate='throughput', cpu='throughput', serve='serving')
+    if what not in files: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(files)}')
+    if what in ('kernels', 'generate') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+    path = zoo()/model if (zoo()/model).is_dir() else Path(model)
+    with Run(out, command=f'ndkv bench {what}' + (f' --model {model}' if what in ('cpu', 'serve') else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None) as run: _bench(what, run, path, data, seconds)
     if as_json: return show_json([r for _, r in run.rows])
-    speeds = [[r['method'], r['batch'], r['length'], f"{r['value']:.2f}"] for _, r in run.rows if r['metric'] == 'speedup']
+    shown = {'speedup':'times as fast as SDPA', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal'}
     out_ = console()
-    out_.print(grid(out_, ['case', 'batch', 'context', 'speed-up'], speeds))
+    out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'], r.get('batch', r.get('slots')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
+
+def _bench(what, run, path, data, seconds):
+    "One of the benches."
+    from ndkv import throughput
+    from ndkv.kernels_bench import CASES, bench as time_kernels
+    if what == 'kernels': time_kernels(CASES, run)
+    elif what == 'generate':
+        for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
+    elif what == 'cpu':
+        for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
+    else:
+        ids = text_windows(existing(data/'wiki_val.txt.xz', 'text'), throughput.AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
+        for bits in (4, 3, 2): throughput.serve_bench(run, path, ids, bits=bits)
+        throughput.users_bench(run)
 
 # %% ../nbs/95_cli.ipynb #f3943bad
 ANATOMY = dict(layer='layer', kind='', sink='sink', outlier='outlier', mean='mean', rank='rank', cost='cost', bits='bits')
