@@ -160,7 +160,7 @@ class Pieces:
         offload:bool=False, # Keep packed bytes in the CPU's memory?
     ):
         self.sink = self.window = like[:, :, :0].clone()
-        self.packed, self.sinks, self.end = (MemoPacked if memo else HostPacked if offload else Packed)(codec), sinks, 0
+        self.packed, self.sinks, self.end = (getattr(codec, "memo", MemoPacked) if memo else HostPacked if offload else Packed)(codec), sinks, 0
 
     @property
     def starts(self):
