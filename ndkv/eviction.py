@@ -6,7 +6,7 @@
 __all__ = ['POLICIES', 'Recent', 'KeyNorm', 'KeyDiff', 'last_attention', 'TOVA', 'SnapKV', 'Kept', 'EvictingLayer', 'observed',
            'EvictingCache', 'DropCell', 'frontier_cells', 'drop_or_quantize', 'retrieval_after_dropping']
 
-# %% ../nbs/77_eviction.ipynb #6cf71d33
+# %% ../nbs/77_eviction.ipynb #b7423d10
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .profile import Profile, watching
 from .results import Run
 from .tasks import task_scores
 
-# %% ../nbs/77_eviction.ipynb #d5fa0c2e
+# %% ../nbs/77_eviction.ipynb #e18fabd9
 class Recent:
     "Keep the latest tokens."
     queries = 0
@@ -42,7 +42,7 @@ class KeyDiff:
     def score(self, keys, values, positions, queries):
         return -F.cosine_similarity(keys, F.normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)
 
-# %% ../nbs/77_eviction.ipynb #ae87d15a
+# %% ../nbs/77_eviction.ipynb #b0c40470
 def last_attention(
     queries:Tensor, # `[B, Hq, w, D]`, scaled, of the last `w` tokens
     keys:Tensor,    # `[B, H, n, D]`
@@ -73,7 +73,7 @@ class SnapKV:
 
 POLICIES = dict(recent=Recent(), keynorm=KeyNorm(), keydiff=KeyDiff(), tova=TOVA(), snapkv=SnapKV()) # By name
 
-# %% ../nbs/77_eviction.ipynb #85b73794
+# %% ../nbs/77_eviction.ipynb #45aa79db
 def _heads_of(name, index): return index[:, int(h):int(h) + 1] if (h := name.partition(":")[2]) else index # those an entry belongs to
 
 
@@ -85,7 +85,7 @@ def _whole(entries):
     names = dict.fromkeys(name.partition(":")[0] for name in entries)
     return {name: entries[name] if name in entries else torch.cat([t for k, t in entries.items() if k.startswith(name + ":")], -1) for name in names}
 
-# %% ../nbs/77_eviction.ipynb #fc5bf0be
+# %% ../nbs/77_eviction.ipynb #11174bb9
 class Kept(Packed):
     "Packed tokens of which each head keeps its own."
     n, copy, copied = 0, None, 0 # positions covered; decoded tokens, and the positions that they cover
@@ -114,7 +114,7 @@ class Kept(Packed):
         if self.index is self: self._remember(F.pad(self._map(like, heads), (0, like.shape[2]), value=1))
         self.n += like.shape[2]
 
-# %% ../nbs/77_eviction.ipynb #59296b52
+# %% ../nbs/77_eviction.ipynb #af549452
 def _by_head(self:Kept, new, heads):
     "Entries with a head axis as they are, rows of all heads cut at the codec's `sizes`."
     split = lambda name, t: {f"{name}:{h}": part for h, part in enumerate(t.split(self.codec.sizes, -1))}
@@ -126,7 +126,7 @@ def _remember(self:Kept, kept): self.entries["map"] = pack(kept, 1)
 
 Kept._by_head, Kept._map, Kept._remember = _by_head, _map, _remember
 
-# %% ../nbs/77_eviction.ipynb #566e0aa5
+# %% ../nbs/77_eviction.ipynb #e0f8f9d4
 def _select(self:Kept, index):
     "Keep the entries `index` `[B, H, m]` of those that are held, ascending."
     if self.index is self:
@@ -159,7 +159,7 @@ def _extended(self:Kept, pos, dtype):
 
 Kept.select, Kept._spread, Kept.read, Kept._extended = _select, _spread, _read, _extended
 
-# %% ../nbs/77_eviction.ipynb #ad914d40
+# %% ../nbs/77_eviction.ipynb #9f641d48
 def _apply(self:Kept, f):
     Packed.apply(self, f)
     if self.copy is not None: self.copy = f(self.copy)
@@ -169,7 +169,7 @@ def _keep(self:Kept, a, b):
 
 Kept.apply, Kept.keep = _apply, _keep
 
-# %% ../nbs/77_eviction.ipynb #8bd55b60
+# %% ../nbs/77_eviction.ipynb #dd552b49
 class EvictingLayer(NDLayer):
     "An attention layer that keeps a part of its packed tokens."
     def __init__(self,
@@ -196,7 +196,7 @@ class EvictingLayer(NDLayer):
         n = max((L - self.window - self.sinks)//self.block*self.block, self.stores[0].packed.n if self.stores else 0, 0)
         return n - self.room(n)
 
-# %% ../nbs/77_eviction.ipynb #a4610a5a
+# %% ../nbs/77_eviction.ipynb #f49a9540
 @torch.compiler.disable
 def _update(self:EvictingLayer, key_states, value_states, *args, **kwargs):
     "Take `[B, H, q, D]` keys and values; return what is held and them."
@@ -220,7 +220,7 @@ def _flush(self:EvictingLayer, L, first=0):
 
 EvictingLayer.update, EvictingLayer.flush = _update, _flush
 
-# %% ../nbs/77_eviction.ipynb #fe0aa400
+# %% ../nbs/77_eviction.ipynb #5d8624d7
 def _scores(self:EvictingLayer):
     "The policy's scores of all that is held."
     want, L = self.policy.queries, self.get_seq_length()
@@ -238,7 +238,7 @@ def _see(self:EvictingLayer, query, scale):
 
 EvictingLayer.scores, EvictingLayer.see = _scores, _see
 
-# %% ../nbs/77_eviction.ipynb #848b45d6
+# %% ../nbs/77_eviction.ipynb #15e7ed51
 @property
 def _positions(self:EvictingLayer):
     "Where the tokens that are held stood in the text `[B, H, n]`."
@@ -250,7 +250,7 @@ def _positions(self:EvictingLayer):
 
 EvictingLayer.positions = _positions
 
-# %% ../nbs/77_eviction.ipynb #72f508c4
+# %% ../nbs/77_eviction.ipynb #b74cc07e
 def _crop(self:EvictingLayer, tokens_to_remove):
     n = -int(tokens_to_remove)
     if any(s.packed.n and s.end - n < s.starts[2] for s in self.stores):
@@ -268,7 +268,7 @@ def _reset(self:EvictingLayer):
 
 EvictingLayer.crop, EvictingLayer.apply, EvictingLayer.reset = _crop, _apply_layer, _reset
 
-# %% ../nbs/77_eviction.ipynb #e9daaede
+# %% ../nbs/77_eviction.ipynb #b02f8177
 def observed(
     model, # A causal language model
 ):
@@ -277,7 +277,7 @@ def observed(
         if layer := getattr(key, "ndkv_layer", None): layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
     return watching(model, see)
 
-# %% ../nbs/77_eviction.ipynb #20ba5ea0
+# %% ../nbs/77_eviction.ipynb #2ea0f213
 class EvictingCache(NDCache):
     "An `NDCache` that drops tokens as they leave its window; rows of a batch must be equally long, without padding on the left."
     def __init__(self,
@@ -301,7 +301,7 @@ class EvictingCache(NDCache):
     @property
     def nbytes(self): return super().nbytes + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait
 
-# %% ../nbs/77_eviction.ipynb #3bc4ef73
+# %% ../nbs/77_eviction.ipynb #8aef8c4b
 @dataclass(frozen=True, eq=False)
 class DropCell(Cell):
     "A cache that drops; `k_bits=v_bits=None` with method \"exact\" keeps what stays in bfloat16."
@@ -316,27 +316,25 @@ class DropCell(Cell):
 
     def __str__(self): return f"{self.policy} {self.keep:.3g} of the tokens, {'bf16' if self.k_bits is None else f'{self.method} {self.k_bits:g} bits'}"
 
-# %% ../nbs/77_eviction.ipynb #36dd7885
+# %% ../nbs/77_eviction.ipynb #cf75556d
 def frontier_cells(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[Cell]:
     "Quantize, drop, or both."
-    whole, half = dict(note=dict(policy="none", keep=1.)), dict(policy="snapkv", keep=.5)
-    drop = [DropCell("exact", None, None, policy=p, keep=k) for k in (1/4, 1/8, 1/16) for p in POLICIES]
-    cells = [Cell("bf16", None, None), *(Cell(k_bits=b, v_bits=b, **whole) for b in (4, 2, 1)), *drop, *(DropCell(k_bits=b, v_bits=b, **half) for b in (8, 4, 2))]
-    if profile is None: return cells
-    spectral = {b: spectral_cell(profile, b) for b in (4, 2, 1, .5)}
-    more = lambda b, **kw: DropCell("spectral", b, b, options=spectral[b].options, note=spectral[b].note, **kw)
-    whole = [Cell("spectral", b, b, options=c.options, note=c.note | whole["note"]) for b, c in spectral.items()]
-    return [*cells, *whole, *(more(b, **half) for b in (4, 2, 1)), more(2, policy="snapkv", keep=.25)]
+    whole, half = dict(policy="none", keep=1.), dict(policy="snapkv", keep=.5)
+    drop = [DropCell("exact", None, None, policy=p, keep=k) for k in (1/4, 1/8, 1/16) for p in POLICIES if p in ("recent", "snapkv") or k == 1/8]
+    cells = [Cell("bf16", None, None), *(Cell(k_bits=b, v_bits=b, note=whole) for b in (4, 2, 1)), *drop, *(DropCell(k_bits=b, v_bits=b, **half) for b in (8, 4, 2))]
+    spectral = [spectral_cell(profile, b) for b in (4, 2, 1, .5)] if profile else []
+    cells += [Cell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note | whole) for c in spectral]
+    return cells + [DropCell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note, **half) for c in spectral[:3]]
 
-# %% ../nbs/77_eviction.ipynb #6d882c79
+# %% ../nbs/77_eviction.ipynb #6dc66c00
 def drop_or_quantize(
     name:str,          # Of the zoo
     profile:str,       # File from `ndkv calibrate`
     text:str="data/wiki_val.txt.xz", # To stream
     length:int=2048,   # Tokens a window
-    windows:int=4,     # Evenly spread over the text
+    windows:int=2,     # Evenly spread over the text
     out:str="results", # Results folder
 ) -> Run: # Its rows are in `eviction.jsonl`
     "Divergence of caches that drop, quantize, or both."
@@ -347,18 +345,19 @@ def drop_or_quantize(
         evaluate(model, text_windows(text, tokenizer, length, windows), cells, run, name, Path(text).name.partition(".")[0], batch=windows, heads=0, dtype="float32")
     return run
 
-# %% ../nbs/77_eviction.ipynb #47250d39
+# %% ../nbs/77_eviction.ipynb #746fc35e
 def retrieval_after_dropping(
     name:str,          # Of the zoo
     profile:str,       # File from `ndkv calibrate`
-    tasks:tuple=("needle", "pairs"), # Of `RETRIEVAL`
+    tasks:tuple=("pairs",), # Of `RETRIEVAL`
     length:int=1024,   # Tokens of context
-    n:int=16,          # Questions a task
+    n:int=12,          # Questions a task
     out:str="results", # Results folder
 ) -> Run: # Its rows are in `eviction.jsonl`
     "Answers of caches that drop, quantize, or both."
     model, tokenizer = load_model(name, dtype=torch.float32)
-    wanted = lambda c: c.exact or c.k_bits in (2, 1, .5) or getattr(c, "policy", "") in ("recent", "snapkv") and c.k_bits is None
+    asked = ("bf16", None), ("rotation", 2), ("spectral", 1), ("rotation", 4), ("spectral", 2) # a code alone, and one of twice the bits for half of the tokens
+    wanted = lambda c: c.policy in ("recent", "snapkv") and c.keep > .1 and (c.k_bits is None or (c.method, c.k_bits) in asked[3:]) if isinstance(c, DropCell) else (c.method, c.k_bits) in asked[:3]
     cells = [c for c in frontier_cells(Profile.load(profile, model, ("dtype",))) if wanted(c)]
     command = f"python -c \"from ndkv.eviction import *; retrieval_after_dropping('{name}', '{Path(profile).name}', {tasks}, length={length}, n={n})\""
     with Run(out, command=command, model=f"results/zoo/{name}", data=profile, name="eviction") as run, observed(model):
