@@ -6,7 +6,7 @@
 __all__ = ['POLICIES', 'Recent', 'KeyNorm', 'KeyDiff', 'last_attention', 'TOVA', 'SnapKV', 'Kept', 'EvictingLayer', 'observed',
            'EvictingCache', 'DropCell', 'frontier_cells', 'drop_or_quantize', 'retrieval_after_dropping']
 
-# %% ../nbs/77_eviction.ipynb #b7423d10
+# %% ../nbs/77_eviction.ipynb #a0fbe439
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .baselines import Sixteen
 from .cache import NDCache, NDLayer, Packed
-from .codec import pack, unpack
+from .codec import pack, packed_size, unpack
 from .evaluate import Cell, evaluate, spectral_cell, text_windows
 from .models import load_model
 from .profile import Profile, watching
 from .results import Run
 from .tasks import task_scores
 
-# %% ../nbs/77_eviction.ipynb #e18fabd9
+# %% ../nbs/77_eviction.ipynb #7bfa5dc0
 class Recent:
     "Keep the latest tokens."
     queries = 0
@@ -42,7 +42,7 @@ class KeyDiff:
     def score(self, keys, values, positions, queries):
         return -F.cosine_similarity(keys, F.normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)
 
-# %% ../nbs/77_eviction.ipynb #b0c40470
+# %% ../nbs/77_eviction.ipynb #58254a58
 def last_attention(
     queries:Tensor, # `[B, Hq, w, D]`, scaled, of the last `w` tokens
     keys:Tensor,    # `[B, H, n, D]`
@@ -73,7 +73,7 @@ class SnapKV:
 
 POLICIES = dict(recent=Recent(), keynorm=KeyNorm(), keydiff=KeyDiff(), tova=TOVA(), snapkv=SnapKV()) # By name
 
-# %% ../nbs/77_eviction.ipynb #45aa79db
+# %% ../nbs/77_eviction.ipynb #cf8d2e1c
 def _heads_of(name, index): return index[:, int(h):int(h) + 1] if (h := name.partition(":")[2]) else index # those an entry belongs to
 
 
@@ -85,7 +85,7 @@ def _whole(entries):
     names = dict.fromkeys(name.partition(":")[0] for name in entries)
     return {name: entries[name] if name in entries else torch.cat([t for k, t in entries.items() if k.startswith(name + ":")], -1) for name in names}
 
-# %% ../nbs/77_eviction.ipynb #11174bb9
+# %% ../nbs/77_eviction.ipynb #ad2ab834
 class Kept(Packed):
     "Packed tokens of which each head keeps its own."
     n, copy, copied = 0, None, 0 # positions covered; decoded tokens, and the positions that they cover
@@ -114,7 +114,7 @@ class Kept(Packed):
         if self.index is self: self._remember(F.pad(self._map(like, heads), (0, like.shape[2]), value=1))
         self.n += like.shape[2]
 
-# %% ../nbs/77_eviction.ipynb #af549452
+# %% ../nbs/77_eviction.ipynb #14166390
 def _by_head(self:Kept, new, heads):
     "Entries with a head axis as they are, rows of all heads cut at the codec's `sizes`."
     split = lambda name, t: {f"{name}:{h}": part for h, part in enumerate(t.split(self.codec.sizes, -1))}
@@ -126,7 +126,7 @@ def _remember(self:Kept, kept): self.entries["map"] = pack(kept, 1)
 
 Kept._by_head, Kept._map, Kept._remember = _by_head, _map, _remember
 
-# %% ../nbs/77_eviction.ipynb #e0f8f9d4
+# %% ../nbs/77_eviction.ipynb #ef46eb1c
 def _select(self:Kept, index):
     "Keep the entries `index` `[B, H, m]` of those that are held, ascending."
     if self.index is self:
@@ -143,23 +143,25 @@ def _spread(self:Kept):
         out[name] = t.new_zeros(*t.shape[:2], self.n, *t.shape[3:]).scatter_(2, where, t)
     return _whole(out)
 
-def _read(self:Kept, pos, dtype):
-    "What is held `[B, H, held, D]`, ascending."
-    if self.memo: return self._extended(pos, dtype)
+def _decoded(self:Kept, pos, dtype):
     x = self.codec.decode(self._spread(), pos, dtype)
     return x.gather(2, _along(self.positions, x))
 
-def _extended(self:Kept, pos, dtype):
-    "The decoded copy, with the positions that came since (none of which was dropped yet)."
-    new = self.n - self.copied
-    if new:
-        x = self.codec.decode(_whole({name: t[:, :, -new:] for name, t in self.data.items()}), pos + self.copied, dtype)
-        self.copy, self.copied = x if self.copy is None else torch.cat([self.copy, x], 2), self.n
+def _extend(self:Kept, pos, dtype):
+    "Decode the positions that came since the last read (none of which was dropped yet) behind the copy."
+    new = {name: t[:, :, self.copied - self.n:] for name, t in self.data.items()}
+    more = self._decoded(pos, dtype) if self.copy is None else self.codec.decode(_whole(new), pos + self.copied, dtype)
+    self.copy, self.copied = more if self.copy is None else torch.cat([self.copy, more], 2), self.n
+
+def _read(self:Kept, pos, dtype):
+    "What is held `[B, H, held, D]`, ascending."
+    if not self.memo: return self._decoded(pos, dtype)
+    if self.copied < self.n: self._extend(pos, dtype)
     return self.copy
 
-Kept.select, Kept._spread, Kept.read, Kept._extended = _select, _spread, _read, _extended
+Kept.select, Kept._spread, Kept._decoded, Kept._extend, Kept.read = _select, _spread, _decoded, _extend, _read
 
-# %% ../nbs/77_eviction.ipynb #9f641d48
+# %% ../nbs/77_eviction.ipynb #5182cf50
 def _apply(self:Kept, f):
     Packed.apply(self, f)
     if self.copy is not None: self.copy = f(self.copy)
@@ -167,9 +169,26 @@ def _apply(self:Kept, f):
 def _keep(self:Kept, a, b):
     if (a, b) != (0, self.n): raise RuntimeError("tokens that were dropped cannot come back, so a cut through packed tokens is refused")
 
-Kept.apply, Kept.keep = _apply, _keep
+def _last(self:Kept, pos): return self.read(pos, torch.float32)[:, :, -1:]
 
-# %% ../nbs/77_eviction.ipynb #dd552b49
+Kept.apply, Kept.keep, Kept.last = _apply, _keep, _last
+
+# %% ../nbs/77_eviction.ipynb #916b080a
+def _covers(self:Kept, entries, x, n):
+    "As `Packed.covers`; the map of the keys is compared with what is there."
+    data = {name: t for name, t in entries.items() if name != "map"}
+    like = self._by_head(self.codec.encode(x.new_ones(*x.shape[:2], 1, x.shape[3]), 0), x.shape[1]) if data else {}
+    held, kept = self._count(data, like), entries.get("map")
+    if self.index is not self: return n if kept is None and (self.index.n, self.index.held) == (n, held) else -1
+    if kept is None: return held and -1
+    fits = held >= 0 and kept.dtype == torch.uint8 and n > 0 and list(kept.shape) == [*x.shape[:2], packed_size(n, 1)]
+    return n if fits and bool((unpack(kept, 1, n).sum(-1) == held).all()) else -1
+
+def _restore(self:Kept, entries, n): self.entries, self.n = dict(entries), n
+
+Kept.covers, Kept.restore = _covers, _restore
+
+# %% ../nbs/77_eviction.ipynb #bf8494de
 class EvictingLayer(NDLayer):
     "An attention layer that keeps a part of its packed tokens."
     def __init__(self,
@@ -196,7 +215,7 @@ class EvictingLayer(NDLayer):
         n = max((L - self.window - self.sinks)//self.block*self.block, self.stores[0].packed.n if self.stores else 0, 0)
         return n - self.room(n)
 
-# %% ../nbs/77_eviction.ipynb #f49a9540
+# %% ../nbs/77_eviction.ipynb #40dafbf6
 @torch.compiler.disable
 def _update(self:EvictingLayer, key_states, value_states, *args, **kwargs):
     "Take `[B, H, q, D]` keys and values; return what is held and them."
@@ -220,7 +239,7 @@ def _flush(self:EvictingLayer, L, first=0):
 
 EvictingLayer.update, EvictingLayer.flush = _update, _flush
 
-# %% ../nbs/77_eviction.ipynb #5d8624d7
+# %% ../nbs/77_eviction.ipynb #e0c16677
 def _scores(self:EvictingLayer):
     "The policy's scores of all that is held."
     want, L = self.policy.queries, self.get_seq_length()
@@ -236,9 +255,16 @@ def _see(self:EvictingLayer, query, scale):
     self.queries = self.queries[:, :, -self.policy.queries - self.block * self.record_past:].clone()
     self.seen += query.shape[2]
 
-EvictingLayer.scores, EvictingLayer.see = _scores, _see
+def _recall(self:EvictingLayer, queries, seen):
+    "Queries from a file."
+    like = self.stores[0].window
+    if queries.dim() != 4 or queries.dtype != torch.bfloat16 or queries.shape[0] != like.shape[0] or queries.shape[3] != like.shape[3] or queries.shape[1] % like.shape[1]:
+        raise ValueError(f"layer {self.layer}: queries {list(queries.shape)} do not belong to keys {list(like.shape)}; run the prompt and save anew")
+    self.queries, self.seen = queries, seen
 
-# %% ../nbs/77_eviction.ipynb #15e7ed51
+EvictingLayer.scores, EvictingLayer.see, EvictingLayer.recall = _scores, _see, _recall
+
+# %% ../nbs/77_eviction.ipynb #e3b97add
 @property
 def _positions(self:EvictingLayer):
     "Where the tokens that are held stood in the text `[B, H, n]`."
@@ -250,7 +276,7 @@ def _positions(self:EvictingLayer):
 
 EvictingLayer.positions = _positions
 
-# %% ../nbs/77_eviction.ipynb #b74cc07e
+# %% ../nbs/77_eviction.ipynb #f3eda1ca
 def _crop(self:EvictingLayer, tokens_to_remove):
     n = -int(tokens_to_remove)
     if any(s.packed.n and s.end - n < s.starts[2] for s in self.stores):
@@ -268,7 +294,7 @@ def _reset(self:EvictingLayer):
 
 EvictingLayer.crop, EvictingLayer.apply, EvictingLayer.reset = _crop, _apply_layer, _reset
 
-# %% ../nbs/77_eviction.ipynb #b02f8177
+# %% ../nbs/77_eviction.ipynb #cb626b7b
 def observed(
     model, # A causal language model
 ):
@@ -277,7 +303,7 @@ def observed(
         if layer := getattr(key, "ndkv_layer", None): layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
     return watching(model, see)
 
-# %% ../nbs/77_eviction.ipynb #2ea0f213
+# %% ../nbs/77_eviction.ipynb #ba5d32f5
 class EvictingCache(NDCache):
     "An `NDCache` that drops tokens as they leave its window; rows of a batch must be equally long, without padding on the left."
     def __init__(self,
@@ -301,7 +327,7 @@ class EvictingCache(NDCache):
     @property
     def nbytes(self): return super().nbytes + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait
 
-# %% ../nbs/77_eviction.ipynb #8aef8c4b
+# %% ../nbs/77_eviction.ipynb #d5bc4424
 @dataclass(frozen=True, eq=False)
 class DropCell(Cell):
     "A cache that drops; `k_bits=v_bits=None` with method \"exact\" keeps what stays in bfloat16."
@@ -316,7 +342,7 @@ class DropCell(Cell):
 
     def __str__(self): return f"{self.policy} {self.keep:.3g} of the tokens, {'bf16' if self.k_bits is None else f'{self.method} {self.k_bits:g} bits'}"
 
-# %% ../nbs/77_eviction.ipynb #cf75556d
+# %% ../nbs/77_eviction.ipynb #75a576b9
 def frontier_cells(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[Cell]:
@@ -328,7 +354,7 @@ def frontier_cells(
     cells += [Cell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note | whole) for c in spectral]
     return cells + [DropCell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note, **half) for c in spectral[:3]]
 
-# %% ../nbs/77_eviction.ipynb #6dc66c00
+# %% ../nbs/77_eviction.ipynb #dba96e7e
 def drop_or_quantize(
     name:str,          # Of the zoo
     profile:str,       # File from `ndkv calibrate`
@@ -345,7 +371,7 @@ def drop_or_quantize(
         evaluate(model, text_windows(text, tokenizer, length, windows), cells, run, name, Path(text).name.partition(".")[0], batch=windows, heads=0, dtype="float32")
     return run
 
-# %% ../nbs/77_eviction.ipynb #746fc35e
+# %% ../nbs/77_eviction.ipynb #b28fa112
 def retrieval_after_dropping(
     name:str,          # Of the zoo
     profile:str,       # File from `ndkv calibrate`
