@@ -6,7 +6,7 @@
 __all__ = ['Reading', 'TwoMemos', 'coarse_levels', 'Nested', 'nested_method', 'Twin', 'twin_method', 'next_packing', 'Spoken',
            'speculate', 'bytes_read', 'reading_ratio', 'drafts', 'measure_speculation']
 
-# %% ../nbs/78_speculation.ipynb #8e0a0b7f
+# %% ../nbs/78_speculation.ipynb #6f9b295d
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .profile import Profile
 from .results import Run
 from .spectral import plan
 
-# %% ../nbs/78_speculation.ipynb #6dc0a53b
+# %% ../nbs/78_speculation.ipynb #2ecc2920
 @dataclass
 class Reading:
     "Who reads a cache now?"
@@ -39,7 +39,7 @@ class Reading:
         try: yield
         finally: self.draft = False
 
-# %% ../nbs/78_speculation.ipynb #b3761a4d
+# %% ../nbs/78_speculation.ipynb #fd70aa0f
 class TwoMemos(MemoPacked):
     "`MemoPacked` with a copy for each reading."
     def __init__(self, codec):
@@ -64,7 +64,7 @@ class TwoMemos(MemoPacked):
         self.entries = {name: f(t) for name, t in self.entries.items()}
         self.both = {draft: (copy if copy is None else f(copy), n) for draft, (copy, n) in self.both.items()}
 
-# %% ../nbs/78_speculation.ipynb #3ddb190f
+# %% ../nbs/78_speculation.ipynb #d037e565
 def coarse_levels(
     bits:int,  # Of the code
     draft:int, # Upper bits that are read
@@ -76,7 +76,7 @@ def coarse_levels(
     density, below = torch.exp(-t*t/2) / (2*torch.pi)**.5, torch.special.ndtr(t)
     return (-density.diff() / below.diff()).float()
 
-# %% ../nbs/78_speculation.ipynb #df1fd541
+# %% ../nbs/78_speculation.ipynb #565ddd0e
 class Nested(NormDirectionCodec):
     "Norm and direction whose upper bits are a code by themselves."
     memo = TwoMemos
@@ -113,7 +113,7 @@ class Nested(NormDirectionCodec):
     @staticmethod
     def drafts(name): return name != "low" # does the draft read this entry?
 
-# %% ../nbs/78_speculation.ipynb #d8f257d6
+# %% ../nbs/78_speculation.ipynb #8837ee0a
 @method("nested")
 def nested_method(
     d:int,           # head_dim
@@ -129,7 +129,7 @@ def nested_method(
     "The rotation's codes, upper bits first."
     return Nested(d, bits, draft, reading, frame=rotation(d, seed=2*(4096*seed + layer) + (kind == "v")))
 
-# %% ../nbs/78_speculation.ipynb #741df3ad
+# %% ../nbs/78_speculation.ipynb #f95bf803
 class Twin:
     "Two codecs, each with its bytes; one is read to draft, the other to verify."
     group, memo = 1, TwoMemos
@@ -151,7 +151,7 @@ class Twin:
     @staticmethod
     def drafts(name): return name.startswith("draft.")
 
-# %% ../nbs/78_speculation.ipynb #4ba96692
+# %% ../nbs/78_speculation.ipynb #600f4562
 @method("twin")
 def twin_method(
     d:int,           # head_dim
@@ -172,7 +172,7 @@ def twin_method(
     where = dict(layer=layer, kind=kind, heads=heads, seed=seed)
     return Twin(METHODS[verify](d, bits, **where, **verify_kw) or Sixteen(d), METHODS[draft](d, draft_bits, **where, **draft_kw), reading)
 
-# %% ../nbs/78_speculation.ipynb #03780ea4
+# %% ../nbs/78_speculation.ipynb #6f9735e6
 def next_packing(
     cache:NDCache, # Of the model
     L:int,         # Tokens it holds
@@ -194,7 +194,7 @@ class Spoken:
     @property
     def tokens_a_pass(self): return 1 + sum(self.accepted) / max(len(self.accepted), 1) # of the verifying reading
 
-# %% ../nbs/78_speculation.ipynb #ad43c646
+# %% ../nbs/78_speculation.ipynb #44e0fea3
 @torch.inference_mode()
 def speculate(
     model,            # A causal language model, in eval mode
@@ -228,7 +228,7 @@ def _draft(step, token, n, cache, reading):
     if n: cache.crop(-n)
     return out
 
-# %% ../nbs/78_speculation.ipynb #4f736170
+# %% ../nbs/78_speculation.ipynb #063af7eb
 def bytes_read(
     cache:NDCache, # Filled, of a method with a `reading`
 ) -> dict: # "draft", "verify": read by one token of each; "stored"; bytes, exact tokens at 16 bits
@@ -255,7 +255,7 @@ def reading_ratio(
     "Bytes that the verifying reading alone moves for a token, over those with drafts."
     return tokens * (weights + verify) / (length * (weights + draft) + weights + verify)
 
-# %% ../nbs/78_speculation.ipynb #b3f7810a
+# %% ../nbs/78_speculation.ipynb #69344bf1
 def drafts(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[dict]: # name, verify, draft_bits, and arguments of `NDCache`
@@ -265,7 +265,7 @@ def drafts(
     return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256))))
                   for b in (1.,) if profile]
 
-# %% ../nbs/78_speculation.ipynb #38e67781
+# %% ../nbs/78_speculation.ipynb #d1d06443
 def measure_speculation(
     name:str,          # Of the zoo
     profile:str|None=None, # File from `ndkv calibrate`
