@@ -6,8 +6,8 @@
 __all__ = ['Reading', 'TwoMemos', 'coarse_levels', 'Nested', 'nested_method', 'Twin', 'twin_method', 'next_packing', 'Spoken',
            'speculate', 'bytes_read', 'reading_ratio', 'drafts', 'measure_speculation']
 
-# %% ../nbs/78_speculation.ipynb #6f9b295d
-import time
+# %% ../nbs/78_speculation.ipynb #c9e13bca
+import copy, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from .profile import Profile
 from .results import Run
 from .spectral import plan
 
-# %% ../nbs/78_speculation.ipynb #2ecc2920
+# %% ../nbs/78_speculation.ipynb #175e8bfb
 @dataclass
 class Reading:
     "Who reads a cache now?"
@@ -39,7 +39,7 @@ class Reading:
         try: yield
         finally: self.draft = False
 
-# %% ../nbs/78_speculation.ipynb #fd70aa0f
+# %% ../nbs/78_speculation.ipynb #ef371a2a
 class TwoMemos(MemoPacked):
     "`MemoPacked` with a copy for each reading."
     def __init__(self, codec):
@@ -64,7 +64,7 @@ class TwoMemos(MemoPacked):
         self.entries = {name: f(t) for name, t in self.entries.items()}
         self.both = {draft: (copy if copy is None else f(copy), n) for draft, (copy, n) in self.both.items()}
 
-# %% ../nbs/78_speculation.ipynb #d037e565
+# %% ../nbs/78_speculation.ipynb #b8c93d06
 def coarse_levels(
     bits:int,  # Of the code
     draft:int, # Upper bits that are read
@@ -76,7 +76,7 @@ def coarse_levels(
     density, below = torch.exp(-t*t/2) / (2*torch.pi)**.5, torch.special.ndtr(t)
     return (-density.diff() / below.diff()).float()
 
-# %% ../nbs/78_speculation.ipynb #565ddd0e
+# %% ../nbs/78_speculation.ipynb #07261131
 class Nested(NormDirectionCodec):
     "Norm and direction whose upper bits are a code by themselves."
     memo = TwoMemos
@@ -113,7 +113,7 @@ class Nested(NormDirectionCodec):
     @staticmethod
     def drafts(name): return name != "low" # does the draft read this entry?
 
-# %% ../nbs/78_speculation.ipynb #8837ee0a
+# %% ../nbs/78_speculation.ipynb #200d0380
 @method("nested")
 def nested_method(
     d:int,           # head_dim
@@ -129,7 +129,7 @@ def nested_method(
     "The rotation's codes, upper bits first."
     return Nested(d, bits, draft, reading, frame=rotation(d, seed=2*(4096*seed + layer) + (kind == "v")))
 
-# %% ../nbs/78_speculation.ipynb #f95bf803
+# %% ../nbs/78_speculation.ipynb #8cc46a42
 class Twin:
     "Two codecs, each with its bytes; one is read to draft, the other to verify."
     group, memo = 1, TwoMemos
@@ -151,7 +151,7 @@ class Twin:
     @staticmethod
     def drafts(name): return name.startswith("draft.")
 
-# %% ../nbs/78_speculation.ipynb #600f4562
+# %% ../nbs/78_speculation.ipynb #11c76864
 @method("twin")
 def twin_method(
     d:int,           # head_dim
@@ -172,7 +172,7 @@ def twin_method(
     where = dict(layer=layer, kind=kind, heads=heads, seed=seed)
     return Twin(METHODS[verify](d, bits, **where, **verify_kw) or Sixteen(d), METHODS[draft](d, draft_bits, **where, **draft_kw), reading)
 
-# %% ../nbs/78_speculation.ipynb #6f9735e6
+# %% ../nbs/78_speculation.ipynb #471fe875
 def next_packing(
     cache:NDCache, # Of the model
     L:int,         # Tokens it holds
@@ -194,19 +194,19 @@ class Spoken:
     @property
     def tokens_a_pass(self): return 1 + sum(self.accepted) / max(len(self.accepted), 1) # of the verifying reading
 
-# %% ../nbs/78_speculation.ipynb #44e0fea3
+# %% ../nbs/78_speculation.ipynb #53a17169
 @torch.inference_mode()
 def speculate(
     model,            # A causal language model, in eval mode
     ids:Tensor,       # Prompt `[1, T]`
-    cache:NDCache,    # Empty, of a method with a `reading`
+    cache:NDCache,    # Of a method with a `reading`; empty, or holding the prompt's beginning
     new_tokens:int,   # To say
     draft_length:int, # Proposals a round, 0: the verifying reading alone
 ) -> Spoken:
     "Greedy decoding in which the cache drafts for itself."
     reading, said = cache._mine[0].method_kw["reading"], Spoken()
     step = lambda tokens: model(torch.tensor([tokens], device=ids.device), past_key_values=cache, use_cache=True).logits[0].argmax(-1).tolist()
-    for a, b in cache.chunks(ids.shape[1]): last = step(ids[0, a:b].tolist())[-1]
+    for a, b in cache.chunks(ids.shape[1] - cache.get_seq_length()): last = step(ids[0, a:b].tolist())[-1]
     said.tokens.append(last)
     while len(said.tokens) < new_tokens:
         L = cache.get_seq_length()
@@ -228,7 +228,7 @@ def _draft(step, token, n, cache, reading):
     if n: cache.crop(-n)
     return out
 
-# %% ../nbs/78_speculation.ipynb #063af7eb
+# %% ../nbs/78_speculation.ipynb #5fa616ba
 def bytes_read(
     cache:NDCache, # Filled, of a method with a `reading`
 ) -> dict: # "draft", "verify": read by one token of each; "stored"; bytes, exact tokens at 16 bits
@@ -255,7 +255,7 @@ def reading_ratio(
     "Bytes that the verifying reading alone moves for a token, over those with drafts."
     return tokens * (weights + verify) / (length * (weights + draft) + weights + verify)
 
-# %% ../nbs/78_speculation.ipynb #69344bf1
+# %% ../nbs/78_speculation.ipynb #070fbfea
 def drafts(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[dict]: # name, verify, draft_bits, and arguments of `NDCache`
@@ -265,14 +265,14 @@ def drafts(
     return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256))))
                   for b in (1.,) if profile]
 
-# %% ../nbs/78_speculation.ipynb #d1d06443
+# %% ../nbs/78_speculation.ipynb #fe8eaf72
 def measure_speculation(
     name:str,          # Of the zoo
     profile:str|None=None, # File from `ndkv calibrate`
     text:str="data/wiki_val.txt.xz", # To continue
     lengths:tuple=(2, 4, 8), # Proposals a round
     prompt:int=1024,   # Tokens
-    new_tokens:int=96, # To say
+    new_tokens:int=64, # To say
     windows:int=2,     # Prompts
     out:str="results", # Results folder
 ) -> Run: # Its rows are in `speculation.jsonl`
@@ -290,13 +290,14 @@ def measure_speculation(
 
 def _measure(model, prompts, kw, lengths, new_tokens):
     "Rows of one pair of readings."
-    def go(ids, draft_length):
-        cache, start = NDCache(model.config, memo=True, reading=Reading(), **kw), time.perf_counter()
-        return speculate(model, ids[None], cache, new_tokens, draft_length), cache, time.perf_counter() - start
-    alone = [go(ids, 0) for ids in prompts]
-    for n in lengths:
-        said = [go(ids, n) for ids in prompts]
-        yield from _judge(alone, said, n)
+    filled = [NDCache(model.config, memo=True, reading=Reading(), **kw) for _ in prompts]
+    for ids, cache in zip(prompts, filled): speculate(model, ids[None, :-1], cache, 1, 0)
+    def go(draft_length):
+        for ids, cache in zip(prompts, map(copy.deepcopy, filled)):
+            start = time.perf_counter()
+            yield speculate(model, ids[None], cache, new_tokens, draft_length), cache, time.perf_counter() - start
+    alone = list(go(0))
+    for n in lengths: yield from _judge(alone, list(go(n)), n)
 
 
 def _judge(alone, said, n):
