@@ -6,7 +6,7 @@
 __all__ = ['Reading', 'TwoMemos', 'coarse_levels', 'Nested', 'nested_method', 'Twin', 'twin_method', 'next_packing', 'Spoken',
            'speculate', 'bytes_read', 'reading_ratio', 'drafts', 'measure_speculation']
 
-# %% ../nbs/78_speculation.ipynb #c9e13bca
+# %% ../nbs/78_speculation.ipynb #7994a95d
 import copy, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .profile import Profile
 from .results import Run
 from .spectral import plan
 
-# %% ../nbs/78_speculation.ipynb #175e8bfb
+# %% ../nbs/78_speculation.ipynb #ca1ba3dd
 @dataclass
 class Reading:
     "Who reads a cache now?"
@@ -39,7 +39,7 @@ class Reading:
         try: yield
         finally: self.draft = False
 
-# %% ../nbs/78_speculation.ipynb #ef371a2a
+# %% ../nbs/78_speculation.ipynb #a5c7c6ef
 class TwoMemos(MemoPacked):
     "`MemoPacked` with a copy for each reading."
     def __init__(self, codec):
@@ -64,7 +64,7 @@ class TwoMemos(MemoPacked):
         self.entries = {name: f(t) for name, t in self.entries.items()}
         self.both = {draft: (copy if copy is None else f(copy), n) for draft, (copy, n) in self.both.items()}
 
-# %% ../nbs/78_speculation.ipynb #b8c93d06
+# %% ../nbs/78_speculation.ipynb #10f11d7b
 def coarse_levels(
     bits:int,  # Of the code
     draft:int, # Upper bits that are read
@@ -76,7 +76,7 @@ def coarse_levels(
     density, below = torch.exp(-t*t/2) / (2*torch.pi)**.5, torch.special.ndtr(t)
     return (-density.diff() / below.diff()).float()
 
-# %% ../nbs/78_speculation.ipynb #07261131
+# %% ../nbs/78_speculation.ipynb #a173a11b
 class Nested(NormDirectionCodec):
     "Norm and direction whose upper bits are a code by themselves."
     memo = TwoMemos
@@ -113,7 +113,7 @@ class Nested(NormDirectionCodec):
     @staticmethod
     def drafts(name): return name != "low" # does the draft read this entry?
 
-# %% ../nbs/78_speculation.ipynb #200d0380
+# %% ../nbs/78_speculation.ipynb #cc34cb13
 @method("nested")
 def nested_method(
     d:int,           # head_dim
@@ -129,7 +129,7 @@ def nested_method(
     "The rotation's codes, upper bits first."
     return Nested(d, bits, draft, reading, frame=rotation(d, seed=2*(4096*seed + layer) + (kind == "v")))
 
-# %% ../nbs/78_speculation.ipynb #8cc46a42
+# %% ../nbs/78_speculation.ipynb #5f4eb1df
 class Twin:
     "Two codecs, each with its bytes; one is read to draft, the other to verify."
     group, memo = 1, TwoMemos
@@ -151,7 +151,7 @@ class Twin:
     @staticmethod
     def drafts(name): return name.startswith("draft.")
 
-# %% ../nbs/78_speculation.ipynb #11c76864
+# %% ../nbs/78_speculation.ipynb #82545a42
 @method("twin")
 def twin_method(
     d:int,           # head_dim
@@ -172,7 +172,7 @@ def twin_method(
     where = dict(layer=layer, kind=kind, heads=heads, seed=seed)
     return Twin(METHODS[verify](d, bits, **where, **verify_kw) or Sixteen(d), METHODS[draft](d, draft_bits, **where, **draft_kw), reading)
 
-# %% ../nbs/78_speculation.ipynb #471fe875
+# %% ../nbs/78_speculation.ipynb #9da32d9a
 def next_packing(
     cache:NDCache, # Of the model
     L:int,         # Tokens it holds
@@ -194,7 +194,7 @@ class Spoken:
     @property
     def tokens_a_pass(self): return 1 + sum(self.accepted) / max(len(self.accepted), 1) # of the verifying reading
 
-# %% ../nbs/78_speculation.ipynb #53a17169
+# %% ../nbs/78_speculation.ipynb #6087e14b
 @torch.inference_mode()
 def speculate(
     model,            # A causal language model, in eval mode
@@ -228,17 +228,18 @@ def _draft(step, token, n, cache, reading):
     if n: cache.crop(-n)
     return out
 
-# %% ../nbs/78_speculation.ipynb #5fa616ba
+# %% ../nbs/78_speculation.ipynb #f3bcc931
 def bytes_read(
     cache:NDCache, # Filled, of a method with a `reading`
-) -> dict: # "draft", "verify": read by one token of each; "stored"; bytes, exact tokens at 16 bits
+) -> dict: # "draft", "verify": read by one token of each; "stored"; "exact": in all of them, sinks and window at 16 bits; bytes
     "What one token reads of a cache, in each reading."
-    out = dict(draft=0, verify=0, stored=0)
+    out = dict(draft=0, verify=0, stored=0, exact=0)
     for s in (s for l in cache._mine for s in l.stores):
         exact, codec = 2 * (s.sink.numel() + s.window.numel()), s.packed.codec
         sizes = {name: t.nbytes for name, t in s.packed.entries.items()}
         drafts = sum(n for name, n in sizes.items() if codec.drafts(name))
         shared = sum(n for name, n in sizes.items() if codec.drafts(name) and not name.startswith("draft."))
+        out["exact"] += exact
         out["draft"] += exact + drafts
         out["verify"] += exact + sum(sizes.values()) - (drafts - shared)
         out["stored"] += exact + sum(sizes.values())
@@ -255,7 +256,7 @@ def reading_ratio(
     "Bytes that the verifying reading alone moves for a token, over those with drafts."
     return tokens * (weights + verify) / (length * (weights + draft) + weights + verify)
 
-# %% ../nbs/78_speculation.ipynb #070fbfea
+# %% ../nbs/78_speculation.ipynb #318799f5
 def drafts(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[dict]: # name, verify, draft_bits, and arguments of `NDCache`
@@ -265,7 +266,7 @@ def drafts(
     return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256))))
                   for b in (1.,) if profile]
 
-# %% ../nbs/78_speculation.ipynb #fe8eaf72
+# %% ../nbs/78_speculation.ipynb #3dbe1283
 def measure_speculation(
     name:str,          # Of the zoo
     profile:str|None=None, # File from `ndkv calibrate`
@@ -301,12 +302,13 @@ def _measure(model, prompts, kw, lengths, new_tokens):
 
 
 def _judge(alone, said, n):
-    texts, r = [s.tokens for s, _, _ in said], {k: sum(bytes_read(c)[k] for _, c, _ in said) for k in ("draft", "verify", "stored")}
+    texts, r = [s.tokens for s, _, _ in said], {k: sum(bytes_read(c)[k] for _, c, _ in said) for k in ("draft", "verify", "stored", "exact")}
     proposed, accepted, rounds = (sum(map(f, said)) for f in (lambda x: sum(x[0].proposed), lambda x: sum(x[0].accepted), lambda x: len(x[0].accepted)))
     E, count = 1 + accepted / rounds, dict(draft_length=n)
     yield dict(metric="acceptance", value=accepted / proposed, n=proposed, **count)
     yield dict(metric="tokens_a_pass", value=E, n=rounds, **count)
     yield dict(metric="texts_equal", value=sum(a.tokens == t for (a, _, _), t in zip(alone, texts)) / len(texts), n=len(texts), **count)
     yield dict(metric="draft_read_share", value=r["draft"] / r["verify"], n=len(said), **count)
+    yield dict(metric="draft_code_share", value=(r["draft"] - r["exact"]) / (r["verify"] - r["exact"]), n=len(said), **count)
     yield dict(metric="stored_share", value=r["stored"] / r["verify"], n=len(said), **count)
     yield dict(metric="cpu_time_ratio", value=sum(t for *_, t in alone) / sum(t for *_, t in said), n=len(said), **count)
