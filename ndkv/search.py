@@ -24,7 +24,7 @@ from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate
 from .metrics import mean_stderr
-from .profile import collect, probe
+from .profile import probe
 from .results import Run, code_version, load_rows, merge, write_atomic
 from .spectral import plan
 from .stress import load_twin
@@ -54,10 +54,11 @@ def read_grid(
 
 # %% ../nbs/80_search.ipynb #e0aedb9c
 def _method(entry):
-    "Name and options of one entry of `methods`, checked."
+    "Name, options and own bits (or None) of one entry of `methods`, checked."
     name, options = (entry, {}) if isinstance(entry, str) else (entry.get("method"), {k: v for k, v in entry.items() if k != "method"})
+    bits = options.pop("bits", None)
     if name not in (*METHODS, *CACHES, "bf16", "baselines"): raise ValueError(f"method {name!r} is unknown: choose among bf16, baselines, {', '.join(sorted((*METHODS, *CACHES)))}")
-    return name, options
+    return name, options, bits if bits is None or isinstance(bits, list) else [bits]
 
 
 def cells_of(
@@ -65,10 +66,10 @@ def cells_of(
 ) -> dict[str, dict]:  # key -> what is to be measured
     "All cells of a grid, models together; the key is a hash of the cell."
     methods = []
-    for name, options in map(_method, grid["methods"]):
+    for name, options, own in map(_method, grid["methods"]):
         if name == "baselines": methods += [(m, (k, v), o) for m, k, v, o in _GRID]
         elif name in ("bf16", "exact"): methods.append(("bf16", (None, None), {}))
-        else: methods += [(name, tuple(b) if isinstance(b, (list, tuple)) else (b, b), options) for b in grid["bits"]]
+        else: methods += [(name, tuple(b) if isinstance(b, (list, tuple)) else (b, b), options) for b in own or grid["bits"]]
     common, out = {k: grid[k] for k in ("n", "batch", "dtype", "seed", "heads", "haystack", "calibration", "calibration_windows")}, {}
     for model, task, length, window, sinks, block in itertools.product(*(grid[k] for k in ("models", "tasks", "length", "window", "sinks", "block"))):
         for name, (k, v), options in methods:
@@ -99,15 +100,14 @@ def find_text(
 def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"]), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"]))
 
 
-def _profile(cell, where, prices):
+def _profile(cell, where):
     "Profile of the cell's model on the calibration text."
     if not cell["calibration"]: raise ValueError(f"{cell['method']} needs a profile: add `calibration: NAME-OF-A-TEXT` to the grid")
     def make():
         model, tokenizer = _load(cell, where)
         tokens = text_windows(find_text(cell["calibration"], where["data"]), tokenizer, min(1024, model.config.get_text_config().max_position_embeddings), cell["calibration_windows"])
-        if not prices: return collect(model, tokens, data=cell["calibration"], bar=False)
         return calibrate(model, tokens, cell["window"], cell["sinks"], cell["block"], data=cell["calibration"], bar=False)
-    return _keep("profile", tuple(cell[k] for k in ("model", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")) + (prices,), make)
+    return _keep("profile", tuple(cell[k] for k in ("model", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")), make)
 
 # %% ../nbs/80_search.ipynb #ce26896f
 def make_cell(
@@ -119,11 +119,14 @@ def make_cell(
     layers = _load(cell, where)[0].config.get_text_config(decoder=True).num_hidden_layers
     if name == "turboquant": options.setdefault("layers", layers)
     if "first" in options: options["first"] = options["first"] * layers // 32  # baselines state it for 32 layers
-    if name in CALIBRATED: options["profile"] = _profile(cell, where, prices=False)
+    if name in CALIBRATED: options["profile"] = _profile(cell, where)
+    note = dict(profile=cell["calibration"]) if "profile" in options or name == "spectral" else {}
     if name == "spectral":
         if cell["k_bits"] != cell["v_bits"]: raise ValueError("spectral spends one budget on keys and values; give one number of bits")
-        options = dict(codecs=plan(_profile(cell, where, prices=True), cell["k_bits"], cell["block"], cell["sinks"], options.get("trellis", 0)))
-    return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options)
+        note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global")
+        if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis")
+        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"]))
+    return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
 
 
 def measure(
@@ -142,7 +145,9 @@ def measure(
     else:
         path = find_text(cell["task"], data)
         tokens = _keep("tokens", (cell["model"], str(path), cell["length"], cell["n"]), lambda: text_windows(path, tokenizer, cell["length"], cell["n"]))
-        evaluate(model, tokens, [make_cell(cell, where)], run, cell["model"], path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, **fields)
+        exact = _keep("exact", tuple(cell[k] for k in ("model", "dtype", "length", "n", "batch", "window", "sinks", "block")) + (str(path),), dict)
+        if tokens.numel() * model.config.get_text_config().vocab_size > 2**31: exact = None
+        evaluate(model, tokens, [make_cell(cell, where)], run, cell["model"], path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
 
 # %% ../nbs/80_search.ipynb #815fd485
 def attempt(
@@ -157,7 +162,7 @@ def attempt(
         folder = Path(where["zoo"]) / base
         path = None if cell["task"] in TASKS else find_text(cell["task"], where["data"])
         with tempfile.TemporaryDirectory() as tmp:
-            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, path, where["name"]) as run: measure(cell, run, where, key=key)
+            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, path, where["name"].format(model=Path(base).name)) as run: measure(cell, run, where, key=key)
             return {p.name: p.read_text("utf8") for p in Path(tmp).glob("*.jsonl")}, None
     except Exception as e:
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -206,7 +211,7 @@ def _alone(path):
 def sweep(
     grid: str | Path | dict,  # YAML file, or what it would hold
     out: str | Path = "results",  # Results folder; rows are added
-    name: str = "sweep",  # Rows go to NAME.jsonl
+    name: str = "sweep",  # Rows go to NAME.jsonl; "{model}" in it makes a file for each model and its twins
     data: str | Path = "data",  # Folder of texts, and of `qa/`
     zoo: str | Path = "results/zoo",  # Folder of the embedded models
     ray: str | None = None,  # Address of a Ray cluster ("auto", "local", "HOST:PORT"); None = in this process
@@ -215,12 +220,12 @@ def sweep(
     bar: bool = True,  # Show progress
 ) -> dict[str, list[str]]:  # Keys of cells: "done" now, "failed" now, "skipped"
     "Measure every cell of a grid that is not in the results yet."
-    out, rows, failures = Path(out), Path(out) / f"{name}.jsonl", Path(out) / f"{name}.failed.json"
+    out, failures = Path(out), Path(out) / f"{name.replace('_{model}', '')}.failed.json"
     cells, report = cells_of(read_grid(grid)), dict(done=[], failed=[], skipped=[])
     where = dict(data=str(Path(data).resolve()), zoo=str(Path(zoo).resolve()), name=name, command=f"ndkv sweep {Path(grid).name if not isinstance(grid, dict) else 'grid'}")
-    with _alone(rows):
+    with _alone(failures):
         failed = json.loads(failures.read_text("utf8")) if failures.exists() else {}
-        have = {r.get("key") for r in load_rows(rows)} if rows.exists() else set()
+        have = {r.get("key") for f in out.glob(f"{name.format(model='*')}.jsonl") for r in load_rows(f)}
         report["skipped"] = [k for k in cells if k in have or k in failed and not retry]
         todo = {k: c for k, c in cells.items() if k not in report["skipped"]}
         results = _on_ray(todo, where, gpus, ray) if ray else _one_by_one(todo, where, gpus)
