@@ -8,9 +8,12 @@ __all__ = ['GRID', 'CROSSED', 'read_grid', 'cells_of', 'find_text', 'make_cell',
 
 # %% ../nbs/80_search.ipynb #3ffb3552
 import fcntl, hashlib, itertools, json, os, tempfile, traceback
-from contextlib import contextmanager
+import multiprocessing as mp
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -177,12 +180,85 @@ def _publish(files, out):
         merge(tmp, out)
 
 # %% ../nbs/80_search.ipynb #8949639f
-def _one_by_one(todo, where, gpus):
+def _one_by_one(todo, where, **kw):
     "Yield (key, files, error) of each cell, in this process."
     for key, cell in todo.items(): yield key, *attempt(key, cell, where)
 
+# %% ../nbs/80_search.ipynb #61d30c61
+def _work(pipe, where, threads):
+    "A worker: cells in, results out, until the parent hangs up."
+    torch.set_num_threads(threads)
+    while True:
+        try: key, cell = pipe.recv()
+        except EOFError: return
+        pipe.send((key, *attempt(key, cell, where)))
 
-def _on_ray(todo, where, gpus, address):
+
+class _Worker:
+    "A process with a pipe, and what it is doing."
+    def __init__(self, where, gpu, threads):
+        self.where, self.gpu, self.threads, self.key, self.model = where, gpu, threads, None, None
+        self.start()
+
+    def start(self):
+        self.pipe, theirs = mp.Pipe()
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if self.gpu is not None: os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu  # inherited, and read before CUDA starts
+        self.process = mp.get_context("spawn").Process(target=_work, args=(theirs, self.where, self.threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        if before is None: os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else: os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+    def stop(self):
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+# %% ../nbs/80_search.ipynb #0f3d5c22
+def _gpu_names():
+    "What CUDA_VISIBLE_DEVICES may be set to for one GPU each; empty without GPUs."
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return [g for g in visible.split(",") if g.strip()]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _next(todo, worker, crew):
+    "The cell for a worker: of the model it has, else of one that no other has, else of the one with most cells left."
+    left = Counter(c["model"] for c in todo.values())
+    taken = {w.model for w in crew if w.key and w is not worker}
+    model = worker.model if left[worker.model] else max(left, key=lambda m: (m not in taken, left[m]))
+    return next(k for k, c in todo.items() if c["model"] == model)
+
+
+def _side_by_side(todo, where, workers, tries=3, **kw):
+    "The same from processes beside each other."
+    todo, cells, died, gpus = dict(todo), todo, Counter(), _gpu_names() or [None]
+    where, threads = where | dict(code=code_version()), max(1, torch.get_num_threads() // workers)
+    crew = [_Worker(where, gpus[i % len(gpus)], threads) for i in range(min(workers, len(todo)))]
+    try:
+        while todo or any(w.key for w in crew):
+            for w in crew:
+                if w.key or not todo: continue
+                w.key = _next(todo, w, crew)
+                w.model = todo.pop(w.key)["model"]
+                with suppress(OSError): w.pipe.send((w.key, cells[w.key]))
+            busy = {w.pipe: w for w in crew if w.key}
+            for w in map(busy.get, wait(list(busy))):
+                try: result = w.pipe.recv()
+                except (EOFError, ConnectionError):
+                    w.stop()
+                    died[w.key] += 1
+                    result = None if died[w.key] < tries else (w.key, None, f"the worker died {tries} times (exit code {w.process.exitcode})")
+                    if not result: todo[w.key] = cells[w.key]
+                    w.start()
+                if result and result[2] and "CUDA error" in result[2]: w.stop(), w.start()  # nothing works after one
+                w.key = None
+                if result: yield result
+    finally:
+        for w in crew: w.stop()
+
+# %% ../nbs/80_search.ipynb #7decdeb9
+def _on_ray(todo, where, gpus, address, **kw):
     "The same from a Ray cluster, as cells finish; a cell whose worker dies is given to another."
     try: import ray
     except ImportError: raise ImportError("ray is not installed: pip install ray, or leave ray= out") from None
@@ -207,7 +283,7 @@ def _alone(path):
         except OSError: raise ValueError(f"another sweep is writing {path}; wait for it, or give another name=") from None
         yield
 
-# %% ../nbs/80_search.ipynb #61d30c61
+# %% ../nbs/80_search.ipynb #69b9c7b4
 def sweep(
     grid: str | Path | dict,  # YAML file, or what it would hold
     out: str | Path = "results",  # Results folder; rows are added
@@ -218,6 +294,7 @@ def sweep(
     gpus: float = 0,  # GPUs that a cell takes on the cluster
     retry: bool = True,  # Try again what failed before
     bar: bool = True,  # Show progress
+    workers: int = 1,  # Processes beside each other on this machine, over its GPUs in turn
 ) -> dict[str, list[str]]:  # Keys of cells: "done" now, "failed" now, "skipped"
     "Measure every cell of a grid that is not in the results yet."
     out, failures = Path(out), Path(out) / f"{name.replace('_{model}', '')}.failed.json"
@@ -228,7 +305,8 @@ def sweep(
         have = {r.get("key") for f in out.glob(f"{name.format(model='*')}.jsonl") for r in load_rows(f)}
         report["skipped"] = [k for k in cells if k in have or k in failed and not retry]
         todo = {k: c for k, c in cells.items() if k not in report["skipped"]}
-        results = _on_ray(todo, where, gpus, ray) if ray else _one_by_one(todo, where, gpus)
+        measured = _on_ray if ray else _side_by_side if workers > 1 else _one_by_one
+        results = measured(todo, where, gpus=gpus, address=ray, workers=workers)
         with tqdm(total=len(cells), initial=len(report["skipped"]), desc=f"sweep {name}", disable=not bar, smoothing=0.1) as progress:
             for key, files, error in results:
                 if error: failed[key] = dict(cell=cells[key], error=error, at=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")

@@ -85,6 +85,36 @@ def test_a_killed_sweep_goes_on(home, tmp_path, clean_code):
     complete(tmp_path)
 
 
+@pytest.mark.parametrize('deaths', [1, 99])
+def test_two_processes_one_killed(home, tmp_path, clean_code, monkeypatch, deaths):
+    "No cell is lost or measured twice; a cell that kills every worker is recorded as failed."
+    import ndkv.search as search
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    killed, poison, start = [], list(cells_of(read_grid(GRID)))[5], search._next
+
+    def then_kill(todo, worker, crew): # a worker that was given this cell dies with it
+        key = start(todo, worker, crew)
+        if key == poison and len(killed) < deaths:
+            os.kill(worker.process.pid, signal.SIGKILL)
+            killed.append(worker.process.pid)
+        return key
+    monkeypatch.setattr(search, '_next', then_kill)
+    report = go(home, tmp_path, workers=2)
+    if deaths == 1:
+        assert len(killed) == 1 and not report['failed'] and len(report['done']) == 14
+        complete(tmp_path)
+    else:
+        assert len(killed) == 3 and report['failed'] == [poison] and len(report['done']) == 13
+        assert 'died 3 times' in json.loads((tmp_path / 'rows.failed.json').read_text())[poison]['error']
+
+
+def test_a_file_of_rows_for_each_model(home, tmp_path, clean_code):
+    grid = dict(GRID, models=['tiny', 'tiny+key_bias'], methods=['bf16'], tasks=['prose'])
+    assert len(sweep(grid, tmp_path, 'part_{model}', home / 'data', home / 'zoo', bar=False)['done']) == 2
+    assert sorted(p.name for p in tmp_path.glob('*.jsonl')) == ['part_tiny.jsonl', 'runs.jsonl']
+    assert len(sweep(grid, tmp_path, 'part_{model}', home / 'data', home / 'zoo', bar=False)['skipped']) == 2
+
+
 def test_a_failed_cell_is_recorded_and_the_rest_go_on(home, tmp_path, clean_code):
     grid = dict(GRID, bits=[3, 9], tasks=['prose', 'verse'])
     report = go(home, tmp_path, grid)
