@@ -303,14 +303,16 @@ def evaluate(
 def sweep(
     grid:Annotated[Path, typer.Argument(help='YAML file: models, methods, bits, tasks.')],
     out:Annotated[Path, typer.Option(help='Results folder; rows are added, cells that are there are not run again.')]=Path('results'),
-    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json.')]='sweep',
+    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json; "{model}" in it makes a file for each model.')]='sweep',
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
     ray:Annotated[Optional[str], typer.Option(help='Address of a Ray cluster (auto, local, HOST:PORT); none = this process.')]=None,
     gpus:Annotated[float, typer.Option(min=0, help='GPUs that a cell takes on the cluster.')]=0,
     retry:Annotated[bool, typer.Option(help='Try again what failed before.')]=True,
+    workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, over the GPUs of this machine in turn.')]=1,
+    models:Annotated[Optional[Path], typer.Option(help='Folder of models, results/zoo by default.')]=None,
 ):
     "Measure model x method x bits x task; resumable."
-    done = run_sweep(existing(grid, 'grid'), out, name, data, zoo(), ray, gpus, retry)
+    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, workers=workers)
     print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name}.failed.json says why')
 
@@ -349,10 +351,12 @@ def train(
     out:Annotated[Optional[Path], typer.Option(help='Folder for the model, results/zoo/MODEL by default.')]=None,
     tokens:Annotated[Optional[float], typer.Option(help='Tokens to train on; the budget of the zoo by default.')]=None,
     seed:Annotated[int, typer.Option(help='Seed of weights and windows.')]=0,
+    minutes:Annotated[Optional[float], typer.Option(min=0.1, help='Limit of time; the schedule is cut to it.')]=None,
+    keep:Annotated[Path, typer.Option(help='Folder of the checkpoint, from which a run that was cut off goes on.')]=Path('runs'),
 ):
     "Train one model of the zoo from scratch and save it with its card."
     wiki = sorted(data.glob('wiki_train_*.txt.xz')) or [existing(data/'wiki_train_0.txt.xz', 'text')]
     novels,val = (existing(data/f'{n}.txt.xz', 'text') for n in ('novels', 'wiki_val'))
     budget = {} if tokens is None else dict(tokens=tokens)
-    done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed, **budget)
+    done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed, cache=data/'tokens', minutes=minutes, keep=keep, **budget)
     print(f"{model}: {done['parameters']/1e6:.1f} M parameters, {done['minutes']} minutes, held-out perplexity {done['val_ppl']}")
