@@ -528,6 +528,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report._ratio_claim': ('report.html#_ratio_claim', 'ndkv/report.py'),
                              'ndkv.report._speed_claim': ('report.html#_speed_claim', 'ndkv/report.py'),
                              'ndkv.report._stress_settings': ('report.html#_stress_settings', 'ndkv/report.py'),
+                             'ndkv.report._task_cells': ('report.html#_task_cells', 'ndkv/report.py'),
                              'ndkv.report._value': ('report.html#_value', 'ndkv/report.py'),
                              'ndkv.report._worst_ratio_claim': ('report.html#_worst_ratio_claim', 'ndkv/report.py'),
                              'ndkv.report.ablation_table': ('report.html#ablation_table', 'ndkv/report.py'),

@@ -550,17 +550,18 @@ PROTOCOL = ('length', 'window', 'sinks', 'block', 'dtype')
 
 def swept(
     book:Book, # Where to look
-    kind:str, # `zoo`, `stress` or `tasks`
-    data:str|None='wiki_val', # Text, or None for all
+    kind:str, # `zoo`, `stress`, `tasks`, ...
+    data:str|None='wiki_val', # Text or task, or None for all
+    protocol:tuple=PROTOCOL, # What all rows must share
 ) -> dict: # (model, setting) -> (metric, data) -> row
-    "Rows of a sweep under the protocol that most models share."
+    "Rows of a sweep under the protocol that most models share; of several, the longest."
     rows = [r for r in book.rows if r['file'].startswith(f'sweep_{kind}') and r.get('position') is None and r.get('layer') is None and data in (None, r['data'])]
-    of = lambda r: tuple(r.get(k) for k in PROTOCOL)
+    of = lambda r: tuple(r.get(k) for k in protocol)
     models = {}
     for r in rows: models.setdefault(of(r), set()).add(r['model'])
-    best,out = max(models, key=lambda p: (len(models[p]), p[0]), default=None),{}
+    best,out = max(models, key=lambda p: (len(models[p]), p), default=None),{}
     for r in sorted((r for r in rows if of(r) == best), key=lambda r: book.runs[r['run']].get('start', '')):
-        out.setdefault((r['model'], setting(r)), {})[r['metric'], r['data']] = r
+        out.setdefault((r['model'], setting(r)), {})[r['metric'], r['data'] if 'length' in protocol else (r['data'], r['length'])] = r
     return out
 
 def use(book, row):
@@ -721,20 +722,29 @@ def stress_figure(book, plt):
     return fig
 
 # %% ../nbs/90_report.ipynb #51d1f6ce
+def _task_cells(found, task, settings):
+    "Rows of a task: setting -> model -> row."
+    return {s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c} for s in settings}
+
 @table('tasks')
 def tasks_table(book):
-    "Accuracy of every setting in every task, model by model."
-    found = swept(book, 'tasks', None)
-    tasks,models = sorted({d for c in found.values() for _, d in c}),sorted({m for m, _ in found})
-    lines = [r'\begin{tabular}{@{}ll' + 'r'*len(tasks) + '@{}}', r'\toprule', ' & '.join(['model', 'setting', *map(tex_escape, tasks)]) + r' \\', r'\midrule']
+    "Mean accuracy of every setting in every task, and the largest loss."
+    found = swept(book, 'tasks', None, PROTOCOL[1:])
+    for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
     order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16))
-    for model in models:
-        for i, s in enumerate(sorted({s for m, s in found if m == model}, key=order)):
-            rows = [use(book, found[model, s].get(('accuracy', t))) for t in tasks]
-            cells = [NOT_RUN if r is None else res(r, 3, 100) + (rf" {{\scriptsize $\pm$ {tex_number(significant(100*r['stderr'], 2))}}}" if r.get('stderr') else '') for r in rows]
-            lines.append(' & '.join([model if i == 0 else '', tex_escape('exact' if s[1] is None else setting_name(s)), *cells]) + r' \\')
-        lines.append(r'\addlinespace')
-    return '\n'.join((lines[:-1] if models else [*lines, NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+    settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
+    names = ['exact' if s[1] is None else setting_name(s) for s in settings]
+    lines = [r'\begin{tabular}{@{}l' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
+    for task in tasks:
+        cells = _task_cells(found, task, settings)
+        for rows in cells.values(): [use(book, r) for r in rows.values()]
+        mean = lambda rows: 100*sum(r['value'] for r in rows.values())/len(rows)
+        exact = cells.get(('bf16', None, None, ()), {})
+        losses = [(exact[m]['value'] - r['value'], r.get('stderr') or 0, n, m) for n, (s, rows) in zip(names, cells.items()) if s[1] for m, r in rows.items() if m in exact]
+        loss,error,name,model = max(losses, default=(None,)*4)
+        worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
+        lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
+    return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #2cca136f
 CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)

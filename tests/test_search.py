@@ -166,6 +166,18 @@ def test_a_grid_is_a_yaml_file(home, tmp_path, clean_code):
     with pytest.raises(ValueError, match='not YAML'): go(home, tmp_path, tmp_path / 'bad.yaml')
 
 
+@pytest.mark.parametrize('path', sorted((ROOT / 'results' / 'grids').glob('*.yaml')), ids=lambda p: p.stem)
+def test_the_grids_of_this_repository(path):
+    "They are read, name designs of ours and their twins, and need no text that is not known."
+    from ndkv.models import DESIGNS
+    from ndkv.stress import TWINS
+    from ndkv.tasks import TASKS
+    grid = read_grid(path)
+    texts = {'wiki_val', 'wiki_cal', 'wikitext2_valid', 'wiki_long_eval'}
+    assert cells_of(grid) and {m.partition('+')[0] for m in grid['models']} <= set(DESIGNS) and {m.partition('+')[2] for m in grid['models']} <= {'', *TWINS}
+    assert set(grid['tasks']) <= texts | set(TASKS) and {grid['calibration'], grid['haystack']} <= texts | {None}
+
+
 def workers():
     "Process ids of Ray workers under this process that are measuring a cell."
     parent, found = {}, []
