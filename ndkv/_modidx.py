@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'ndkv.cli.demonstrate': ('cli.html#demonstrate', 'ndkv/cli.py'),
                           'ndkv.cli.divergence': ('cli.html#divergence', 'ndkv/cli.py'),
                           'ndkv.cli.evaluate': ('cli.html#evaluate', 'ndkv/cli.py'),
+                          'ndkv.cli.evaluate_method': ('cli.html#evaluate_method', 'ndkv/cli.py'),
                           'ndkv.cli.existing': ('cli.html#existing', 'ndkv/cli.py'),
                           'ndkv.cli.generate': ('cli.html#generate', 'ndkv/cli.py'),
                           'ndkv.cli.grid': ('cli.html#grid', 'ndkv/cli.py'),

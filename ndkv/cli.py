@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'CLAIM_KEYS', 'GRIDS', 'main', 'one_line', 'console', 'grid', 'generate',
            'bytes_per_token', 'divergence', 'demo_row', 'demonstrate', 'zoo', 'quiet_load', 'demo', 'show_demo',
-           'claims', 'report', 'verify', 'existing', 'calibrate', 'evaluate', 'sweep', 'recommend', 'bench', 'train']
+           'claims', 'report', 'verify', 'existing', 'calibrate', 'evaluate_method', 'evaluate', 'sweep', 'recommend',
+           'bench', 'train']
 
 # %% ../nbs/95_cli.ipynb #1439e71e
 import json, math, sys, time
@@ -27,7 +28,7 @@ from .fisher import calibrate as measure_profile, own_text
 from .metrics import quantile
 from .models import load_model, train as train_model
 from .profile import Profile
-from .results import Run
+from .results import Run, load_rows
 from .search import recommend as search_bits, sweep as run_sweep
 
 # %% ../nbs/95_cli.ipynb #086698d0
@@ -258,6 +259,23 @@ def calibrate(
     print(f'{profile} -> {out}; use it as NDCache(model.config, bits=2, profile={str(out)!r})')
 
 # %% ../nbs/95_cli.ipynb #1ff3b472
+def evaluate_method(model, method, bits, data, text, calibration, revision, out, name, shape):
+    "One method at several bits, as a small sweep; the first failure is the error."
+    path = data if data.is_file() else existing(data/f'{text}.txt.xz', 'text')
+    pairs = [[float(x) for x in b.split('/')] for b in bits.split(',')]
+    pairs = [[int(x) if x == int(x) else x for x in b] for b in pairs]
+    grid_ = dict(models=[model], methods=['bf16', method], bits=[b[0] if len(b) == 1 else b for b in pairs], tasks=[str(path)], calibration=calibration, revision=revision, **shape)
+    done = run_sweep(grid_, out, name, data.parent if data.is_file() else data, zoo())
+    failures = json.loads((out/f'{name}.failed.json').read_text('utf8')) if done['failed'] else {}
+    print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
+    rows = [r for r in load_rows(out/f'{name}.jsonl') if r['key'] in {*done['done'], *done['skipped']}] if (out/f'{name}.jsonl').exists() else []
+    get = lambda key, metric: next((f"{r['value']:.4g}" for r in rows if (r['key'], r['metric']) == (key, metric)), '')
+    out_ = console()
+    keys = dict.fromkeys(r['key'] for r in rows)
+    label = lambda r: r['method'] if r['k_bits'] is None else f"{r['method']} {r['k_bits']:g}/{r['v_bits']:g}"
+    out_.print(grid(out_, ['cache', 'bits', 'mean KL', 'p99.9', 'perplexity'], [[label(next(r for r in rows if r['key'] == k)), *(get(k, m) for m in ('bits', 'kl_mean', 'kl_p999', 'ppl'))] for k in keys]))
+    if failures: raise ValueError(failures[done['failed'][0]]['error'])
+
 GRIDS = dict( # name -> f(profile or None, number of layers, budgets if given)
     rotation=lambda profile, layers: first_grid(),
     bits=lambda profile, layers, *bits: bits_grid(profile, *bits),
@@ -279,8 +297,12 @@ def evaluate(
     dtype:Annotated[str, typer.Option(help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]='float32',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl, the grid by default (frontier for rotation).')]=None,
+    method:Annotated[Optional[str], typer.Option(help='One method instead of a grid, at --bits such as 2,3,4/2 (keys/values): rotation, spectral, or a baseline.')]=None,
+    calibration:Annotated[str, typer.Option(help='Text that methods with a profile are calibrated on: a file, or a name in the folder; only with --method.')]='wiki_cal',
+    revision:Annotated[Optional[str], typer.Option(help='Revision of a Hub model; only with --method, and noted in the rows.')]=None,
 ):
-    "Measure a grid of caches on held-out text, and the noise floor; add the rows to results/."
+    "Measure a grid of caches (or one method) on held-out text, and the noise floor; add the rows to results/."
+    if method: return evaluate_method(model, method, bits or '4,3,2', data, text, calibration, revision, out, name or 'evaluate', dict(length=length, n=windows, batch=batch, dtype=dtype))
     if grid not in GRIDS: raise ValueError(f'--grid {grid}: choose one of {", ".join(GRIDS)}')
     if profile is None and grid in ('bits', 'ablation'): raise ValueError(f'--grid {grid} needs --profile; make one with `ndkv calibrate {model} --text wiki_train_1`')
     path = existing(data/f'{text}.txt.xz', 'text')

@@ -252,6 +252,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, SafetensorError, ValueError) as e:
         raise ValueError(f"cannot load {name!r} ({str(e).splitlines()[0][:200]}): give a complete model folder or a Hub id") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
+        raise ValueError(f"{name!r} holds no tokenizer: give a complete model folder or a Hub id")
     if "device_map" not in kw:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer

@@ -35,7 +35,7 @@ from .tasks import TASKS, task_scores
 
 # %% ../nbs/80_search.ipynb #e5549332
 GRID = dict(models=None, methods=["rotation"], bits=[4, 3, 2], tasks=["wiki_val"], length=[2048], window=[128], sinks=[4], block=[64], n=16, batch=8,
-            dtype="float32", seed=0, heads=0, haystack=None, calibration=None, calibration_windows=16)
+            dtype="float32", seed=0, heads=0, haystack=None, calibration=None, calibration_windows=16, revision=None)
 CROSSED = ("models", "bits", "tasks", "length", "window", "sinks", "block")
 
 
@@ -74,6 +74,7 @@ def cells_of(
         elif name in ("bf16", "exact"): methods.append(("bf16", (None, None), {}))
         else: methods += [(name, tuple(b) if isinstance(b, (list, tuple)) else (b, b), options) for b in own or grid["bits"]]
     common, out = {k: grid[k] for k in ("n", "batch", "dtype", "seed", "heads", "haystack", "calibration", "calibration_windows")}, {}
+    if grid["revision"]: common["revision"] = grid["revision"]
     for model, task, length, window, sinks, block in itertools.product(*(grid[k] for k in ("models", "tasks", "length", "window", "sinks", "block"))):
         for name, (k, v), options in methods:
             cell = dict(common, model=model, task=task, length=length, window=window, sinks=sinks, block=block, method=name, k_bits=k, v_bits=v, options=options)
@@ -100,7 +101,7 @@ def find_text(
     return found[0]
 
 
-def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"]), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"]))
+def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"]), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
 
 
 def _profile(cell, where):
@@ -140,17 +141,19 @@ def measure(
 ) -> None:
     "Measure one cell, rows to an open run."
     (model, tokenizer), data = _load(cell, where), Path(where["data"])
-    fields |= dict(dtype=cell["dtype"])
+    base, plus, twin = cell["model"].partition("+")
+    name = (Path(base).name if Path(base).is_dir() else base) + plus + twin  # a folder is called by its name, wherever it is
+    fields |= dict(dtype=cell["dtype"]) | ({"revision": r} if (r := getattr(model.config, "_commit_hash", None)) else {})
     if cell["task"] in TASKS:
         texts = _keep("texts", cell["haystack"], lambda: read_documents(find_text(cell["haystack"], data)) if cell["haystack"] else ())
         rows = task_scores(model, tokenizer, make_cell(cell, where), [cell["task"]], [cell["length"]], cell["n"], cell["seed"], texts, data / "qa", cell["batch"], bar=False)
-        for row in rows: run.row(model=cell["model"], **row, **fields)
+        for row in rows: run.row(model=name, **row, **fields)
     else:
         path = find_text(cell["task"], data)
         tokens = _keep("tokens", (cell["model"], str(path), cell["length"], cell["n"]), lambda: text_windows(path, tokenizer, cell["length"], cell["n"]))
         exact = _keep("exact", tuple(cell[k] for k in ("model", "dtype", "length", "n", "batch", "window", "sinks", "block")) + (str(path),), dict)
         if tokens.numel() * model.config.get_text_config().vocab_size > 2**31: exact = None
-        evaluate(model, tokens, [make_cell(cell, where)], run, cell["model"], path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
+        evaluate(model, tokens, [make_cell(cell, where)], run, name, path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
 
 # %% ../nbs/80_search.ipynb #815fd485
 def attempt(

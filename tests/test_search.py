@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from conftest import ROOT
+from ndkv.cli import app
 from ndkv.codebooks import distortion, lloyd_max
 from ndkv.data import EOT, train_tokenizer
-from ndkv.models import load_model, save_model, zoo_config
+from ndkv.models import ZOO, load_model, save_model, zoo_config
 from ndkv.results import load_rows, validate
 from ndkv.search import bit_path, cells_of, read_grid, recommend, sweep
 from ndkv.tasks import filler
@@ -164,6 +166,41 @@ def test_a_grid_is_a_yaml_file(home, tmp_path, clean_code):
     assert Counter(r.get('codebook') for r in load_rows(tmp_path / 'out') if r['metric'] == 'kl_max') == {None: 2, 'uniform': 2}
     (tmp_path / 'bad.yaml').write_text('models: [tiny')
     with pytest.raises(ValueError, match='not YAML'): go(home, tmp_path, tmp_path / 'bad.yaml')
+
+
+FAMILIES = {name: lambda name=name: zoo_config(name, **{k: v for k, v in SIZE.items() if (name, k) not in {('qwen2', 'head_dim'), ('neox', 'head_dim'), ('neox', 'num_key_value_heads')}}) for name in ZOO}
+FAMILIES['gpt2'] = lambda: GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=512, bos_token_id=0, eos_token_id=0)
+
+
+def evaluated(folder, home, tmp_path, *more):
+    "What the command line says of a folder."
+    return CliRunner().invoke(app, ['evaluate', str(folder), '--data', str(home / 'data' / 'prose.txt'), '--length', '224', '--windows', '2', '--out', str(tmp_path), *more])
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_any_folder_is_evaluated(home, tmp_path, clean_code, name):
+    torch.manual_seed(0)
+    _, tokenizer = load_model(home / 'zoo' / 'tiny')
+    save_model(AutoModelForCausalLM.from_config(FAMILIES[name]()), tokenizer, tmp_path / name)
+    done = evaluated(tmp_path / name, home, tmp_path / 'out', '--method', 'int', '--bits', '8,4/2')
+    assert done.exit_code == 0 and '3 done' in done.output, (done.output, done.exception)
+    rows = load_rows(tmp_path / 'out' / 'evaluate.jsonl')
+    assert {r['model'] for r in rows} == {name} and {r['data'] for r in rows} == {'prose'}
+    kl = {(r['k_bits'], r['v_bits']): r['value'] for r in rows if r['metric'] == 'kl_mean'}
+    assert 0 <= kl[None, None] < kl[8, 8] < kl[4, 2]
+
+
+def test_what_cannot_be_evaluated_says_why(home, tmp_path, clean_code):
+    _, tokenizer = load_model(home / 'zoo' / 'tiny')
+    save_model(AutoModelForCausalLM.from_config(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)), tokenizer, tmp_path / 'mamba')
+    def said(folder, *more): return str(evaluated(folder, home, tmp_path / 'out', '--method', *more).exception)
+    assert 'no keys and values' in said(tmp_path / 'mamba', 'rotation')
+    assert 'complete model folder' in said(tmp_path / 'nothing', 'rotation')
+    assert "'bf17' is unknown" in said(home / 'zoo' / 'tiny', 'bf17')
+    assert "no task and no text named 'wiki_cal'" in said(home / 'zoo' / 'tiny', 'oscar')
+    (tmp_path / 'mamba' / 'tokenizer.json').unlink()
+    (tmp_path / 'mamba' / 'tokenizer_config.json').unlink()
+    assert 'complete model folder' in said(tmp_path / 'mamba', 'rotation')
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'results' / 'grids').glob('*.yaml')), ids=lambda p: p.stem)
