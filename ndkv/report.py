@@ -6,10 +6,10 @@
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'EVICTION', 'QUALITY', 'CASES', 'OPERATORS',
            'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT',
-           'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape', 'Style',
+           'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape', 'Style',
            'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
            'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'not_run',
-           'legend_above', 'open_axes', 'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure',
+           'blank', 'legend_above', 'open_axes', 'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure',
            'saved_figure', 'cache_bytes', 'roofline_figure', 'method_label', 'throughput_figure', 'eviction_figure',
            'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim', 'met',
            'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
@@ -96,6 +96,11 @@ def significant(
     exponent = int(exponent)
     if x and not -4 <= exponent < 6: return f'{mantissa}e{exponent}'
     return f'{float(f"{mantissa}e{exponent}"):.{max(digits - 1 - exponent, 0)}f}'
+
+# %% ../nbs/90_report.ipynb #f68388d4
+def shown(value) -> str: # `26`, `0.0125`
+    "A count in full, anything else to three significant digits."
+    return str(value) if isinstance(value, int) else significant(value)
 
 # %% ../nbs/90_report.ipynb #86263757
 NOT_RUN = r'\notrun{}'
@@ -301,6 +306,13 @@ def not_run(ax):
     ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center', va='center', color=GREY)
     ax.set(xticks=[], yticks=[])
 
+def blank(plt):
+    "A figure without any rows: a narrow strip, so that it takes no room from those that have some."
+    fig,ax = plt.subplots(figsize=(5.5, .4), layout='constrained')
+    not_run(ax)
+    for spine in ax.spines.values(): spine.set(color=GREY, lw=.5, ls=(0, (4, 3)))
+    return fig
+
 def legend_above(fig, axes, ncols=3):
     "One legend for all panels, every label once."
     found = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
@@ -460,6 +472,7 @@ def _spectra(ax, book, home):
 @figure('spectra')
 def spectra_figure(book, plt):
     "Spectra of keys before, within and after RoPE, and of values."
+    if not any(r['file'] == 'spectra' for r in book.rows): return blank(plt)
     fig,axes = plt.subplots(1, 4, figsize=(5.5, 1.7), sharey=True, layout='constrained')
     for ax, (home, title) in zip(axes, HOMES.items()):
         _spectra(ax, book, home)
@@ -473,6 +486,7 @@ def spectra_figure(book, plt):
 def saved_figure(book, plt):
     "Bits of spectral codes over bits of the rotation at equal mean KL, per model."
     models = models_of(book, **dict(DEFAULTS, method='spectral'))
+    if not models: return blank(plt)
     fig,ax = plt.subplots(figsize=(5.5, .75 + .3*max(len(models), 2)), layout='constrained')
     for i, model in enumerate(reversed(models)):
         ax.axhline(i, color='#DDDDDD', lw=.6, zorder=0)
@@ -481,8 +495,7 @@ def saved_figure(book, plt):
             if None in ratios: continue
             ax.plot(ratios, (i + dy, i + dy), color=color, lw=1)
             for r, mfc in zip(ratios, (color, 'white')): ax.plot(r, i + dy, marker, color=color, mfc=mfc, mew=1.1, label=f'{bits} bits' if mfc == color else None, clip_on=False)
-    if not models: not_run(ax)
-    else: ax.set(yticks=range(len(models)), yticklabels=reversed(models), ylim=(-.5, len(models) - .5), xlim=(0, 1), xlabel='share of the rotation’s bits at equal mean KL (filled: codes and norms; hollow: with frames)')
+    ax.set(yticks=range(len(models)), yticklabels=reversed(models), ylim=(-.5, len(models) - .5), xlim=(0, 1), xlabel='share of the rotation’s bits at equal mean KL (filled: codes and norms; hollow: with frames)')
     legend_above(fig, [ax])
     open_axes([ax])
     return fig
@@ -506,14 +519,14 @@ def _kernel_lines(book, metric):
 @figure('roofline')
 def roofline_figure(book, plt):
     "Achieved bytes a second against bytes, and speed-up against tokens in the cache."
-    fig,(ax, pay) = plt.subplots(1, 2, figsize=(5.5, 2.35), layout='constrained')
     times,speed = (_kernel_lines(book, m) for m in ('time_us', 'speedup'))
+    exact = [r for rows in _kernel_lines(book, 'time_bf16_us').values() for r in rows]
+    if not exact: return blank(plt)
+    fig,(ax, pay) = plt.subplots(1, 2, figsize=(5.5, 2.35), layout='constrained')
     for method, rows in times.items():
         label,color,marker = KERNELS[method]
         ax.plot([cache_bytes(r)/1e6 for r in rows], [cache_bytes(r)/r['value']/1e6 for r in rows], marker, color=color, label=label)
         pay.plot([r['batch']*r['length']/1024 * 1.07**(list(KERNELS).index(method) - 3) for r in speed[method]], [r['value'] for r in speed[method]], marker, color=color)
-    exact = [r for rows in _kernel_lines(book, 'time_bf16_us').values() for r in rows]
-    if not exact: return [not_run(a) for a in (ax, pay)] and fig
     ax.plot([cache_bytes(r, 16)/1e6 for r in exact], [cache_bytes(r, 16)/r['value']/1e6 for r in exact], 'x', color=STYLES['bf16'].color, label='bfloat16 (SDPA)')
     copies = {r['copy_rate']/1e12 for rows in times.values() for r in rows if r.get('copy_rate')}
     for rate in copies: ax.axhline(rate, color='black', lw=.8, ls=':', label='plain copy')
@@ -535,17 +548,17 @@ def method_label(method, bits=None) -> str:
 def throughput_figure(book, plt):
     "Tokens a second against batch."
     where = dict(file='throughput', metric='tokens_per_second')
-    lengths = sorted({r['length'] for r in book.rows if all(r.get(k) == v for k, v in where.items())}) or [8192, 32768]
+    lengths = sorted({r['length'] for r in book.rows if all(r.get(k) == v for k, v in where.items())})
+    if not lengths: return blank(plt)
     fig,axes = plt.subplots(1, len(lengths), figsize=(5.5, 1.9), squeeze=False, layout='constrained')
     for ax, length in zip(axes[0], lengths):
         lines = series(book, 'batch', ('method', 'k_bits'), length=length, **where)
         for (method, bits), rows in lines.items():
             style = style_of(method)
             ax.plot([r['batch'] for r in rows], [r['value'] for r in rows], color=style.color, marker=style.marker, ls='-' if bits in (None, 4) else (0, (4, 2)), label=method_label(method, bits))
-        if not lines: not_run(ax)
-        else: ax.set(xscale='log', yscale='log', xlabel='sequences in the batch')
+        ax.set(xscale='log', yscale='log', xlabel='sequences in the batch')
         ax.set_title(f'{length//1024}k tokens of context')
-    if axes[0, 0].lines: axes[0, 0].set_ylabel('tokens a second')
+    axes[0, 0].set_ylabel('tokens a second')
     legend_above(fig, axes[0], ncols=4)
     open_axes(axes[0])
     return fig
@@ -558,12 +571,12 @@ def eviction_figure(book, plt):
     "Share of the bytes against mean KL: token dropping, quantization, and both."
     share = {tuple(r.get(k) for k in EVICTION): r for rows in series(book, lambda r: str([r.get(k) for k in EVICTION]), ('model',), file='eviction', metric='share').values() for r in rows}
     lines = series(book, lambda r: (r.get('keep') or 1., r.get('k_bits') or 16), ('policy', 'method'), file='eviction', metric='kl_mean')
-    fig,ax = plt.subplots(figsize=(5.5, 2.2), layout='constrained')
+    if not lines: return blank(plt)
+    fig,ax = plt.subplots(figsize=(5.5, 1.9), layout='constrained')
     for i, ((policy, method), rows) in enumerate(lines.items()):
         points = sorted((share[key]['value'], r['value']) for r in rows if (key := tuple(r.get(k) for k in EVICTION)) in share)
         if points: ax.plot(*zip(*points), color=FALLBACK[i % len(FALLBACK)], marker='osD^vP'[i % 6], label=f"{policy or 'keep all'}, {method}")
-    if not ax.lines: not_run(ax)
-    else: ax.set(xscale='log', yscale='log', xlabel='bytes, as a share of an exact cache', ylabel='mean KL to exact cache (nats)')
+    ax.set(xscale='log', yscale='log', xlabel='bytes, as a share of an exact cache', ylabel='mean KL to exact cache (nats)')
     legend_above(fig, [ax])
     open_axes([ax])
     return fig
@@ -825,7 +838,7 @@ def claims_markdown(book) -> str:
     "The claims as a Markdown table, each value with links to its rows."
     lines = ['| claim | value | target | met | rows |', '|---|---|---|---|---|']
     for c in claims(book):
-        value = 'not run' if c['value'] is None else f"{significant(c['value'])} {c['unit']}"
+        value = 'not run' if c['value'] is None else f"{shown(c['value'])} {c['unit']}"
         rows = ', '.join(f"[`{Path(r).name}`]({r})" for r in c['rows'][:3]) or '–'
         if len(c['rows']) > 3: rows += f" and {len(c['rows']) - 3} more"
         lines.append(f"| `{c['id']}`: {c['sentence']} | {value} | {c['target']} | {'yes' if c['met'] else '**no**'} | {rows} |")
@@ -900,6 +913,15 @@ for _bits in BITS:
 for _id, _metric in (('time_4bit_us', 'time_us'), ('time_bf16_us', 'time_bf16_us'), ('error_4bit', 'error'), ('error_bf16', 'error_bf16')):
     _row_number(_id, file='kernels', method='4bit_uniform', batch=8, length=32768, window=132, metric=_metric)
 
+def _rate_number(id, metric, bits=None):
+    @number(id)
+    def rate(book):
+        row = book.cell(file='kernels', method='4bit_uniform', batch=8, length=32768, window=132, metric=metric)
+        return res(row and dict(row, value=cache_bytes(row, bits)/row['value']/1e6), 2)
+
+_rate_number('read_rate_4bit', 'time_us')
+_rate_number('read_rate_bf16', 'time_bf16_us', 16)
+
 @number('speedup_least')
 def speedup_least(book): return among(_rows(book, file='kernels', metric='speedup'), min)
 
@@ -938,8 +960,9 @@ def derived(value:float, notebook:str, digits:int=2) -> str:
 
 def _gap_numbers(bits):
     "Bits above Shannon's bound at `bits`: Lloyd–Max, trellis of 256 states."
-    from ndkv.codebooks import distortion, gap_bits, lloyd_max
+    from ndkv.codebooks import distortion, gap_bits, lloyd_max, uniform
     from ndkv.trellis import trellis_distortion
+    number(f'uniform_excess_{bits}')(lambda book: derived(100*distortion(uniform(bits))/distortion(lloyd_max(bits)) - 100, '10_codebooks'))
     number(f'gap_lm_{bits}')(lambda book: derived(gap_bits(distortion(lloyd_max(bits)), bits), '10_codebooks'))
     number(f'gap_trellis_{bits}')(lambda book: derived(gap_bits(trellis_distortion(bits, 256), bits), '12_trellis'))
 
@@ -959,11 +982,13 @@ _model_number('training_minutes', 'minutes', 2)
 # %% ../nbs/90_report.ipynb #cda6698e
 def numbers_tex(book) -> str:
     "All macros, one a line."
-    macros = {}
-    for c in claims(book):
+    macros,found = {},claims(book)
+    for c in found:
         at = tex_escape(c['rows'][0]) if c['rows'] else ''
-        macros[c['id']] = rf"\res{{{tex_number(significant(c['value']))}}}{{{at}}}" if at else NOT_RUN
+        macros[c['id']] = rf"\res{{{tex_number(shown(c['value']))}}}{{{at}}}" if at else NOT_RUN
     macros |= {id: f(book) for id, f in NUMBERS.items()}
+    run = [c['met'] for c in found if c['value'] is not None]
+    macros |= dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
     return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in sorted(macros.items()))
 
 # %% ../nbs/90_report.ipynb #a9005552
@@ -1010,14 +1035,14 @@ def measured_in(command:str) -> str:
 @table('ways')
 def ways_table(book):
     "Claim, where it is shown, the notebook, its rows, its runs."
-    shown,names = drawn_from(book),letters(book)
+    rows_of,names = drawn_from(book),letters(book)
     at_run = {r['at']: r['run'] for r in book.rows}
-    lines = [r'\begin{tabular}{@{}p{.3\linewidth}p{.22\linewidth}lp{.17\linewidth}l@{}}', r'\toprule', r'claim & shown in & notebook or test & rows & runs \\', r'\midrule']
+    lines = [r'\begin{tabular}{@{}p{.3\linewidth}p{.2\linewidth}p{.19\linewidth}p{.15\linewidth}p{.09\linewidth}@{}}', r'\toprule', r'claim & shown in & notebook or test & rows & runs \\', r'\midrule']
     for c in claims(book):
         places = [r.removeprefix('results/') for r in c['rows']]
         runs = sorted({at_run[p] for p in places}, key=lambda id: (len(names[id]), names[id]))
         notebooks = ', '.join(dict.fromkeys(tex_escape(measured_in(book.runs[id]['command'])) for id in runs)) or '–'
-        where = ', '.join(rf'\shown{{{n}}}' for n, rows in shown.items() if rows & set(places)) or '–'
+        where = ', '.join(rf'\shown{{{n}}}' for n, rows in rows_of.items() if rows & set(places)) or '–'
         rows = f"{len(places)} of {places[0].split('#')[0].removesuffix('.jsonl')}" if places else ''
         lines.append(' & '.join([rf"\texttt{{{tex_breakable(c['id'])}}}", where, notebooks, rf"\res{{{tex_escape(rows)}}}{{results/{tex_escape(places[0])}}}" if places else NOT_RUN, ', '.join(names[id] for id in runs) or '–']) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
@@ -1030,7 +1055,7 @@ def tex_breakable(text:str) -> str:
 def runs_table(book):
     "Letter, command, commit, device and minutes of every run."
     names = letters(book)
-    lines = [r'\begin{tabular}{@{}lp{.56\linewidth}lp{.13\linewidth}r@{}}', r'\toprule', r'run & command & commit & device & minutes \\', r'\midrule']
+    lines = [r'\begin{tabular}{@{}lp{.58\linewidth}lp{.14\linewidth}r@{}}', r'\toprule', r'run & command & commit & device & minutes \\', r'\midrule']
     for id, name in names.items():
         run = book.runs[id]
         minutes = run.get('wall_seconds', 0)/60
