@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
-           'DEFAULTS', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'EVICTION', 'QUALITY', 'CASES', 'OPERATORS',
-           'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT',
-           'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape', 'Style',
-           'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
+           'DEFAULTS', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY', 'CASES',
+           'OPERATORS', 'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED',
+           'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape',
+           'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
            'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'not_run',
-           'blank', 'legend_above', 'open_axes', 'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure',
-           'saved_figure', 'cache_bytes', 'roofline_figure', 'method_label', 'throughput_figure', 'eviction_figure',
-           'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim', 'met',
-           'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
+           'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series', 'ratedistortion_figure',
+           'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
+           'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
+           'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
            'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims', 'claims_markdown',
            'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among',
            'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex',
@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Callable
 
 from .results import load_rows, load_runs, validate, write_atomic
@@ -319,8 +320,18 @@ def legend_above(fig, axes, ncols=3):
     if found: fig.legend(found.values(), found.keys(), loc='outside upper center', ncols=ncols, frameon=False, handlelength=2.2, columnspacing=1.4)
 
 def open_axes(axes):
-    "No frame on the right and above."
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
+    "No frame on the right and above; no numbers at the small ticks of a logarithmic axis."
+    for ax in axes:
+        ax.spines[['top', 'right']].set_visible(False)
+        for axis in (ax.xaxis, ax.yaxis): axis.set_minor_formatter('')
+
+def plain_log(*axes):
+    "Logarithmic axes with ticks at 1, 2, 5, 10, ... and plain numbers."
+    from matplotlib.ticker import LogLocator
+    for axis in axes:
+        low,high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200*low else (1,)))
+        axis.set_major_formatter('{x:g}')
 
 # %% ../nbs/90_report.ipynb #5061ac43
 def _example():
@@ -429,9 +440,9 @@ def _theory(ax):
              ('trellis, 256 states', STYLES['spectral'].color, 's', '-', trellis(256)), ('4096 states', STYLES['spectral'].color, 'D', (0, (4, 2)), trellis(4096)))
     for label, color, marker, ls, D in lines: ax.plot((1, 2, 3, 4), [gap_bits(D(b), b) for b in (1, 2, 3, 4)], color=color, marker=marker, ls=ls, label=label)
     ax.axhline(0, color='black', lw=.8)
-    ax.annotate('Shannon’s bound', (4, .015), ha='right', fontsize=6.5)
-    ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound', xticks=(1, 2, 3, 4), ylim=(-.03, .95))
-    ax.legend(frameon=False, fontsize=6.5, loc='upper left', bbox_to_anchor=(.02, 1.02), handlelength=2)
+    ax.annotate('Shannon’s bound', (4, -.13), ha='right', fontsize=6.5)
+    ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound', xticks=(1, 2, 3, 4), ylim=(-.18, 1.3))
+    ax.legend(frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03), handlelength=2, labelspacing=.25)
 
 CODES = {'bound': ('Gaussian bound', 'black', '', '-'), 'rotation': ('rotation, Lloyd–Max', STYLES['rotation'].color, 'o', '-'),
          'lloyd_max': ('frame, Lloyd–Max', '#009E73', 'v', '-'), 'trellis': ('frame, trellis', STYLES['spectral'].color, 's', '-')}
@@ -449,10 +460,11 @@ def _reached(ax, book, kind, title):
 @figure('ratedistortion')
 def ratedistortion_figure(book, plt):
     "Distance to Shannon's bound: of codes of a Gaussian, and of the codec on keys and values."
-    fig,axes = plt.subplots(1, 3, figsize=(5.5, 1.95), width_ratios=(1.25, 1, 1), layout='constrained')
+    fig,axes = plt.subplots(1, 3, figsize=(5.5, 2.05), width_ratios=(1.15, 1, 1), layout='constrained')
     _theory(axes[0])
+    axes[2].sharey(axes[1])
     for ax, kind, title in zip(axes[1:], 'kv', ('keys', 'values')): _reached(ax, book, kind, title)
-    if axes[1].lines: axes[1].set_ylabel('price of the error / variance')
+    if axes[1].lines: axes[1].set_ylabel('price left, as a share')
     legend_above(fig, axes[1:2], ncols=4)
     open_axes(axes)
     return fig
@@ -462,11 +474,12 @@ HOMES = dict(pre='keys, before RoPE', block='keys, block of 64', post='keys, aft
 
 def _spectra(ax, book, home):
     "All heads of the reference model in one home, and their median."
-    heads = [[r['value'] for r in rows] for rows in series(book, 'rank', ('layer', 'head'), file='spectra', metric='eigenvalue', model='llama', home=home).values()]
+    heads = list(series(book, 'rank', ('layer', 'head'), file='spectra', metric='eigenvalue', model='llama', home=home).values())
     if not heads: return not_run(ax)
-    for h in heads: ax.plot(range(1, len(h) + 1), h, color='#AFC4D6', lw=.6)
-    middle = [sorted(column)[len(column)//2] for column in zip(*heads)]
-    ax.plot(range(1, len(middle) + 1), middle, color=STYLES['rotation'].color, lw=1.6)
+    for rows in heads: ax.plot([r['rank'] for r in rows], [r['value'] for r in rows], color='#AFC4D6', lw=.6)
+    ranks = [r['rank'] for r in heads[0]]
+    ax.plot(ranks, [median(rows[i]['value'] for rows in heads) for i in range(len(ranks))], color=STYLES['rotation'].color, lw=1.6)
+    ax.axhline(1, color='black', lw=.6, ls=':')
     ax.set(yscale='log', xlabel='channel')
 
 @figure('spectra')
@@ -534,51 +547,63 @@ def roofline_figure(book, plt):
     pay.axhspan(pay.get_ylim()[0], 1, color='#EEEEEE', zorder=0)
     pay.annotate('slower than bfloat16', (.97, .03), xycoords='axes fraction', ha='right', fontsize=6.5, color='#555555')
     pay.set(xscale='log', xlabel='tokens of all sequences (thousands)', ylabel='times as fast as bfloat16', title='where it pays', ylim=(pay.get_ylim()[0], None))
-    for axis in (ax.xaxis, ax.yaxis, pay.xaxis): axis.set_major_formatter('{x:g}')
+    plain_log(ax.xaxis, ax.yaxis, pay.xaxis)
     legend_above(fig, [ax], ncols=4)
     open_axes((ax, pay))
     return fig
 
 # %% ../nbs/90_report.ipynb #fc2e89a4
-def method_label(method, bits=None) -> str:
-    "A method and its bits as a legend says it."
-    return style_of(method).label + (f', {bits:g} bits' if bits else '')
+CONTESTANTS = {'fixed': ('bfloat16, CUDA graph', '#555555', 'D', '-'), 'static': ('StaticCache', '#999999', 'x', ':'), 'dynamic': ('DynamicCache', '#999999', '^', (0, (4, 2))), 'quanto4': ('quanto, 4 bits', '#CC79A7', 'P', '-'),
+               'packed4': ('packed, 4 bits', '#0072B2', 'o', '-'), 'packed3': ('packed, 3 bits', '#009E73', 'v', '-'), 'packed2': ('packed, 2 bits', '#D55E00', 's', '-')}
 
 @figure('throughput')
 def throughput_figure(book, plt):
     "Tokens a second against batch."
-    where = dict(file='throughput', metric='tokens_per_second')
+    where = dict(file='throughput', metric='tokens_per_s', model='llama8b, random')
     lengths = sorted({r['length'] for r in book.rows if all(r.get(k) == v for k, v in where.items())})
     if not lengths: return blank(plt)
-    fig,axes = plt.subplots(1, len(lengths), figsize=(5.5, 1.9), squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(1, len(lengths), figsize=(5.5, 2.), squeeze=False, layout='constrained')
     for ax, length in zip(axes[0], lengths):
-        lines = series(book, 'batch', ('method', 'k_bits'), length=length, **where)
-        for (method, bits), rows in lines.items():
-            style = style_of(method)
-            ax.plot([r['batch'] for r in rows], [r['value'] for r in rows], color=style.color, marker=style.marker, ls='-' if bits in (None, 4) else (0, (4, 2)), label=method_label(method, bits))
-        ax.set(xscale='log', yscale='log', xlabel='sequences in the batch')
-        ax.set_title(f'{length//1024}k tokens of context')
+        for (method,), rows in series(book, 'batch', ('method',), length=length, **where).items():
+            label,color,marker,ls = CONTESTANTS.get(method, (method, GREY, 'x', '-'))
+            ax.plot([r['batch'] for r in rows], [r['value'] for r in rows], color=color, marker=marker, ls=ls, label=label)
+        ax.set(xscale='log', yscale='log', xlabel='sequences in the batch', title=f'{length//1024}k tokens of context')
+        plain_log(ax.xaxis, ax.yaxis)
     axes[0, 0].set_ylabel('tokens a second')
     legend_above(fig, axes[0], ncols=4)
     open_axes(axes[0])
     return fig
 
 # %% ../nbs/90_report.ipynb #eb20f4b4
-EVICTION = ('model', 'policy', 'keep', 'method', 'k_bits', 'v_bits')
+def pairs(book, x:str, y:str, by:tuple, **where) -> dict: # Values of `by` -> points in order of the first metric
+    "Two metrics of the same cells, as lines."
+    cell = lambda r: frozenset((k, str(v)) for k, v in r.items() if k not in MEASURED | {'metric'}) | {r['run']}
+    across,lines = {cell(r): r for r in book.rows if r['metric'] == x and all(r.get(k) == v for k, v in where.items())},{}
+    for r in book.rows:
+        if r['metric'] != y or any(r.get(k) != v for k, v in where.items()) or cell(r) not in across: continue
+        book.used.update({r['at']: r, across[cell(r)]['at']: across[cell(r)]})
+        lines.setdefault(tuple(r.get(k) for k in by), []).append((across[cell(r)]['value'], r['value']))
+    return {k: sorted(points) for k, points in sorted(lines.items(), key=lambda item: tuple(map(str, item[0])))}
+
+MIXES = {('none', 'rotation'): ('all tokens, rotation', '#0072B2', 'o', '-'), ('none', 'spectral'): ('all tokens, spectral', '#D55E00', 's', '-'),
+         ('snapkv', 'exact'): ('SnapKV, exact', '#009E73', '^', ':'), ('recent', 'exact'): ('recent tokens, exact', '#555555', 'v', ':'),
+         ('snapkv', 'rotation'): ('half by SnapKV, rotation', '#0072B2', 'o', (0, (4, 2))), ('snapkv', 'spectral'): ('half by SnapKV, spectral', '#D55E00', 's', (0, (4, 2)))}
 
 @figure('eviction')
 def eviction_figure(book, plt):
-    "Share of the bytes against mean KL: token dropping, quantization, and both."
-    share = {tuple(r.get(k) for k in EVICTION): r for rows in series(book, lambda r: str([r.get(k) for k in EVICTION]), ('model',), file='eviction', metric='share').values() for r in rows}
-    lines = series(book, lambda r: (r.get('keep') or 1., r.get('k_bits') or 16), ('policy', 'method'), file='eviction', metric='kl_mean')
-    if not lines: return blank(plt)
-    fig,ax = plt.subplots(figsize=(5.5, 1.9), layout='constrained')
-    for i, ((policy, method), rows) in enumerate(lines.items()):
-        points = sorted((share[key]['value'], r['value']) for r in rows if (key := tuple(r.get(k) for k in EVICTION)) in share)
-        if points: ax.plot(*zip(*points), color=FALLBACK[i % len(FALLBACK)], marker='osD^vP'[i % 6], label=f"{policy or 'keep all'}, {method}")
-    ax.set(xscale='log', yscale='log', xlabel='bytes, as a share of an exact cache', ylabel='mean KL to exact cache (nats)')
-    legend_above(fig, [ax])
-    open_axes([ax])
+    "Bits an element of the text against mean KL: fewer tokens, fewer bits, and both."
+    models = models_of(book, file='eviction', metric='kl_mean')
+    if not models: return blank(plt)
+    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharey=True, squeeze=False, layout='constrained')
+    for ax, model in zip(axes[0], models):
+        for mix, points in pairs(book, 'bits', 'kl_mean', ('policy', 'method'), file='eviction', model=model).items():
+            label,color,marker,ls = MIXES.get(mix, ('other policies, exact', '#CC79A7', 'x', ''))
+            ax.plot(*zip(*points), color=color, marker=marker, ls=ls, mfc='white' if ls not in ('-', '') else color, mew=1.1, label=label)
+        ax.set(xscale='log', yscale='log', xlabel='bits per element of the text', title=model)
+        plain_log(ax.xaxis)
+    axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
+    legend_above(fig, axes[0])
+    open_axes(axes[0])
     return fig
 
 # %% ../nbs/90_report.ipynb #75d07ecd
