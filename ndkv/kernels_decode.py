@@ -143,7 +143,9 @@ def _asm(bits, i, half, a):
     def both(x): return f"0x{unpack('<H', pack('<e', x))[0] * 0x10001:08x}" # a float16 constant in both halves
     def magic(x, width, i, step): # t = 1024 + 2^pos · code, in both halves
         if step: move, pos = ("shl.b32 t, {x}, 3;", "shr.b32 t, {x}, 3;", "shr.b32 t, {x}, 9;")[i//3], 3 + 2*(i%3)
-        else: move, pos = ("shl.b32 t, {x}, 1;", "shr.b32 t, {x}, 7;")[i*width//8], 1 + i*width%8
+        elif i == 0: move, pos = "shl.b32 t, {x}, 1;", 1
+        elif (i + 1)*width > 10: move, pos = "shr.b32 t, {x}, 7;", i*width - 7
+        else: return f"lop3.b32 t, {x}, 0x{((1 << width) - 1 << i*width) * 0x10001:08x}, 0x64006400, 0xEA;", i*width
         return move.format(x=x) + f" lop3.b32 t, t, 0x{((1 << width) - 1 << pos) * 0x10001:08x}, 0x64006400, 0xEA;", pos
     both_parts = bits == 3 and half >= 0
     code, pos = magic("$1", 2 if both_parts else bits, i, both_parts)
@@ -408,6 +410,7 @@ class Tuning:
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
 class PackedAttention:
     "Attention of one layer that reads pages: frames, levels and kernels put together."
+    raw = False # Does the split kernel take queries as they come?
     def __init__(self,
         layout:Layout,
         k_frame,       # `Frame`; the first channels are stored, as many as the layout has
@@ -418,8 +421,12 @@ class PackedAttention:
         self.layout, self.k_frame, self.v_frame, self.heads, self.home, self._at = layout, k_frame, v_frame, heads, home, {}
         self.d = k_frame.A.shape[-1]
         if self.d != v_frame.A.shape[-1]: raise ValueError(f"keys have {self.d} channels, values {v_frame.A.shape[-1]}; the kernels need one head_dim")
-        if home is not None and (home.block < 64 or layout.page % home.block): raise ValueError(f"keys in blocks of {home.block} tokens on pages of {layout.page}; use a block of 64 or more that divides the page")
+        if home is not None: self._check_block()
         if home is not None and (home.rope.rotary_dim != self.d or home.rope.pairing != "half" or home.rope.scaling != 1): raise ValueError("block-relative keys are read with full rotary embeddings in half-split pairing and no scaling; use frames of the cached keys for this model")
+
+    def _check_block(self):
+        block, page = self.home.block, self.layout.page
+        if block < 64 or page % block: raise ValueError(f"keys in blocks of {block} tokens on pages of {page}; use a block of 64 or more that divides the page")
 
     def _levels(self, kind):
         "Per stored channel: bits, and the worth of a unit."
@@ -527,16 +534,17 @@ def _attend(self,
     if G > 16 or Hq % H: raise ValueError(f"{Hq} query heads on {H} KV heads; the kernel takes whole groups of up to 16")
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     if splits is None: splits = _splits(BH, table.shape[1], t, dev)
-    DP, QB = _pow2(D), 0 if self.home is None else self.home.block
+    DP, QB = _pow2(D), 0 if self.home is None or self.raw else self.home.block
     f32 = lambda *s: torch.empty(s, dtype=torch.float32, device=dev)
     NB = 1 if QB == 0 else table.shape[1] * L.page // QB
     query, qscale, qconst = torch.empty(BH, NB, G, kd, dtype=torch.float16, device=dev), f32(BH), f32(BH, G)
+    if self.raw: query, qconst = q.contiguous(), qconst.zero_()
     bias = f32(BH, NB, QB, G) if QB else qscale
     part, ml, out, q = f32(BH, splits, G, vd), f32(BH, splits, G, 2), torch.empty_like(q), q.contiguous()
     ek, ev, el = exact if exact is not None else (q, q, lens)
     eout, eml = (f32(BH, G, D), f32(BH, G, 2)) if exact is not None else (qscale, qscale)
     C, zero = min(32, _pow2(kd)), c["zero"]
-    columns = 0 if QB else -(-kd // C)
+    columns = 0 if QB or self.raw else -(-kd // C)
     if columns or exact is not None:
         _begin_kernel[(BH, columns + (exact is not None))](q, c["K"], zero if c["k_mean"] is None else c["k_mean"], c["reach"], query, qscale, qconst, ek, ev, el, eout, eml,
             H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, num_warps=4)
@@ -545,7 +553,7 @@ def _attend(self,
         GP, ROWS, TURNS = _pow2(G), 64, 4
         _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
             D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, num_warps=4, num_stages=1)
-    self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits)
+    self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits, **(dict(scale=scale) if self.raw else {}))
     SP, zero = _pow2(splits), c["zero"]
     ROWS = G if BH*G >= 1024 else 1
     _combine_kernel[(BH*G // ROWS,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
