@@ -333,10 +333,16 @@ def recommend(
 def bench(
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl.')]='kernels',
+    tune:Annotated[bool, typer.Option('--tune', help='Search launch choices instead, into kernel_table.json and kernel_tuning.json.')]=False,
+    only:Annotated[str, typer.Option(help='Cases whose names start so, comma-separated; all if empty.')]='',
+    seconds:Annotated[float, typer.Option(help='With --tune: at most for one case, about.')]=60.,
 ):
     "Time the kernels on this machine's GPU against SDPA; rows with speed-ups and errors."
-    from ndkv.kernels_bench import CASES, bench as time_kernels
-    with Run(out, command=f'ndkv bench --name {name}', name=name) as run: time_kernels(CASES, run)
+    from ndkv.kernels_bench import CASES, CLAIMED, bench as time_kernels, tune as search_launches
+    chosen = [c for c in (CLAIMED if tune else CASES) if c.name.startswith(tuple(only.split(',')))]
+    if not chosen: raise typer.BadParameter(f'no case starts with {only!r}; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
+    if tune: return search_launches(chosen, out, seconds) and None
+    with Run(out, command=f'ndkv bench --name {name}' + (f' --only {only}' if only else ''), name=name) as run: time_kernels(chosen, run)
     speeds = [[r['method'], r['batch'], r['length'], f"{r['value']:.2f}"] for _, r in run.rows if r['metric'] == 'speedup']
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'speed-up'], speeds))

@@ -213,13 +213,20 @@ def _fast(x, OP: tl.constexpr, ASM: tl.constexpr):
 
 # %% ../nbs/52_kernels_decode.ipynb #09824862
 @triton.jit
+def _early(GO: tl.constexpr, WAIT: tl.constexpr):
+    "GO: the next launch may start; WAIT: until the launch before has ended."
+    if GO: tl.extra.cuda.gdc_launch_dependents()
+    if WAIT: tl.extra.cuda.gdc_wait()
+
+@triton.jit
 def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                   H, table_stride, NB, splits,
                   WORDS: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr,
                   GROUP: tl.constexpr, NH: tl.constexpr, KT: tl.constexpr, KU: tl.constexpr, KC: tl.constexpr,
                   VT: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, VD: tl.constexpr,
-                  QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr):
+                  QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     "Scores, softmax and values of the pages of one split of one sequence and KV head; tokens are rows, query heads columns."
+    _early(EARLY, EARLY)
     bh, sp = tl.program_id(0), tl.program_id(1)
     b, kvh = bh // H, bh % H
     j, h = tl.arange(0, T), tl.arange(0, NH)
@@ -328,7 +335,8 @@ def _exact(q, ek, ev, elens, eout, eml, bh, b, stride, sm_scale,
 
 @triton.jit
 def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout, eml, H, stride, sm_scale,
-                  D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, W: tl.constexpr):
+                  D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, W: tl.constexpr, EARLY: tl.constexpr):
+    _early(EARLY, False)
     bh, p = tl.program_id(0), tl.program_id(1)
     if p*C < KD: _query(q, M, mean, reach, query, qscale, qconst, bh, bh % H, p*C, sm_scale, D, DP, KD, GROUP, C, MEAN, BOUND)
     else: _exact(q, ek, ev, elens, eout, eml, bh, bh // H, stride, sm_scale, D, DP, GROUP, W)
@@ -336,8 +344,9 @@ def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout,
 # %% ../nbs/52_kernels_decode.ipynb #29ec1d0e
 @triton.jit
 def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, splits,
-                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr):
+                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr):
     "Merge the splits and the exact tokens of `ROWS` query heads of a group, and take their outputs out of the frame of the values."
+    _early(False, EARLY)
     start = tl.program_id(0) * ROWS
     bh = start // GROUP
     kvh = bh % H
@@ -366,8 +375,9 @@ def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, s
 # %% ../nbs/52_kernels_decode.ipynb #a93d0f9c
 @triton.jit
 def _relative_kernel(q, M, means, cos, sin, reach, query, bias, qscale, qconst, H, NB, sm_scale,
-                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr):
+                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr):
     "The queries of `TURNS · ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
+    _early(EARLY, False)
     bh, p = tl.program_id(0), tl.program_id(1)
     r, d, c, j = tl.arange(0, ROWS), tl.arange(0, D//2), tl.arange(0, KP), tl.arange(0, QB)
     row, cols = r % GP, (c < KD)[None, :]
@@ -406,11 +416,13 @@ class Tuning:
     exact: int = 64      # Exact tokens at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
     table: int = 1       # Tables of a trellis: 1 = in shared memory, 0 = read through the cache
+    early: int = 0       # 1 = a launch may start while the one before it ends (Hopper and later)
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
 class PackedAttention:
     "Attention of one layer that reads pages: frames, levels and kernels put together."
     raw = False # Does the split kernel take queries as they come?
+    short = False # Allow blocks below 64 on a GPU
     def __init__(self,
         layout:Layout,
         k_frame,       # `Frame`; the first channels are stored, as many as the layout has
@@ -426,7 +438,7 @@ class PackedAttention:
 
     def _check_block(self):
         block, page = self.home.block, self.layout.page
-        if block < 64 or page % block: raise ValueError(f"keys in blocks of {block} tokens on pages of {page}; use a block of 64 or more that divides the page")
+        if page % block or block % self.layout.tokens: raise ValueError(f"blocks of {block} tokens do not divide a page of {page} into whole tiles of {self.layout.tokens}; use a block from {self.layout.tokens} to {page}")
 
     def _levels(self, kind):
         "Per stored channel: bits, and the worth of a unit."
@@ -531,6 +543,7 @@ def _attend(self,
     B, Hq, D = q.shape
     L, H, dev, t = self.layout, self.heads, q.device, tuning or Tuning()
     c, G, BH, scale = self._on(dev), Hq // H, B*H, D**-.5 if scale is None else scale
+    if q.is_cuda and self.home is not None and not self.raw and self.home.block < 64 and not self.short: raise ValueError(f"keys in blocks of {self.home.block} tokens: blocks below 64 are not verified on a GPU yet; use 64 or more")
     if G > 16 or Hq % H: raise ValueError(f"{Hq} query heads on {H} KV heads; the kernel takes whole groups of up to 16")
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     if splits is None: splits = _splits(BH, table.shape[1], t, dev)
@@ -547,17 +560,17 @@ def _attend(self,
     columns = 0 if QB or self.raw else -(-kd // C)
     if columns or exact is not None:
         _begin_kernel[(BH, columns + (exact is not None))](q, c["K"], zero if c["k_mean"] is None else c["k_mean"], c["reach"], query, qscale, qconst, ek, ev, el, eout, eml,
-            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, num_warps=4)
+            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, EARLY=t.early and not QB, num_warps=4)
     if QB:
         cos, sin = _turns(self, NB, dev)
         GP, ROWS, TURNS = _pow2(G), 64, 4
         _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
-            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, num_warps=4, num_stages=1)
+            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, EARLY=t.early, num_warps=4, num_stages=1)
     self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits, **(dict(scale=scale) if self.raw else {}))
     SP, zero = _pow2(splits), c["zero"]
     ROWS = G if BH*G >= 1024 else 1
     _combine_kernel[(BH*G // ROWS,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
-        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=8 if t.rows > 32 else 4)
+        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, EARLY=t.early, num_warps=8 if t.rows > 32 else 4, **_pdl(t))
     return out
 
 def _split(self, grid, t, group, store, *args):
@@ -566,9 +579,10 @@ def _split(self, grid, t, group, store, *args):
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     _split_kernel[grid](store, store.view(torch.int32), *args,
         WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(L, ku),
-        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, num_warps=t.warps, **_registers(t))
+        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, EARLY=t.early, num_warps=t.warps, **_registers(t))
 
-def _registers(t): return dict(maxnreg=t.maxnreg) if t.maxnreg else {}
+def _pdl(t): return dict(launch_pdl=True) if t.early else {}
+def _registers(t): return _pdl(t) | (dict(maxnreg=t.maxnreg) if t.maxnreg else {})
 
 def _splits(BH, pages, t, device):
     "Enough programs to fill the GPU once, at least two pages each."
@@ -604,7 +618,7 @@ def compile_split(
     t, (kt, ku), (vt, vu) = tuning or Tuning(), _plan(layout, "k"), _plan(layout, "v")
     kd, vd = (sum(n for n, _ in x) for x in (layout.k, layout.v))
     fixed = dict(WORDS=layout.words, PAGE=layout.page, T=layout.tokens, TILES=layout.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(layout, ku),
-        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages)
+        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages, EARLY=t.early)
     types = dict(store="*i16", norms="*i32", table="*i32", lens="*i32", q="*fp16", qscale="*fp32", bias="*fp32", part="*fp32", part_ml="*fp32")
     fn = triton.JITFunction(getattr(_split_kernel, "fn", _split_kernel))
     signature = {a: "constexpr" if a in fixed else types.get(a, "i32") for a in fn.arg_names}

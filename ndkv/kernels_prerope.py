@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PreRopeAttention', 'compile_prerope']
 
-# %% ../nbs/56_kernels_prerope.ipynb #bb5e0dd6
+# %% ../nbs/56_kernels_prerope.ipynb #1c934e79
 import torch
 from torch import Tensor
 import triton, triton.language as tl
 from .frames import rope_tables
-from .kernels_decode import LOG2E, Layout, PackedAttention, Tuning, _curves, _fast, _interpreted, _levels, _on, _plan, _pow2, _registers, _run
+from .kernels_decode import LOG2E, Layout, PackedAttention, Tuning, _curves, _early, _fast, _interpreted, _levels, _on, _plan, _pow2, _registers, _run
 
-# %% ../nbs/56_kernels_prerope.ipynb #25da3df2
+# %% ../nbs/56_kernels_prerope.ipynb #a878fc9c
 @triton.jit
 def _turn(a, b, c, s, BACK: tl.constexpr, ASM: tl.constexpr):
     "float16 `a c - b s`, or `a c + b s` (BACK), two at a time."
@@ -35,8 +35,9 @@ def _prerope_kernel(store, norms, table, lens, q, part, part_ml, frame, mean, un
                     WORDS: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, DC: tl.constexpr, PARTS: tl.constexpr, KD: tl.constexpr,
                     GROUP: tl.constexpr, NH: tl.constexpr, KT: tl.constexpr, KU: tl.constexpr, KC: tl.constexpr,
                     VT: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, VD: tl.constexpr,
-                    RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr):
+                    RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     "Scores, softmax and values of the pages of one split of one sequence and KV head."
+    _early(EARLY, EARLY)
     bh, sp = tl.program_id(0), tl.program_id(1)
     b, kvh = bh // H, bh % H
     j, h, d = tl.arange(0, T), tl.arange(0, NH), tl.arange(0, DC)
@@ -111,7 +112,7 @@ def _prerope_kernel(store, norms, table, lens, q, part, part_ml, frame, mean, un
         c = tl.arange(0, VU[s][2])
         tl.store(part + row[None, :]*VD + VU[s][0] + c[:, None], acc[s], mask=(h[None, :] < GROUP) & (c[:, None] < VU[s][1]))
 
-# %% ../nbs/56_kernels_prerope.ipynb #ed19a772
+# %% ../nbs/56_kernels_prerope.ipynb #f22e33a0
 class PreRopeAttention(PackedAttention):
     "`PackedAttention` over keys coded before RoPE: `home` is a `Home` of block 1."
     raw = True
@@ -124,7 +125,7 @@ class PreRopeAttention(PackedAttention):
         c, D = _before(self, table.shape[1]*L.tiles, store.device), self.d
         _prerope_kernel[grid](store, store.view(torch.int32), table, lens, query, part, ml, c["frame"], c["mean"], c["unit"], *c["starts"], c["turn"], H, stride, splits, scale,
             WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=D, DC=min(32, _half(D)), PARTS=max(1, _half(D) // 32), KD=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(L, ku),
-            VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, num_warps=t.warps, **_registers(t))
+            VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, EARLY=t.early, num_warps=t.warps, **_registers(t))
 
 def _half(d): return max(16, _pow2(d // 2))
 
@@ -145,7 +146,7 @@ def _before(self, tiles, device):
         c["starts"] = [pad(x).to(device).contiguous() for x in rope_tables(home.rope.inv_freq, home.first + T*torch.arange(n))]
     return c
 
-# %% ../nbs/56_kernels_prerope.ipynb #fc443093
+# %% ../nbs/56_kernels_prerope.ipynb #68cee331
 def compile_prerope(
     layout:Layout,
     d:int=128,          # head_dim
@@ -159,7 +160,7 @@ def compile_prerope(
     t, (kt, ku), (vt, vu) = tuning or Tuning(warps=4, run=1, stages=2), _plan(layout, "k"), _plan(layout, "v")
     kd, vd = (sum(n for n, _ in x) for x in (layout.k, layout.v))
     fixed = dict(WORDS=layout.words, PAGE=layout.page, T=layout.tokens, TILES=layout.tiles, D=d, DC=min(32, _half(d)), PARTS=max(1, _half(d) // 32), KD=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(layout, ku),
-        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, RUN=_run(layout, t), ASM=True, STAGES=t.stages)
+        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, RUN=_run(layout, t), ASM=True, STAGES=t.stages, EARLY=t.early)
     kinds = dict(store="*i16", norms="*i32", table="*i32", lens="*i32", q="*bf16", sm_scale="fp32", frame="*fp16", mean="*fp16", turn="*fp16", **{n: "*fp32" for n in ("part", "part_ml", "unit", "cos", "sin")})
     fn = triton.JITFunction(getattr(_prerope_kernel, "fn", _prerope_kernel))
     signature = {a: "constexpr" if a in fixed else kinds.get(a, "i32") for a in fn.arg_names}
