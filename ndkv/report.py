@@ -14,15 +14,16 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
            'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name',
-           'swept', 'use', 'all_in', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
-           'survived', 'stress_table', 'stress_figure', 'tasks_table', 'choice_name', 'ablation_table', 'zoo_models',
-           'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'claims',
-           'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name',
-           'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
-           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
-           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
-           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'latest', 'architectures_passed',
+           'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in', 'zoo_figure', 'interval',
+           'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table', 'stress_figure',
+           'tasks_table', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
+           'needle_accuracy_drop_2bit', 'sweep_cells', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
+           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -688,7 +689,7 @@ def bits_table(book):
     return '\n'.join(lines[:-1] + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #f555ff3a
-CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel')
+CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel', 'trellis', 'prerope')
 
 @table('speed')
 def speed_table(book):
@@ -825,6 +826,12 @@ for _id, _what, _target, _where in (
     ('speedup_prerope_8x32k', 'full pre-RoPE keys', '>= 1.0', dict(method='prerope')),
     ('speedup_4bit_1x32k', 'uniform 4-bit codes', '>= 2.0', dict(method='4bit_uniform', batch=1)),
 ): _speed_claim(_id, _what, _target, **_where)
+
+@claim('bandwidth_fraction_4bit', 'Bytes of uniform 4-bit codes and norms that decode attention reads in a second, of the rate of a copy in the same run; 8 × 32k tokens.', 'of a copy', '>= 0.5')
+def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'bandwidth_fraction'}, method='4bit_uniform', batch=8, length=32768)
+
+@claim('encode_bandwidth_fraction', 'Bytes of bfloat16 keys and values that are encoded to 4 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= 0.25')
+def encode_bandwidth_fraction(book): return book.value(file='kernels', metric='bandwidth_fraction', method='encode_4bit', batch=8, length=4096)
 
 # %% ../nbs/90_report.ipynb #c84518f5
 def latest(
