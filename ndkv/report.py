@@ -10,9 +10,10 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure',
            'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim', 'met',
            'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims', 'claims_markdown',
-           'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
-           'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex', 'claims_table', 'ledger', 'generate',
+           'p99_kl_ratio_3', 'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k',
+           'users_ratio_paged', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims',
+           'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name',
+           'number', 'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex', 'claims_table', 'ledger', 'generate',
            'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper',
            'report']
 
@@ -500,6 +501,34 @@ for _id, _what, _target, _where in (
     ('speedup_prerope_8x32k', 'full pre-RoPE keys', '>= 1.0', dict(method='prerope')),
     ('speedup_4bit_1x32k', 'uniform 4-bit codes', '>= 2.0', dict(method='4bit_uniform', batch=1)),
 ): _speed_claim(_id, _what, _target, **_where)
+
+# %% ../nbs/90_report.ipynb #35ef7b57
+def at_32k(book, metric, methods):
+    "Largest value of a metric among some methods at 32768 tokens, in the latest run of an 8B model."
+    rows = [r for r in book.rows if r['file'] == 'throughput' and r['model'] == 'llama8b, random' and r['length'] == 32768]
+    last = max((r['run'] for r in rows), key=lambda id: (book.runs[id].get('start', ''), id), default=None)
+    rows = [r for r in rows if r['run'] == last and r['metric'] == metric and r['method'] in methods]
+    best = max(rows, key=lambda r: r['value'], default=None)
+    if best: book.used[best['at']] = best
+    return best and best['value']
+
+def ratio_32k(book, metric):
+    ours,theirs = at_32k(book, metric, ('packed4',)), at_32k(book, metric, ('dynamic', 'static', 'fixed'))
+    return ours and theirs and ours / theirs
+
+@claim('throughput_ratio_32k', 'Tokens a second of an 8B model at 32k tokens of context, each cache at its best batch: 4-bit pages against the fastest bfloat16 cache, same GPU, same run.', 'times as many', '>= 2')
+def throughput_ratio_32k(book): return ratio_32k(book, 'tokens_per_s')
+
+@claim('batch_ratio_32k', 'Largest batch of an 8B model at 32k tokens of context: 4-bit pages against the bfloat16 cache that fits most, same GPU, same run.', 'times as large', '>= 3.5')
+def batch_ratio_32k(book): return ratio_32k(book, 'largest_batch')
+
+@claim('cpu_slowdown_4k', 'Decode step at 4096 tokens on one CPU thread, reference model: packed pages over DynamicCache; worst of 2, 3 and 4 bits, float32 and bfloat16.', 'times the time', '<= 3')
+def cpu_slowdown_4k(book):
+    values = [book.value(file='throughput', metric='slowdown', model='llama', method=f'paged{b}', length=4096, dtype=d) for b in (4, 3, 2) for d in ('float32', 'bfloat16')]
+    return None if None in values else max(values)
+
+@claim('users_ratio_paged', 'Requests of 8192 tokens that a pool of packed pages holds in the memory of one in bfloat16, by allocated bytes: 2-bit codes, window 128, 4 sinks, 8 KV heads of 128.', 'requests', '>= 6')
+def users_ratio_paged(book): return book.value(file='serving', metric='users_ratio', method='paged2', length=8192, window=128)
 
 # %% ../nbs/90_report.ipynb #c84518f5
 def latest(

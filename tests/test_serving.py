@@ -42,17 +42,17 @@ def prompts(*lengths, vocab=97): return [torch.randint(1, vocab, (n,), generator
 
 
 @settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(1, 260), st.integers(1, 90)), min_size=1, max_size=5), st.integers(1, 4), st.sampled_from([4, 3, 2]), st.integers(1, 40), st.integers(0, 4), st.data())
+@given(st.lists(st.tuples(st.integers(1, 260), st.integers(1, 90), st.booleans()), min_size=1, max_size=5), st.integers(1, 4), st.sampled_from([4, 3, 2]), st.integers(1, 40), st.integers(0, 4), st.data())
 def test_any_queue_gives_each_request_its_own_tokens(model, requests, slots, bits, window, sinks, data):
     kw = dict(bits=bits, window=window, sinks=sinks)
     server, arrive = Server(model, slots=slots, length=360, **kw), data.draw(st.lists(st.integers(0, 5), min_size=len(requests), max_size=len(requests)))
-    done, queue = {}, [(prompts(n)[0], new) for n, new in requests]
+    done, queue = {}, [(prompts(260)[0][:n] if alike else prompts(n)[0], new) for n, new, alike in requests] # some begin alike, and share pages
     for (ids, new), wait in zip(queue, arrive): # some come while others are running
         server.add_request(ids, max_new_tokens=new)
         for _ in range(wait): done |= {r.request_id: r for r in server.step()}
     while server.waiting or server.running: done |= {r.request_id: r for r in server.step()}
     for i, (ids, new) in enumerate(queue): assert done[f"req_{i}"].generated_tokens == alone(model, ids, new, **kw)
-    assert sorted(server.pool.free) == list(range(server.pool.pages)) and not server.pool.held and not server.pool.packed.any() and not server.pool.fresh.any()
+    assert sorted(server.pool.free) == list(range(server.pool.pages)) and not server.pool.held and not server.pool.known and not server.pool.packed.any() and not server.pool.fresh.any()
 
 
 def test_few_pages_make_requests_wait_and_change_nothing(model):
@@ -76,6 +76,23 @@ def test_tokens_of_an_exact_pool_are_those_of_the_library(model):
     theirs = stock.generate_batch(queue, continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=256, **{size: 64}))
     ours = Server(model, slots=2, length=200, window=256).generate_batch(queue, max_new_tokens=20)
     assert [r.generated_tokens for r in ours.values()] == [r.generated_tokens for r in theirs.values()]
+
+
+def test_a_prompt_that_fails_loses_nothing(model, monkeypatch):
+    "Out of memory in a prompt: the others go on, and the request is tried again."
+    queue, kw = prompts(200, 90, 40), dict(bits=4, window=8)
+    want = [r.generated_tokens for r in Server(model, slots=2, length=300, **kw).generate_batch(queue, max_new_tokens=40).values()]
+    server, prefill, failed = Server(model, slots=2, length=300, **kw), Server._prefill, []
+    def fails_once(self, request, slot):
+        if len(request.prompt_ids) == 90 and not failed:
+            failed.append(request)
+            raise torch.OutOfMemoryError("no memory")
+        prefill(self, request, slot)
+    monkeypatch.setattr(Server, "_prefill", fails_once)
+    with pytest.raises(torch.OutOfMemoryError): server.generate_batch(queue, max_new_tokens=40)
+    done = {}
+    while server.waiting or server.running: done |= {r.request_id: r.generated_tokens for r in server.step()}
+    assert [done[f"req_{i}"] for i in range(3)] == want and len(server.pool.free) == server.pool.pages
 
 
 def test_models_with_other_frames_and_biases():
