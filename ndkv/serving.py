@@ -11,6 +11,7 @@ from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from functools import partial
 from itertools import count, takewhile
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -26,7 +27,7 @@ class PoolLayer(DynamicLayer):
         like, # `PagedLayer` with the codes of this layer
     ):
         super().__init__()
-        self.pool, self.like, self.store, self.exact = pool, like, None, []
+        self.pool, self.like, self.store, self.exact, self.tuning = pool, like, None, [], None # `Tuning` of the kernels; None = the default
 
     def lazy_initialization(self, k, v):
         pool = self.pool
@@ -72,7 +73,7 @@ def _attend(self:PoolLayer, q, scale=None):
     pool, B = self.pool, len(q)
     exact = [buffer[:B] for buffer in self.exact]
     table, packed, fresh = (t[:B].to(q.device) for t in (pool.table, pool.packed, pool.fresh))
-    attend = self.pa if q.is_cuda else lambda *a, **kw: attend_tiles(self.pa, *a, **kw)
+    attend = partial(self.pa, tuning=self.tuning) if q.is_cuda else partial(attend_tiles, self.pa)
     return attend(q, self.store, table[:, :pool.width], packed, exact=(*exact, fresh + 1), scale=scale)
 
 PoolLayer._fill, PoolLayer.flush, PoolLayer.attend = _fill, _flush, _attend

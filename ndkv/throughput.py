@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, cache_utils, DynamicCache, LlamaC
 from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache
 from .cache import NDCache, _nbytes, _tensors_in
+from .kernels_bench import Case, read_tuning
 from .results import Run
 from .serving import Server, users
 
@@ -108,6 +109,7 @@ def packed(model, batch, length, bits=4, **kw):
     for layer, (_, k, v) in zip(pool.layers, random_tokens(model, 1, pool.page)):
         layer.lazy_initialization(k, v)
         layer.store.copy_(layer.pa.encode(k, v)[0].transpose(0, 1).expand_as(layer.store))
+        layer.tuning = read_tuning(Case(f"packed{bits}", layer.pa.layout, batch, length, heads=k.shape[1], d=k.shape[3])) # of the same layout, if it was measured
         for x in layer.exact: x.normal_()
     return Filled(server.forward, pool, pool.nbytes, lambda: _page_time(pool))
 

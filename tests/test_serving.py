@@ -1,4 +1,5 @@
 "Continuous batching: whatever the queue, every request gets what it would get alone."
+import contextlib
 import inspect
 
 import pytest
@@ -131,6 +132,25 @@ def test_trained_model_answers_as_through_ndcache():
         cache = NDCache(plain.config, bits=bits, window=window - 1, codebook="uniform", block=64) # encodes before a step what a pool encodes before it
         out = plain.generate(torch.tensor([request.prompt_ids]), past_key_values=cache, max_new_tokens=50, do_sample=False, eos_token_id=-1, pad_token_id=0)
         assert out[0, len(request.prompt_ids):].tolist() == request.generated_tokens
+
+
+def test_bookkeeping_of_graphs(model, monkeypatch):
+    "Without a GPU: a stand-in for a CUDA graph, which computes when it is captured and again at each replay but the first."
+    class Graph:
+        def __init__(self): self.fresh = True
+        def replay(self):
+            if not self.fresh: self.server._decode(self.rows)
+            self.fresh = False
+    stream = type("Stream", (), dict(wait_stream=lambda self, other: None))
+    for name, what in dict(Stream=stream, current_stream=stream, CUDAGraph=Graph, stream=lambda s: contextlib.nullcontext(), graph=lambda g: contextlib.nullcontext()).items(): monkeypatch.setattr(torch.cuda, name, what)
+    queue, kw = prompts(5, 200, 130, 64, 17), dict(slots=3, length=300, bits=4, window=16)
+    server, decode = Server(model, graph=True, **kw), Server._decode
+    def note(self, B):
+        decode(self, B)
+        for rows, g in self.graphs.items(): g.server, g.rows = self, rows
+    monkeypatch.setattr(Server, "_decode", note)
+    got = [r.generated_tokens for r in server.generate_batch(queue, max_new_tokens=90).values()]
+    assert got == [r.generated_tokens for r in Server(model, **kw).generate_batch(queue, max_new_tokens=90).values()] and set(server.graphs) <= {1, 2, 3}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
