@@ -211,12 +211,12 @@ def zoo() -> Path:
     try: return reporting.repository()/'results'/'zoo'
     except ValueError: return Path('results')/'zoo'
 
-def quiet_load(source):
+def quiet_load(source, revision=None):
     "`load_model` without progress bars of its own."
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load_model(source, zoo=zoo())
+    return load_model(source, zoo=zoo(), revision=revision)
 
 # %% ../nbs/95_cli.ipynb #e4247fdb
 MODEL = Annotated[Optional[str], typer.Argument(help='A name in results/zoo, a folder, or a Hub id.', show_default='llama')]
@@ -425,6 +425,7 @@ def evaluate(
     dtype:Annotated[str, typer.Option(help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]='float32',
     window:Annotated[int, typer.Option(min=0, help='Recent tokens kept exact, of --method.')]=128,
     sinks:Annotated[int, typer.Option(min=0, help='First tokens kept exact, of --method.')]=4,
+    revision:Annotated[Optional[str], typer.Option(help='Branch, tag or commit of a Hub model; its commit is noted in the rows.')]=None,
     out:Annotated[Optional[Path], typer.Option(help='Results folder to which rows are added.', show_default='results for a grid, none for --method')]=None,
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl, the grid by default (frontier for rotation).')]=None,
     as_json:JSON=False,
@@ -437,7 +438,7 @@ def evaluate(
     model,path = one_model(model, model_),text_file(data, text)
     if dtype not in ('float32', 'bfloat16'): raise ValueError(f'--dtype {dtype}: choose float32 or bfloat16')
     if method: make_cells([m for m in method if m not in ('spectral', *CALIBRATED) or not profile], numbers(bits or '4,3,2'), 1) # says early what is wrong
-    lm,tokenizer = quiet_load(model)
+    lm,tokenizer = quiet_load(model, revision)
     lm = lm.to(getattr(torch, dtype))
     name = name or dict(rotation='frontier').get(grid, grid)
     layers,loaded = lm.config.get_text_config().num_hidden_layers,profile and load_profile(profile, lm, ('dtype',))
@@ -450,7 +451,7 @@ def evaluate(
     out = out or (None if method else Path('results'))
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder_:
         with Run(folder_, command=' '.join(said), model=folder, data=[path, profile] if profile else path, name=name) as run:
-            measure(lm, tokens, cells, run, Path(model).name, path.name.split('.')[0], batch, heads=2 if grid == 'rotation' else 0, bar=bars(), dtype=dtype)
+            measure(lm, tokens, cells, run, Path(model).name, path.name.split('.')[0], batch, heads=2 if grid == 'rotation' else 0, bar=bars(), dtype=dtype, **({'revision': commit} if (commit := getattr(lm.config, '_commit_hash', None)) else {}))
     if as_json: return show_json(summary(run.rows))
     show_cells(summary(run.rows))
     if out: print(f'{len(run.rows)} rows of run {run.id} added to {out/name}.jsonl')
@@ -460,15 +461,17 @@ def evaluate(
 def sweep(
     grid:Annotated[Path, typer.Argument(help='YAML file: models, methods, bits, tasks.')],
     out:Annotated[Path, typer.Option(help='Results folder; rows are added, cells that are there are not run again.')]=Path('results'),
-    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json.')]='sweep',
+    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json; "{model}" in it makes a file for each model.')]='sweep',
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
     ray:Annotated[Optional[str], typer.Option(help='Address of a Ray cluster (auto, local, HOST:PORT); none = this process.')]=None,
     gpus:Annotated[float, typer.Option(min=0, help='GPUs that a cell takes on the cluster.')]=0,
     retry:Annotated[bool, typer.Option(help='Try again what failed before.')]=True,
+    workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, over the GPUs of this machine in turn.')]=1,
+    models:Annotated[Optional[Path], typer.Option(help='Folder of models, results/zoo by default.')]=None,
     as_json:JSON=False,
 ):
     "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable."
-    done = run_sweep(existing(grid, 'grid'), out, name, data, zoo(), ray, gpus, retry, bar=bars())
+    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name}.failed.json says why')
@@ -589,10 +592,12 @@ def train(
     out:Annotated[Optional[Path], typer.Option(help='Folder for the model, results/zoo/MODEL by default.')]=None,
     tokens:Annotated[Optional[float], typer.Option(help='Tokens to train on; the budget of the zoo by default.')]=None,
     seed:Annotated[int, typer.Option(help='Seed of weights and windows.')]=0,
+    minutes:Annotated[Optional[float], typer.Option(min=0.1, help='Limit of time; the schedule is cut to it.')]=None,
+    keep:Annotated[Path, typer.Option(help='Folder of the checkpoint, from which a run that was cut off goes on.')]=Path('runs'),
 ):
     "Train one model of the zoo from scratch and save it with its card."
     wiki = sorted(data.glob('wiki_train_*.txt.xz')) or [existing(data/'wiki_train_0.txt.xz', 'text')]
     novels,val = (existing(data/f'{n}.txt.xz', 'text') for n in ('novels', 'wiki_val'))
     budget = {} if tokens is None else dict(tokens=tokens)
-    done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed, **budget)
+    done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed, cache=data/'tokens', minutes=minutes, keep=keep, **budget)
     print(f"{model}: {done['parameters']/1e6:.1f} M parameters, {done['minutes']} minutes, held-out perplexity {done['val_ppl']}")
