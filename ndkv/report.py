@@ -14,16 +14,17 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
            'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'latest', 'architectures_passed',
-           'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in', 'zoo_figure', 'interval',
-           'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table', 'stress_figure',
-           'tasks_table', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
-           'needle_accuracy_drop_2bit', 'sweep_cells', 'claims', 'claims_markdown', 'architectures_markdown',
-           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
-           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
-           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
-           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
-           'verify', 'lint_text', 'lint_paper', 'report']
+           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
+           'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
+           'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
+           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
+           'stress_figure', 'tasks_table', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared',
+           'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'claims', 'claims_markdown',
+           'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
+           'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
+           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
+           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
+           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -832,6 +833,34 @@ def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'band
 
 @claim('encode_bandwidth_fraction', 'Bytes of bfloat16 keys and values that are encoded to 4 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= 0.25')
 def encode_bandwidth_fraction(book): return book.value(file='kernels', metric='bandwidth_fraction', method='encode_4bit', batch=8, length=4096)
+
+# %% ../nbs/90_report.ipynb #35ef7b57
+def at_32k(book, metric, methods):
+    "Largest value of a metric among some methods at 32768 tokens, in the latest run of an 8B model."
+    rows = [r for r in book.rows if r['file'] == 'throughput' and r['model'] == 'llama8b, random' and r['length'] == 32768]
+    last = max((r['run'] for r in rows), key=lambda id: (book.runs[id].get('start', ''), id), default=None)
+    rows = [r for r in rows if r['run'] == last and r['metric'] == metric and r['method'] in methods]
+    best = max(rows, key=lambda r: r['value'], default=None)
+    if best: book.used[best['at']] = best
+    return best and best['value']
+
+def ratio_32k(book, metric):
+    ours,theirs = at_32k(book, metric, ('packed4',)), at_32k(book, metric, ('dynamic', 'static', 'fixed'))
+    return ours and theirs and ours / theirs
+
+@claim('throughput_ratio_32k', 'Tokens a second of an 8B model at 32k tokens of context, each cache at its best batch: 4-bit pages against the fastest bfloat16 cache, same GPU, same run.', 'times as many', '>= 2')
+def throughput_ratio_32k(book): return ratio_32k(book, 'tokens_per_s')
+
+@claim('batch_ratio_32k', 'Largest batch of an 8B model at 32k tokens of context: 4-bit pages against the bfloat16 cache that fits most, same GPU, same run.', 'times as large', '>= 3.5')
+def batch_ratio_32k(book): return ratio_32k(book, 'largest_batch')
+
+@claim('cpu_slowdown_4k', 'Decode step at 4096 tokens on one CPU thread, reference model: packed pages over DynamicCache; worst of 2, 3 and 4 bits, float32 and bfloat16.', 'times the time', '<= 3')
+def cpu_slowdown_4k(book):
+    values = [book.value(file='throughput', metric='slowdown', model='llama', method=f'paged{b}', length=4096, dtype=d) for b in (4, 3, 2) for d in ('float32', 'bfloat16')]
+    return None if None in values else max(values)
+
+@claim('users_ratio_paged', 'Requests of 8192 tokens that a pool of packed pages holds in the memory of one in bfloat16, by allocated bytes: 2-bit codes, window 128, 4 sinks, 8 KV heads of 128.', 'requests', '>= 6')
+def users_ratio_paged(book): return book.value(file='serving', metric='users_ratio', method='paged2', length=8192, window=128)
 
 # %% ../nbs/90_report.ipynb #c84518f5
 def latest(
