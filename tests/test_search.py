@@ -231,7 +231,7 @@ def workers():
 
 def test_ray_with_two_workers_one_killed(home, tmp_path, clean_code, monkeypatch):
     ray = pytest.importorskip('ray', reason='ray is not installed: pip install ray')
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]))
     monkeypatch.setenv('RAY_ENABLE_UV_RUN_RUNTIME_ENV', '0')
     ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)
     grid, killed = dict(GRID, bits=[2, 3, 4, [4, 2], [3, 2], 6, 8]), []
