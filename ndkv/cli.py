@@ -336,7 +336,7 @@ def sweep(
     "Measure model x method x bits x task; resumable."
     done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, workers=workers)
     print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
-    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name}.failed.json says why')
+    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
 
 @app.command()
 def recommend(
