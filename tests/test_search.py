@@ -49,11 +49,13 @@ def go(home, out, grid=GRID, **kw): return sweep(grid, out, 'rows', home / 'data
 
 
 def complete(out, grid=GRID):
-    "Every cell is there, in one run of its own, and the folder is sound."
+    "Every cell is there, in one run, measured once, and the folder is sound."
     runs = {}
     for r in load_rows(out / 'rows.jsonl', clean_only=True): runs.setdefault(r['key'], set()).add(r['run'])
     _, n = validate(out)
-    assert runs.keys() == cells_of(read_grid(grid)).keys() and all(len(r) == 1 for r in runs.values()) and n == len(runs)
+    assert runs.keys() == cells_of(read_grid(grid)).keys() and all(len(r) == 1 for r in runs.values()) and n == len(set.union(*runs.values()))
+    written = [json.loads(line) for line in (out / 'runs.jsonl').read_text().splitlines()]
+    assert sum(1 + len(r.get('joined', ())) for r in written) == len(runs)
 
 
 def test_a_sweep_is_never_run_twice(home, tmp_path, clean_code):
