@@ -474,7 +474,7 @@ def sweep(
     done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
-    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name}.failed.json says why')
+    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
 
 @command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench --out /tmp/results --json')
 def bench(

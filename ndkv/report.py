@@ -18,13 +18,14 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
            'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
            'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
-           'stress_figure', 'tasks_table', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared',
-           'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'claims', 'claims_markdown',
-           'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
-           'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
-           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
-           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
-           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
+           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
+           'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims',
+           'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least',
+           'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table',
+           'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate',
+           'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper',
+           'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -1103,6 +1104,34 @@ def tasks_table(book):
         worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
         lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
     return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #1d65adbb
+def share_of_bits(book, found, model, bits) -> float|None:
+    "All-in bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
+    cells = {s: c for (m, s), c in found.items() if m == model and ('kl_mean', 'wiki_val') in c}
+    goal = cells.get(('rotation', bits, bits, ()))
+    if goal is None: return None
+    good = [all_in(book, c) for s, c in cells.items() if s[0] == 'spectral' and use(book, c['kl_mean', 'wiki_val'])['value'] <= use(book, goal['kl_mean', 'wiki_val'])['value']]
+    return min(good)/all_in(book, goal) if good else None
+
+@figure('ladder')
+def ladder_figure(book, plt):
+    "Share of the rotation's bits against parameters."
+    found = swept(book, 'ladder')
+    sizes = {m: int(re.search(r'_(\d+)m$', m)[1]) for m, _ in found}
+    fig,ax = plt.subplots(figsize=(3.4, 2.2), layout='constrained')
+    for bits, color, marker in zip(BITS, ('#0072B2', '#009E73', '#CC79A7'), 'o^s'):
+        points = [(sizes[m], x) for m in sorted(sizes, key=sizes.get) if (x := share_of_bits(book, found, m, bits)) is not None]
+        if points: ax.plot(*zip(*points), color=color, marker=marker, label=f'as good as {bits} bits')
+    if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+    else:
+        ax.set(xscale='log', ylim=(0, None))
+        ax.set_xticks(sorted(sizes.values()), [f'{n} M' for n in sorted(sizes.values())], minor=False)
+        ax.minorticks_off()
+        ax.legend(frameon=False)
+    ax.set(xlabel='parameters', ylabel="share of the rotation's bits")
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
 
 # %% ../nbs/90_report.ipynb #2cca136f
 CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)
