@@ -20,12 +20,12 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
            'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
            'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
-           'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims',
-           'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least',
-           'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table',
-           'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate',
-           'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper',
-           'report']
+           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
+           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -1211,6 +1211,22 @@ def sweep_cells(book):
     rows = {r['key']: r for r in book.rows if r['file'].startswith('sweep_') and 'key' in r}
     for r in rows.values(): use(book, r)
     return len(rows) or None
+
+# %% ../nbs/90_report.ipynb #d935ec93
+@claim('drop_kl_ratio_2bit', 'Mean KL of the best policy that keeps an eighth of the tokens in bfloat16, over that of all tokens at 2 bits (rotation, no data), windows of 2048; the model that is kindest to dropping.', 'times the KL', '>= 2')
+def drop_kl_ratio_2bit(book):
+    ratios = []
+    for model in models_of(book, file='eviction', metric='kl_mean'):
+        where = dict(file='eviction', metric='kl_mean', model=model, data='wiki_val', length=2048)
+        dropped = [book.value(**where, method='exact', keep=.125, policy=p) for p in ('recent', 'keynorm', 'keydiff', 'tova', 'snapkv')]
+        coded = book.value(**where, method='rotation', k_bits=2, keep=1.)
+        ratios.append(min((x for x in dropped if x), default=None) and coded and min(x for x in dropped if x) / coded)
+    return min(ratios) if ratios and None not in ratios else None
+
+@claim('speculative_acceptance', 'Proposals that a reading of the upper 2 of 4 bits makes and the reading of all 4 confirms, 4 proposals a round, greedy, 1024 tokens of context; the text is that without drafts.', 'of the proposals', '>= 0.9')
+def speculative_acceptance(book):
+    where = dict(file='speculation', model='llama', method='nested', verify='rotation 4', draft_bits=2, draft_length=4)
+    return book.value(metric='acceptance', **where) if book.value(metric='texts_equal', **where) == 1 else None
 
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(
