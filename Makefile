@@ -76,7 +76,7 @@ evaluate: env ## measure caches on a model of the zoo, rows to results/ (MODEL=l
 paper: report ## paper/main.pdf (where LaTeX is installed)
 	@bash paper/build.sh
 
-docs: env ## HTML pages of the notebooks in _docs/
+docs: env ## linked pages of notebooks, modules, rows and figures in _docs/
 	$(TOOL) docs
 
 edit: env ## a notebook as a script: make edit NB=40_cache, edit .cache/40_cache.py, make save NB=40_cache

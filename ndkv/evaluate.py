@@ -88,6 +88,7 @@ def compare(
     cells: list[Cell],  # Caches to measure, all with the same window, sinks and block (`NOISE` apart)
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
+    known: dict | None = None,  # Keeps the exact cache's predictions of these tokens from one call to the next
     prompt: int = 0,  # Tokens that come at once; at least what is exact and one block
 ) -> tuple[dict[Cell, dict[str, Tensor]], dict[Cell, dict]]:  # Per-token tensors [N, T-1] on the CPU; the caches' reports
     "Per-token metrics of several caches against the exact one, in decode mode."
@@ -97,14 +98,17 @@ def compare(
     if tokens.shape[1] <= window + sinks + block:
         raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
     edges, device = chunk_edges(tokens.shape[1], max(sinks + window + block, prompt), block), next(model.parameters()).device
-    found, reports = {c: [] for c in cells}, {}
+    found, reports, shape = {c: [] for c in cells}, {}, (window, sinks, block, batch, prompt)
+    given, seen = iter((known or {}).get(shape, ())), []
     progress = tqdm(total=len(tokens) * len(edges), desc="compare", disable=not bar, mininterval=2)
     for ids in tokens.split(batch):
         ids = ids.to(device)
         exact, caches = DynamicCache(config=model.config), {c: c.cache(model.config) for c in cells}
         rows = {c: [] for c in cells}
         for a, b in edges:
-            reference, target = step(model, ids[:, a:b], exact), ids[:, a + 1 : b + 1]
+            reference, target = next(given, None), ids[:, a + 1 : b + 1]
+            if reference is None: reference = step(model, ids[:, a:b], exact)
+            if known is not None: seen.append(reference)
             for c in cells:
                 rows[c].append(_judge(reference, step(model, ids[:, a:b], caches[c], halves=c.exact), target))
             progress.update(len(ids))
@@ -112,6 +116,7 @@ def compare(
             found[c].append({k: torch.cat([r[k] for r in rows[c]], 1).cpu() for k in rows[c][0]})
             if not c.exact: reports[c] = caches[c].report() | dict(frame_bits=_frames(caches[c]))
     progress.close()
+    if known is not None: known[shape] = seen  # all of them, or none
     return {c: {k: torch.cat([f[k] for f in found[c]]) for k in found[c][0]} for c in cells}, reports
 
 
@@ -230,6 +235,7 @@ def evaluate(
     bar: bool = True,  # Show progress
     prompt: int = 0,  # Tokens that come at once, as in `compare`
     generations: int = 0,  # Windows whose first half is continued greedily, 128 tokens, to see where the texts part
+    known: dict | None = None,  # As in `compare`
     **fields,  # More for the rows
 ) -> None:
     "Measure cells on one model and one text, and note a row for every number."
@@ -238,7 +244,7 @@ def evaluate(
     for c in cells: groups.setdefault((c.window, c.sinks, c.block), []).append(c)
     for (window, sinks, block), group in groups.items():
         first = max(sinks + window + block if window + sinks else 0, prompt)
-        found, reports = compare(model, tokens, group, batch, bar, prompt)
+        found, reports = compare(model, tokens, group, batch, bar, known, prompt)
         for c in group:
             numbers = _rows(c, found[c], reports.get(c), first)
             if (frames := (reports.get(c) or {}).get("frame_bits")) is not None: numbers["bits_with_frames"] = (numbers["bits"][0] + frames / tokens.shape[1], None, tokens.shape[1])
@@ -334,7 +340,7 @@ def text_windows(
     stream = [t for d in docs for t in (*tokenizer(d, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
     return windows(stream, length, count)
 
-# %% ../nbs/76_evaluate.ipynb #e1784114
+# %% ../nbs/76_evaluate.ipynb #9dd10e62
 def spectra(
     run: Run,  # Open run
     profile: Profile,  # From `calibrate`
@@ -350,7 +356,7 @@ def spectra(
                 for head, lam in enumerate(f.scale.double() ** 2):
                     run.row(method="spectrum", metric="effective_rank", model=model_name, value=effective_rank(lam).item(), layer=i, head=head, kind=kind, home=home, prices=prices, spectrum=[float(f"{x:.4g}") for x in (lam / lam.sum()).tolist()])
 
-# %% ../nbs/76_evaluate.ipynb #bf7ca406
+# %% ../nbs/76_evaluate.ipynb #52538218
 def rates(
     run: Run,  # Open run
     model,  # A causal language model
@@ -378,7 +384,7 @@ def rates(
                         bound=(lam.clamp_max(level).sum() / lam.sum()).item(), bits=c.bits_per_element, k_bits=b, v_bits=b, layer=i, kind=kind, trellis=t, n=x.shape[0] * x.shape[2])
     probe(model, tokens, see)
 
-# %% ../nbs/76_evaluate.ipynb #a209a435
+# %% ../nbs/76_evaluate.ipynb #586c2ec9
 def trellis_times(
     run: Run,  # Open run
     states: tuple = (256, 1024, 4096),

@@ -6,16 +6,20 @@
 __all__ = ['packed_mask', 'reading_gradients', 'fisher', 'calibrate', 'own_text']
 
 # %% ../nbs/32_fisher.ipynb #523e9520
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .profile import RANKS, Profile, Rope, _inner, _module_eager, collect, find_rope
+from .profile import RANKS, Profile, Rope, _digest, _inner, _module_eager, _write_atomic, collect, describe, find_rope, tokens_hash
 
 # %% ../nbs/32_fisher.ipynb #5340c770
 def packed_mask(
@@ -85,6 +89,25 @@ def reading_gradients(
     return grads, logits
 
 # %% ../nbs/32_fisher.ipynb #6b66f941
+def _save_sums(path, head, sums, generator, more):
+    "A checkpoint of `fisher`."
+    tensors = {f"{i}.{kind}": t.cpu() for i, pair in sums.items() for kind, t in zip("kv", pair)} | {"generator": generator.get_state()} | {k: t.contiguous() for k, t in more.items()}
+    _write_atomic(path, to_safetensors(tensors, {"ndkv_fisher": json.dumps(head | dict(sha256=_digest(head, tensors)))}))
+
+
+def _load_sums(path, head):
+    "Windows done, sums, state of the generator and of the forecasts from a checkpoint that belongs to `head`."
+    try:
+        with safe_open(path, "pt") as f: found, tensors = json.loads((f.metadata() or {})["ndkv_fisher"]), {name: f.get_tensor(name) for name in f.keys()}
+        good = isinstance(found, dict) and found.pop("sha256") == _digest(found, tensors)
+    except (SafetensorError, KeyError, ValueError, RecursionError): good = False
+    if not good: raise ValueError(f"{path}: damaged checkpoint; remove it, and the pass begins anew")
+    if found | dict(done=0) != head | dict(done=0): raise ValueError(f"{path}: checkpoint of another model, text or setting; remove it or name another file")
+    state, more = tensors.pop("generator"), {k: tensors.pop(k) for k in list(tensors) if k.startswith("forecast.")}
+    layers = sorted({int(name.split(".")[0]) for name in tensors})
+    return found["done"], {i: [tensors[f"{i}.{kind}"] for kind in "kv"] for i in layers}, state, more
+
+# %% ../nbs/32_fisher.ipynb #daad9675
 def fisher(
     model,  # A causal language model
     tokens: Tensor,  # Windows of text [N, T]
@@ -95,24 +118,34 @@ def fisher(
     seed: int = 0,  # Of the drawn tokens
     ropes: dict[int, Rope] | None = None,  # From `find_rope`, which is asked if None
     bar: bool = True,  # Show progress
-    see=None,  # f(layer, keys before RoPE and values, gradients of both), each [B, H, n, D] of the tokens that are read packed
+    checkpoint: str | Path | None = None,  # File to resume from and to write on the way
+    every: int = 8,  # Batches between two checkpoints
+    see=None,  # A `_Forecasts`, shown keys before RoPE and values, and gradients of both, [B, H, n, D] of the tokens that are read packed
 ) -> dict[int, tuple[Tensor, Tensor]]:  # layer -> Fisher matrices of keys before RoPE [H, D, D], of values [H, Dv, Dv]; float64, CPU
     "Fisher information of packed keys and values, per layer and head: an error e of one token costs about ½ eᵀFe nats in all."
     T = tokens.shape[1]
     last = packed_mask(T, window, sinks, block)[-1].sum().item() + sinks
     if last <= sinks: raise ValueError(f"fisher: windows of {T} tokens are never read packed with window {window}; give longer ones")
     ropes, sums, generator = ropes or find_rope(model, tokens), {}, torch.Generator().manual_seed(seed)
+    head = json.loads(json.dumps(dict(model=describe(model), text=tokens_hash(tokens), window=window, sinks=sinks, block=block, batch=batch, seed=seed, done=0)))
+    if checkpoint and Path(checkpoint).exists():
+        head["done"], sums, state, more = _load_sums(checkpoint, head)
+        generator.set_state(state)
+        if see: see.load(more)
     needed = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     try:
-        for ids in tqdm(tokens.split(batch), desc="fisher", disable=not bar, mininterval=2):
+        todo = tokens[head["done"]:].split(batch) if head["done"] < len(tokens) else ()
+        for step, ids in enumerate(tqdm(todo, desc="fisher", disable=not bar, mininterval=2), 1):
             grads, seen, _ = _read(model, ids.to(model.device), window, sinks, block, generator)
             for layer, (gk, gv) in grads.items():
                 (k, v), pos = seen[layer], torch.arange(T, device=gk.device)
                 pairs = [x[:, :, sinks:last] for x in (ropes[layer].undo(k, pos, k.dtype), v, ropes[layer].adjoint(gk, pos, gk.dtype), gv)]
                 if see: see(layer, pairs[:2], pairs[2:])
                 new = [_outer(g) for g in pairs[2:]]
-                sums[layer] = [a + b for a, b in zip(sums[layer], new)] if layer in sums else new
+                sums[layer] = [a.to(b.device) + b for a, b in zip(sums[layer], new)] if layer in sums else new
+            head["done"] += len(ids)
+            if checkpoint and (step % every == 0 or step == len(todo)): _save_sums(checkpoint, head, sums, generator, see.state() if see else {})
     finally:
         for p, r in needed: p.requires_grad_(r)
     n = tokens.shape[0] * (last - sinks)
@@ -125,6 +158,9 @@ def _outer(g):
     return x.mT @ x
 
 # %% ../nbs/32_fisher.ipynb #97abe397
+def _add(total, new): return total.to(new.device) + new if torch.is_tensor(total) else new  # a sum may come from a checkpoint
+
+
 class _Forecast:
     "Forecast of one kind of vectors of one layer: `fit` batches of text, then `rank` others."
 
@@ -135,7 +171,7 @@ class _Forecast:
         y = (price + 1e-4 * price.mean((0, 2), keepdim=True)).clamp_min(1e-30).log().transpose(0, 1).flatten(1)
         x = x.transpose(0, 1).flatten(1, 2).double()
         x, y = x - x.mean(1, keepdim=True), (y - y.mean(1, keepdim=True)).double()
-        self.A, self.b = self.A + x.mT @ x, self.b + x.mT @ y[..., None]
+        self.A, self.b = _add(self.A, x.mT @ x), _add(self.b, x.mT @ y[..., None])
 
     @property
     def direction(self):
@@ -146,25 +182,43 @@ class _Forecast:
         "Add up prices by rank, over whole groups of tokens."
         groups = lambda t: t[..., : t.shape[-1] // RANKS * RANKS].unflatten(-1, (-1, RANKS))
         order = groups(torch.einsum("bhnd,hd->bhn", x.double(), self.direction)).argsort(-1, descending=True)
-        self.ranks = self.ranks + groups(price.double()).gather(-1, order).sum((0, 2))
+        self.ranks = _add(self.ranks, groups(price.double()).gather(-1, order).sum((0, 2)))
 
 
-def _forecasts(layers, batches):
-    "A `see` for `fisher`, and what gives the forecasts {layer: (directions of keys, of values, prices by rank of both)} after it."
-    found, calls = {i: (_Forecast(), _Forecast()) for i in layers}, dict.fromkeys(layers, 0)
-    def see(layer, vectors, grads):
-        s, half = layers[layer], calls[layer] >= batches // 2
-        for f, x, g, cov in zip(found[layer], vectors, grads, (s.k_cov, s.v_cov)):
+class _Forecasts:
+    "What `fisher` shows its batches to: the first half fits, the second is ranked."
+
+    def __init__(self, layers, batches):
+        self.layers, self.batches, self.calls = layers, batches, dict.fromkeys(layers, 0)
+        self.found = {i: (_Forecast(), _Forecast()) for i in layers}
+
+    def __call__(self, layer, vectors, grads):
+        s, half = self.layers[layer], self.calls[layer] >= self.batches // 2
+        for f, x, g, cov in zip(self.found[layer], vectors, grads, (s.k_cov, s.v_cov)):
             price = torch.einsum("bhnd,hde,bhne->bhn", g.float(), cov.to(g.device).float(), g.float())
             (f.rank if half else f.fit)(x, price)
-        calls[layer] += 1
-    def done():
-        known = all(torch.is_tensor(f.ranks) and f.ranks.numel() and torch.is_tensor(f.A) for pair in found.values() for f in pair)
-        unit = lambda r: (r / r.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
-        return {i: (k.direction.cpu(), v.direction.cpu(), unit(k.ranks), unit(v.ranks)) for i, (k, v) in found.items()} if known else {}
-    return see, done
+        self.calls[layer] += 1
 
-# %% ../nbs/32_fisher.ipynb #731c1291
+    def _each(self): return ((f"forecast.{i}.{kind}.{name}", f, name) for i, pair in self.found.items() for kind, f in zip("kv", pair) for name in ("A", "b", "ranks"))
+
+    def state(self):
+        "Name -> tensor, for a checkpoint."
+        sums = {key: getattr(f, name).cpu() for key, f, name in self._each() if torch.is_tensor(getattr(f, name))}
+        return sums | {"forecast.calls": torch.tensor(list(self.calls.values()))}
+
+    def load(self, state):
+        "Go on from a checkpoint."
+        for key, f, name in self._each():
+            if key in state: setattr(f, name, state[key])
+        if "forecast.calls" in state: self.calls = dict(zip(self.calls, state["forecast.calls"].tolist()))
+
+    def done(self):
+        "{layer: (directions of keys, of values, prices by rank of both)}, or nothing where nothing was ranked."
+        known = all(torch.is_tensor(f.ranks) and f.ranks.numel() and torch.is_tensor(f.A) for pair in self.found.values() for f in pair)
+        unit = lambda r: (r / r.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
+        return {i: (k.direction.cpu(), v.direction.cpu(), unit(k.ranks), unit(v.ranks)) for i, (k, v) in self.found.items()} if known else {}
+
+# %% ../nbs/32_fisher.ipynb #14e1bdb0
 def calibrate(
     model,  # A causal language model
     tokens: Tensor,  # Windows of text [N, T]; a few dozen of 1024 are plenty
@@ -176,13 +230,15 @@ def calibrate(
     seed: int = 0,  # Of the drawn tokens
     enough: int = 4,  # Tokens wanted for each channel of a head
     bar: bool = True,  # Show progress
+    checkpoint: str | Path | None = None,  # File to resume from (another, with .prices at its end, lies beside it)
+    every: int = 8,  # Batches between two checkpoints
 ) -> Profile:  # With prices; `save` it
     "Statistics and prices of every attention layer."
-    profile = collect(model, tokens, batch, sinks, data, enough, bar=bar)
+    profile = collect(model, tokens, batch, sinks, data, enough, checkpoint, every, bar)
     ropes = {i: s.rope for i, s in profile.layers.items()}
-    see, forecasts = _forecasts(profile.layers, -(-len(tokens) // batch))
-    prices = fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, see)
-    return replace(profile, prices=prices, forecasts=forecasts())
+    forecasts = _Forecasts(profile.layers, -(-len(tokens) // batch))
+    prices = fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, checkpoint and f"{checkpoint}.prices", every, forecasts)
+    return replace(profile, prices=prices, forecasts=forecasts.done())
 
 # %% ../nbs/32_fisher.ipynb #9e3334c6
 @torch.no_grad()
@@ -191,6 +247,7 @@ def own_text(
     count: int = 24,  # Windows
     length: int = 1024,  # Tokens a window
     seed: int = 0,  # Of the draws
+    bar: bool = False,  # Show progress
 ) -> Tensor:  # [count, length]
     "Text sampled from the model itself at temperature one."
     c = model.config.get_text_config(decoder=True)
@@ -199,4 +256,6 @@ def own_text(
     first = torch.full((count, 1), starts[0][0] if isinstance(starts[0], list) else starts[0], device=model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return model.generate(first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))
+        with tqdm(total=length - 1, desc="own text", disable=not bar, mininterval=2) as progress:
+            watch = lambda ids, scores, **kw: (progress.update(), torch.zeros(len(ids), dtype=torch.bool, device=ids.device))[1]  # stops nothing
+            return model.generate(first, stopping_criteria=[watch], attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))

@@ -4,23 +4,36 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
-           'DEFAULTS', 'QUALITY', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS',
-           'ALLOWED', 'LAYOUT', 'TYPED', 'repository', 'Book', 'significant', 'tex_number', 'res', 'tex_escape',
-           'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
-           'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure',
-           'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim', 'met',
-           'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims', 'claims_markdown',
-           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'numbers_tex',
-           'claims_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'DEFAULTS', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY', 'CASES',
+           'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS', 'PROTOCOL', 'TAILS', 'SURVIVED',
+           'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT',
+           'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape', 'Style',
+           'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
+           'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'not_run',
+           'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series', 'ratedistortion_figure',
+           'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
+           'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
+           'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
+           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
+           'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
+           'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
+           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
+           'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
+           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
+           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
+           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
            'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
-import filecmp, hashlib, json, operator, re, tempfile
+import filecmp, hashlib, json, logging, operator, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Callable
 
 from .results import load_rows, load_runs, validate, write_atomic
@@ -91,6 +104,11 @@ def significant(
     exponent = int(exponent)
     if x and not -4 <= exponent < 6: return f'{mantissa}e{exponent}'
     return f'{float(f"{mantissa}e{exponent}"):.{max(digits - 1 - exponent, 0)}f}'
+
+# %% ../nbs/90_report.ipynb #f68388d4
+def shown(value) -> str: # `26`, `0.0125`
+    "A count in full, anything else to three significant digits."
+    return str(value) if isinstance(value, int) else significant(value)
 
 # %% ../nbs/90_report.ipynb #86263757
 NOT_RUN = r'\notrun{}'
@@ -166,6 +184,7 @@ def save_figure(
 ):
     "Write `stem`.pdf and `stem`.svg without date, so that equal figures are equal files."
     stem.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger('fontTools').setLevel(logging.ERROR) # it doubts the dates of Matplotlib's own fonts
     fig.savefig(stem.with_suffix('.pdf'), metadata={'CreationDate': None})
     fig.savefig(stem.with_suffix('.svg'), metadata={'Date': None})
 
@@ -267,8 +286,10 @@ def spectral_line(book, metric, model, profile='wiki_cal'):
 def bits_figure(book, plt):
     "Bits per element against KL, one panel a model."
     models = models_of(book, **DEFAULTS) or ['llama']
-    fig,axes = plt.subplots(1, len(models), figsize=(2.75*max(len(models), 2), 2.5), sharey=True, squeeze=False, layout='constrained')
-    for ax, model in zip(axes[0], models):
+    columns = min(len(models), 3)
+    fig,axes = plt.subplots(-(-len(models)//columns), columns, figsize=(5.5, .4 + 1.9*-(-len(models)//columns)), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax in axes.flat[len(models):]: ax.axis('off')
+    for ax, model in zip(axes.flat, models):
         for method, rows in (('rotation', lambda m: line(book, m, model=model, method='rotation')), ('spectral', lambda m: spectral_line(book, m, model))):
             style,kl = style_of(method),[r['value'] for r in rows('kl_mean')]
             if not kl: continue
@@ -277,11 +298,319 @@ def bits_figure(book, plt):
             if framed: ax.plot(framed, kl, color=style.color, marker=style.marker, mfc='white', mew=1.1, ls=(0, (4, 2)), label=f'{style.label}, frames counted at 4096 tokens')
         if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
         else: ax.set_yscale('log')
-        ax.set(title=model, xlabel='bits per element', xticks=(1, 2, 3, 4))
+        ax.set(title=model, xticks=(1, 2, 3, 4))
         ax.spines[['top', 'right']].set_visible(False)
-    axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
+    fig.supxlabel('bits per element', fontsize=8)
+    fig.supylabel('mean KL to exact cache (nats)', fontsize=8)
     handles,labels = axes[0, 0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2.6, columnspacing=1.4)
+    return fig
+
+# %% ../nbs/90_report.ipynb #0b21cb33
+GREY,PALE = '#777777','#DCE6EE'
+
+def not_run(ax):
+    "An empty panel that says why."
+    ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center', va='center', color=GREY)
+    ax.set(xticks=[], yticks=[])
+
+def blank(plt):
+    "A figure without any rows: a narrow strip, so that it takes no room from those that have some."
+    fig,ax = plt.subplots(figsize=(5.5, .4), layout='constrained')
+    not_run(ax)
+    for spine in ax.spines.values(): spine.set(color=GREY, lw=.5, ls=(0, (4, 3)))
+    return fig
+
+def legend_above(fig, axes, ncols=3):
+    "One legend for all panels, every label once."
+    found = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
+    if found: fig.legend(found.values(), found.keys(), loc='outside upper center', ncols=ncols, frameon=False, handlelength=2.2, columnspacing=1.4)
+
+def open_axes(axes):
+    "No frame on the right and above; no numbers at the small ticks of a logarithmic axis."
+    for ax in axes:
+        ax.spines[['top', 'right']].set_visible(False)
+        for axis in (ax.xaxis, ax.yaxis): axis.set_minor_formatter('')
+
+def plain_log(*axes):
+    "Logarithmic axes with ticks at 1, 2, 5, 10, ... and plain numbers."
+    from matplotlib.ticker import LogLocator
+    for axis in axes:
+        low,high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200*low else (1,)))
+        axis.set_major_formatter('{x:g}')
+
+# %% ../nbs/90_report.ipynb #5061ac43
+def _example():
+    "A made-up vector in 14 channels: as it comes, in its frame, standard deviations, widths."
+    import numpy as np
+    rng = np.random.default_rng(11)
+    lam = 9 * .62**np.arange(14)
+    y = np.sqrt(lam) * rng.choice([-1, 1], 14) * rng.uniform(.5, 1.3, 14)
+    x = np.linalg.qr(rng.normal(size=(14, 14)))[0] @ y + np.where(np.arange(14) == 4, 4, 1)
+    return x, y, np.sqrt(lam), np.maximum(0, np.round(np.log2(lam/.18)/2)).astype(int)
+
+def _bars(ax, heights, color):
+    "A small bar chart without axes."
+    ax.bar(range(len(heights)), heights, width=.8, color=color)
+    ax.axhline(0, color='black', lw=.5)
+    ax.axis('off')
+
+# %% ../nbs/90_report.ipynb #17845aa2
+def _write_panels(axes):
+    "The way in: vector, frame, norm and direction, widths."
+    import numpy as np
+    x,y,sigma,bits = _example()
+    _bars(axes[0], x, GREY)
+    _bars(axes[1], y, STYLES['spectral'].color)
+    for s in (1, -1): axes[1].step(np.arange(15) - .5, 1.3*s*np.append(sigma, sigma[-1]), where='post', color='black', lw=.6, ls=':')
+    axes[1].annotate(r'$\pm\sqrt{\lambda_i}$', (6, 2), fontsize=7)
+    _bars(axes[2], y/sigma, STYLES['rotation'].color)
+    for i, b in enumerate(bits):
+        for j in range(max(b, 1)): axes[3].add_patch(_box(i - .4, j + .08, .8, .8, '#009E73' if b else 'white'))
+    axes[3].set(xlim=(-.6, 13.6), ylim=(-.2, 4.4))
+    axes[3].text(10, 1.3, 'none', ha='center', fontsize=6)
+    axes[3].axis('off')
+
+def _box(x, y, w, h, color):
+    "A rectangle with a thin edge."
+    from matplotlib.patches import Rectangle
+    return Rectangle((x, y), w, h, facecolor=color, edgecolor='black', lw=.5)
+
+def _ring(ax):
+    "The packed string, closed to a ring; the window of one value is marked."
+    import numpy as np
+    n,turn = 24,lambda i: np.pi/2 - 2*np.pi*np.asarray(i)/24
+    for i, bit in enumerate(np.random.default_rng(3).integers(0, 2, n)): ax.text(np.cos(turn(i)), np.sin(turn(i)), str(bit), ha='center', va='center', fontsize=6)
+    arc = turn(np.linspace(1.5, 9.5, 60))
+    edge = np.concatenate([.83*np.array([np.cos(arc), np.sin(arc)]), 1.17*np.array([np.cos(arc), np.sin(arc)])[:, ::-1]], 1)
+    ax.fill(*edge, facecolor='none', edgecolor=STYLES['spectral'].color, lw=1)
+    ax.text(0, 0, '$L$ bits\n→ level', ha='center', va='center', fontsize=6)
+    ax.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect='equal')
+    ax.axis('off')
+
+# %% ../nbs/90_report.ipynb #4251cb3f
+def _cache_strip(ax):
+    "The pieces of a cache in order of position, and how a query reads them."
+    exact,packed = '#E69F00',PALE
+    for name, x, w, color in [('sinks', 0, .8, exact), *((f'block {i}' if i < 3 else '…', .9 + 1.1*i, 1, packed) for i in range(4)), ('window', 5.3, 1.6, exact), ('new', 7, .6, exact)]:
+        ax.add_patch(_box(x, 0, w, .75, color))
+        ax.text(x + w/2, .37, name, ha='center', va='center', fontsize=6.5)
+    for x0, x1, text in ((.9, 5.2, 'packed once, a block at a time;\n' r'keys of a block: $z = R_{-s_0}k_s - R_j\,\mu$'), (5.3, 7.6, 'exact, and so\nare the sinks')):
+        ax.plot([x0, x0, x1, x1], [-.12, -.22, -.22, -.12], color='black', lw=.6)
+        ax.text((x0 + x1)/2, -.3, text, ha='center', va='top', fontsize=6.5, linespacing=1.3)
+    ax.text(8.1, .86, 'Reading', weight='bold', fontsize=7, va='top')
+    ax.text(8.1, .48, 'once a block: ' r"$q' = \Lambda^{1/2}A^{-\top}R_{-s_0}\,q$" '\nonce a key: ' r"$\rho\,\langle q', \hat u\rangle$ + a constant table" '\none softmax over all pieces\nonce a query: ' r'$A^{-1}$ of the values', va='top', fontsize=6.5, linespacing=1.45)
+    ax.set(xlim=(-.05, 12.3), ylim=(-1.1, .9))
+    ax.axis('off')
+
+# %% ../nbs/90_report.ipynb #2e1acf63
+@figure('method')
+def method_figure(book, plt):
+    "How a vector is written, and how a query reads it."
+    from matplotlib.patches import ConnectionPatch
+    fig = plt.figure(figsize=(5.5, 2.15))
+    axes = [fig.add_axes((.01 + .205*i, .54, .155, .33)) for i in range(5)]
+    _write_panels(axes[:4])
+    _ring(axes[4])
+    texts = ('key or value\n$x$', 'frame\n' r'$y = A(x - \mu)$', r'norm $\rho$ and direction' '\n' r'$u_i = y_i/(\rho\sqrt{\lambda_i})$', 'widths\n' r'$b_i$ bits a channel', 'trellis\none ring of bits')
+    for ax, text in zip(axes, texts): ax.set_title(text, fontsize=7, loc='center', pad=4, linespacing=1.3)
+    for a, b in zip(axes, axes[1:]): fig.add_artist(ConnectionPatch((1.05, .5), (-.05, .5), 'axes fraction', 'axes fraction', axesA=a, axesB=b, arrowstyle='-|>', lw=.8, mutation_scale=7, color='black'))
+    _cache_strip(fig.add_axes((.01, .01, .98, .47)))
+    return fig
+
+# %% ../nbs/90_report.ipynb #1bd313f6
+def series(
+    book:Book, # Where to look
+    x:str|Callable, # Field that goes across, or a function of a row
+    by:tuple, # Fields that tell lines apart
+    **where, # What all rows have in common; `file` and `metric` at least
+) -> dict: # Values of `by` -> rows in order of `x`
+    "Rows of one metric as lines."
+    across = x if callable(x) else lambda r: r.get(x)
+    age = lambda r: (book.runs[r['run']].get('start', ''), r['run'])
+    latest = {}
+    for r in sorted((r for r in book.rows if all(r.get(k) == v for k, v in where.items())), key=age):
+        if across(r) is not None: latest[tuple(r.get(k) for k in by), across(r)] = r
+    lines = {}
+    for (name, _), r in sorted(latest.items(), key=lambda item: (tuple(map(str, item[0][0])), item[0][1])): lines.setdefault(name, []).append(r)
+    book.used.update({r['at']: r for rows in lines.values() for r in rows})
+    return lines
+
+# %% ../nbs/90_report.ipynb #480177df
+def _theory(ax):
+    "Excess bits over Shannon's bound of the codes of a unit Gaussian."
+    from ndkv.codebooks import distortion, gap_bits, lloyd_max, uniform
+    from ndkv.trellis import trellis_distortion
+    trellis = lambda states: lambda b: trellis_distortion(b, states)
+    lines = (('uniform levels', GREY, '^', ':', lambda b: distortion(uniform(b))), ('Lloyd–Max', STYLES['rotation'].color, 'o', '-', lambda b: distortion(lloyd_max(b))),
+             ('trellis, 256 states', STYLES['spectral'].color, 's', '-', trellis(256)), ('4096 states', STYLES['spectral'].color, 'D', (0, (4, 2)), trellis(4096)))
+    for label, color, marker, ls, D in lines: ax.plot((1, 2, 3, 4), [gap_bits(D(b), b) for b in (1, 2, 3, 4)], color=color, marker=marker, ls=ls, label=label)
+    ax.axhline(0, color='black', lw=.8)
+    ax.annotate('Shannon’s bound', (4, -.13), ha='right', fontsize=6.5)
+    ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound', xticks=(1, 2, 3, 4), ylim=(-.18, 1.3))
+    ax.legend(frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03), handlelength=2, labelspacing=.25)
+
+CODES = {'bound': ('Gaussian bound', 'black', '', '-'), 'rotation': ('rotation, Lloyd–Max', STYLES['rotation'].color, 'o', '-'),
+         'lloyd_max': ('frame, Lloyd–Max', '#009E73', 'v', '-'), 'trellis': ('frame, trellis', STYLES['spectral'].color, 's', '-')}
+
+def _reached(ax, book, kind, title):
+    "Distortion over bits on the keys or values of the reference model, mean over layers and heads."
+    lines = series(book, 'bits', ('method',), file='ratedistortion', metric='distortion', model='llama', kind=kind, layer=None)
+    if not lines: not_run(ax)
+    for (method,), rows in lines.items():
+        label,color,marker,ls = CODES.get(method, (method, GREY, 'x', '-'))
+        ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color=color, marker=marker, ls=ls, label=label)
+    if lines: ax.set(yscale='log', xlabel='bits per element')
+    ax.set_title(title)
+
+@figure('ratedistortion')
+def ratedistortion_figure(book, plt):
+    "Distance to Shannon's bound: of codes of a Gaussian, and of the codec on keys and values."
+    fig,axes = plt.subplots(1, 3, figsize=(5.5, 2.05), width_ratios=(1.15, 1, 1), layout='constrained')
+    _theory(axes[0])
+    axes[2].sharey(axes[1])
+    for ax, kind, title in zip(axes[1:], 'kv', ('keys', 'values')): _reached(ax, book, kind, title)
+    if axes[1].lines: axes[1].set_ylabel('price left, as a share')
+    legend_above(fig, axes[1:2], ncols=4)
+    open_axes(axes)
+    return fig
+
+# %% ../nbs/90_report.ipynb #d0185b6e
+HOMES = dict(pre='keys, before RoPE', block='keys, block of 64', post='keys, after RoPE', v='values')
+
+def _spectra(ax, book, home):
+    "All heads of the reference model in one home, and their median."
+    heads = list(series(book, 'rank', ('layer', 'head'), file='spectra', metric='eigenvalue', model='llama', home=home).values())
+    if not heads: return not_run(ax)
+    for rows in heads: ax.plot([r['rank'] for r in rows], [r['value'] for r in rows], color='#AFC4D6', lw=.6)
+    ranks = [r['rank'] for r in heads[0]]
+    ax.plot(ranks, [median(rows[i]['value'] for rows in heads) for i in range(len(ranks))], color=STYLES['rotation'].color, lw=1.6)
+    ax.axhline(1, color='black', lw=.6, ls=':')
+    ax.set(yscale='log', xlabel='channel')
+
+@figure('spectra')
+def spectra_figure(book, plt):
+    "Spectra of keys before, within and after RoPE, and of values."
+    if not any(r['file'] == 'spectra' for r in book.rows): return blank(plt)
+    fig,axes = plt.subplots(1, 4, figsize=(5.5, 1.7), sharey=True, layout='constrained')
+    for ax, (home, title) in zip(axes, HOMES.items()):
+        _spectra(ax, book, home)
+        ax.set_title(title)
+    axes[0].set_ylabel('eigenvalue / mean' if axes[0].lines else '')
+    open_axes(axes)
+    return fig
+
+# %% ../nbs/90_report.ipynb #8dfb9706
+@figure('saved')
+def saved_figure(book, plt):
+    "Bits of spectral codes over bits of the rotation at equal mean KL, per model."
+    models = models_of(book, **dict(DEFAULTS, method='spectral'))
+    if not models: return blank(plt)
+    fig,ax = plt.subplots(figsize=(5.5, .75 + .3*max(len(models), 2)), layout='constrained')
+    for i, model in enumerate(reversed(models)):
+        ax.axhline(i, color='#DDDDDD', lw=.6, zorder=0)
+        for bits, marker, color, dy in zip(BITS, 'ovs', (STYLES['rotation'].color, '#009E73', STYLES['spectral'].color), (.2, 0, -.2)):
+            ratios = [bits_ratio(book, model, bits, tokens=t) for t in (float('inf'), 4096)]
+            if None in ratios: continue
+            ax.plot(ratios, (i + dy, i + dy), color=color, lw=1)
+            for r, mfc in zip(ratios, (color, 'white')): ax.plot(r, i + dy, marker, color=color, mfc=mfc, mew=1.1, label=f'{bits} bits' if mfc == color else None, clip_on=False)
+    ax.set(yticks=range(len(models)), yticklabels=reversed(models), ylim=(-.5, len(models) - .5), xlim=(0, 1), xlabel='share of the rotation’s bits at equal mean KL (filled: codes and norms; hollow: with frames)')
+    legend_above(fig, [ax])
+    open_axes([ax])
+    return fig
+
+# %% ../nbs/90_report.ipynb #16161212
+KERNELS = {'4bit_uniform': ('4 bits, uniform', '#0072B2', 'o'), '4bit_lm': ('4 bits, curved', '#56B4E9', 'D'), '3bit': ('3 bits', '#009E73', '^'), '3bit_lm': ('3 bits, curved', '#009E73', 'v'),
+           '2bit': ('2 bits', '#D55E00', 's'), 'mixed': ('4 and 2 bits', '#CC79A7', 'P'), 'blockrel': ('block-relative', '#E69F00', 'X')}
+
+def cache_bytes(row, bits=None) -> float:
+    "Bytes of codes and norms that one step of a kernel case reads; of a bfloat16 cache with `bits=16`."
+    heads,d = map(int, re.search(r'(\d+) KV heads of (\d+)', row['model']).groups())
+    per_token = 2*d*16/8 if bits == 16 else d*(row['k_bits'] + row['v_bits'])/8 + 4
+    return row['batch'] * row['length'] * heads * per_token
+
+def _kernel_lines(book, metric):
+    "Rows of the standing cases, a line a way to store."
+    lines = series(book, lambda r: (r['batch']*r['length'], r['batch'], r.get('block', 0)), ('method',), file='kernels', metric=metric, window=132)
+    return {m: lines[m,] for m in KERNELS if (m,) in lines}
+
+# %% ../nbs/90_report.ipynb #9d072b99
+@figure('roofline')
+def roofline_figure(book, plt):
+    "Achieved bytes a second against bytes, and speed-up against tokens in the cache."
+    times,speed = (_kernel_lines(book, m) for m in ('time_us', 'speedup'))
+    exact = [r for rows in _kernel_lines(book, 'time_bf16_us').values() for r in rows]
+    if not exact: return blank(plt)
+    fig,(ax, pay) = plt.subplots(1, 2, figsize=(5.5, 2.35), layout='constrained')
+    for method, rows in times.items():
+        label,color,marker = KERNELS[method]
+        ax.plot([cache_bytes(r)/1e6 for r in rows], [cache_bytes(r)/r['value']/1e6 for r in rows], marker, color=color, label=label)
+        pay.plot([r['batch']*r['length']/1024 * 1.07**(list(KERNELS).index(method) - 3) for r in speed[method]], [r['value'] for r in speed[method]], marker, color=color)
+    ax.plot([cache_bytes(r, 16)/1e6 for r in exact], [cache_bytes(r, 16)/r['value']/1e6 for r in exact], 'x', color=STYLES['bf16'].color, label='bfloat16 (SDPA)')
+    copies = {r['copy_rate']/1e12 for rows in times.values() for r in rows if r.get('copy_rate')}
+    for rate in copies: ax.axhline(rate, color='black', lw=.8, ls=':', label='plain copy')
+    ax.set(xscale='log', yscale='log', xlabel='bytes of the cache (MB)', ylabel='bytes read a second (TB/s)', title='rate of reading')
+    pay.axhspan(pay.get_ylim()[0], 1, color='#EEEEEE', zorder=0)
+    pay.annotate('slower than bfloat16', (.97, .03), xycoords='axes fraction', ha='right', fontsize=6.5, color='#555555')
+    pay.set(xscale='log', xlabel='tokens of all sequences (thousands)', ylabel='times as fast as bfloat16', title='where it pays', ylim=(pay.get_ylim()[0], None))
+    plain_log(ax.xaxis, ax.yaxis, pay.xaxis)
+    legend_above(fig, [ax], ncols=4)
+    open_axes((ax, pay))
+    return fig
+
+# %% ../nbs/90_report.ipynb #fc2e89a4
+CONTESTANTS = {'fixed': ('bfloat16, CUDA graph', '#555555', 'D', '-'), 'static': ('StaticCache', '#999999', 'x', ':'), 'dynamic': ('DynamicCache', '#999999', '^', (0, (4, 2))), 'quanto4': ('quanto, 4 bits', '#CC79A7', 'P', '-'),
+               'packed4': ('packed, 4 bits', '#0072B2', 'o', '-'), 'packed3': ('packed, 3 bits', '#009E73', 'v', '-'), 'packed2': ('packed, 2 bits', '#D55E00', 's', '-')}
+
+@figure('throughput')
+def throughput_figure(book, plt):
+    "Tokens a second against batch."
+    where = dict(file='throughput', metric='tokens_per_s', model='llama8b, random')
+    lengths = sorted({r['length'] for r in book.rows if all(r.get(k) == v for k, v in where.items())})
+    if not lengths: return blank(plt)
+    fig,axes = plt.subplots(1, len(lengths), figsize=(5.5, 2.), squeeze=False, layout='constrained')
+    for ax, length in zip(axes[0], lengths):
+        for (method,), rows in series(book, 'batch', ('method',), length=length, **where).items():
+            label,color,marker,ls = CONTESTANTS.get(method, (method, GREY, 'x', '-'))
+            ax.plot([r['batch'] for r in rows], [r['value'] for r in rows], color=color, marker=marker, ls=ls, label=label)
+        ax.set(xscale='log', yscale='log', xlabel='sequences in the batch', title=f'{length//1024}k tokens of context')
+        plain_log(ax.xaxis, ax.yaxis)
+    axes[0, 0].set_ylabel('tokens a second')
+    legend_above(fig, axes[0], ncols=4)
+    open_axes(axes[0])
+    return fig
+
+# %% ../nbs/90_report.ipynb #eb20f4b4
+def pairs(book, x:str, y:str, by:tuple, **where) -> dict: # Values of `by` -> points in order of the first metric
+    "Two metrics of the same cells, as lines."
+    cell = lambda r: frozenset((k, str(v)) for k, v in r.items() if k not in MEASURED | {'metric'}) | {r['run']}
+    across,lines = {cell(r): r for r in book.rows if r['metric'] == x and all(r.get(k) == v for k, v in where.items())},{}
+    for r in book.rows:
+        if r['metric'] != y or any(r.get(k) != v for k, v in where.items()) or cell(r) not in across: continue
+        book.used.update({r['at']: r, across[cell(r)]['at']: across[cell(r)]})
+        lines.setdefault(tuple(r.get(k) for k in by), []).append((across[cell(r)]['value'], r['value']))
+    return {k: sorted(points) for k, points in sorted(lines.items(), key=lambda item: tuple(map(str, item[0])))}
+
+MIXES = {('none', 'rotation'): ('all tokens, rotation', '#0072B2', 'o', '-'), ('none', 'spectral'): ('all tokens, spectral', '#D55E00', 's', '-'),
+         ('snapkv', 'exact'): ('SnapKV, exact', '#009E73', '^', ':'), ('recent', 'exact'): ('recent tokens, exact', '#555555', 'v', ':'),
+         ('snapkv', 'rotation'): ('half by SnapKV, rotation', '#0072B2', 'o', (0, (4, 2))), ('snapkv', 'spectral'): ('half by SnapKV, spectral', '#D55E00', 's', (0, (4, 2)))}
+
+@figure('eviction')
+def eviction_figure(book, plt):
+    "Bits an element of the text against mean KL: fewer tokens, fewer bits, and both."
+    models = models_of(book, file='eviction', metric='kl_mean')
+    if not models: return blank(plt)
+    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharey=True, squeeze=False, layout='constrained')
+    for ax, model in zip(axes[0], models):
+        for mix, points in pairs(book, 'bits', 'kl_mean', ('policy', 'method'), file='eviction', model=model).items():
+            label,color,marker,ls = MIXES.get(mix, ('other policies, exact', '#CC79A7', 'x', ''))
+            ax.plot(*zip(*points), color=color, marker=marker, ls=ls, mfc='white' if ls not in ('-', '') else color, mew=1.1, label=label)
+        ax.set(xscale='log', yscale='log', xlabel='bits per element of the text', title=model)
+        plain_log(ax.xaxis)
+    axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
+    legend_above(fig, axes[0])
+    open_axes(axes[0])
     return fig
 
 # %% ../nbs/90_report.ipynb #75d07ecd
@@ -362,7 +691,7 @@ def bits_table(book):
     return '\n'.join(lines[:-1] + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #f555ff3a
-CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel')
+CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel', 'trellis', 'prerope')
 
 @table('speed')
 def speed_table(book):
@@ -500,6 +829,40 @@ for _id, _what, _target, _where in (
     ('speedup_4bit_1x32k', 'uniform 4-bit codes', '>= 2.0', dict(method='4bit_uniform', batch=1)),
 ): _speed_claim(_id, _what, _target, **_where)
 
+@claim('bandwidth_fraction_4bit', 'Bytes of uniform 4-bit codes and norms that decode attention reads in a second, of the rate of a copy in the same run; 8 × 32k tokens.', 'of a copy', '>= 0.5')
+def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'bandwidth_fraction'}, method='4bit_uniform', batch=8, length=32768)
+
+@claim('encode_bandwidth_fraction', 'Bytes of bfloat16 keys and values that are encoded to 4 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= 0.25')
+def encode_bandwidth_fraction(book): return book.value(file='kernels', metric='bandwidth_fraction', method='encode_4bit', batch=8, length=4096)
+
+# %% ../nbs/90_report.ipynb #35ef7b57
+def at_32k(book, metric, methods):
+    "Largest value of a metric among some methods at 32768 tokens, in the latest run of an 8B model."
+    rows = [r for r in book.rows if r['file'] == 'throughput' and r['model'] == 'llama8b, random' and r['length'] == 32768]
+    last = max((r['run'] for r in rows), key=lambda id: (book.runs[id].get('start', ''), id), default=None)
+    rows = [r for r in rows if r['run'] == last and r['metric'] == metric and r['method'] in methods]
+    best = max(rows, key=lambda r: r['value'], default=None)
+    if best: book.used[best['at']] = best
+    return best and best['value']
+
+def ratio_32k(book, metric):
+    ours,theirs = at_32k(book, metric, ('packed4',)), at_32k(book, metric, ('dynamic', 'static', 'fixed'))
+    return ours and theirs and ours / theirs
+
+@claim('throughput_ratio_32k', 'Tokens a second of an 8B model at 32k tokens of context, each cache at its best batch: 4-bit pages against the fastest bfloat16 cache, same GPU, same run.', 'times as many', '>= 2')
+def throughput_ratio_32k(book): return ratio_32k(book, 'tokens_per_s')
+
+@claim('batch_ratio_32k', 'Largest batch of an 8B model at 32k tokens of context: 4-bit pages against the bfloat16 cache that fits most, same GPU, same run.', 'times as large', '>= 3.5')
+def batch_ratio_32k(book): return ratio_32k(book, 'largest_batch')
+
+@claim('cpu_slowdown_4k', 'Decode step at 4096 tokens on one CPU thread, reference model: packed pages over DynamicCache; worst of 2, 3 and 4 bits, float32 and bfloat16.', 'times the time', '<= 3')
+def cpu_slowdown_4k(book):
+    values = [book.value(file='throughput', metric='slowdown', model='llama', method=f'paged{b}', length=4096, dtype=d) for b in (4, 3, 2) for d in ('float32', 'bfloat16')]
+    return None if None in values else max(values)
+
+@claim('users_ratio_paged', 'Requests of 8192 tokens that a pool of packed pages holds in the memory of one in bfloat16, by allocated bytes: 2-bit codes, window 128, 4 sinks, 8 KV heads of 128.', 'requests', '>= 6')
+def users_ratio_paged(book): return book.value(file='serving', metric='users_ratio', method='paged2', length=8192, window=128)
+
 # %% ../nbs/90_report.ipynb #c84518f5
 def latest(
     book:Book, # Where to look
@@ -519,6 +882,351 @@ def architectures_passed(book): return sum(r['value'] for r in latest(book, 'arc
 def generation_modes_passed(book):
     rows = latest(book, 'modes')
     return sum(all(r['value'] for r in rows if r['mode'] == m) for m in {r['mode'] for r in rows}) or None
+
+# %% ../nbs/90_report.ipynb #9c9e9ec6
+OTHERS = dict( # method -> name, colour, marker
+    int=('integers', '#7f7f7f', 'v'), kivi=('KIVI', '#009E73', '^'), fp8=('fp8', '#000000', 'x'), mxfp4=('MXFP4', '#8c6d31', '<'), nvfp4=('NVFP4', '#bd9e39', '>'),
+    turboquant=('TurboQuant (vLLM)', '#56B4E9', 'p'), qjl=('QJL', '#9c9ede', '*'), polarquant=('PolarQuant', '#6b6ecf', 'h'), kvquant=('KVQuant-style', '#CC79A7', 'P'), nsnquant=('NSNQuant-style', '#843c39', 'X'),
+    kvarn=('KVarN-style', '#E69F00', 'd'), oscar=('OSCAR-style', '#a55194', 's'), blockgtq=('Block-GTQ-style', '#31a354', 'o'), quanto=('quanto (transformers)', '#17becf', '1'), hqq=('HQQ (transformers)', '#d6616b', '2'))
+OPTIONS = ('span', 'scale', 'rotate', 'boundary', 'first')
+SHARED_TOKENS = 4096 # Tokens of the text that carries the frames
+
+def setting(row) -> tuple: # method, key bits, value bits, options
+    "What of a row says how it was quantized."
+    return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k) not in (None, False))
+
+def setting_name(s) -> str:
+    "A setting in words."
+    method,k,v,options = s
+    if k is None: return 'exact again'
+    words = dict(span='g{}', scale='{} scale', rotate='rotated', boundary='{} exact layers', first='{} finer layers')
+    more = [words[o].format(2*x if o == 'boundary' else x) for o, x in options if (o, x) != ('boundary', 0)]
+    name = OTHERS[method][0] if method in OTHERS else style_of(method).label
+    return ', '.join([f'{name} ' + (f'{k:g}' if k == v else f'{k:g}/{v:g}'), *more])
+
+# %% ../nbs/90_report.ipynb #855985bd
+PROTOCOL = ('length', 'window', 'sinks', 'block', 'dtype')
+
+def swept(
+    book:Book, # Where to look
+    kind:str, # `zoo`, `stress`, `tasks`, ...
+    data:str|None='wiki_val', # Text or task, or None for all
+    protocol:tuple=PROTOCOL, # What all rows must share
+) -> dict: # (model, setting) -> (metric, data) -> row
+    "Rows of a sweep under the protocol that most models share; of several, the longest."
+    rows = [r for r in book.rows if r['file'].startswith(f'sweep_{kind}') and r.get('position') is None and r.get('layer') is None and data in (None, r['data'])]
+    of = lambda r: tuple(r.get(k) for k in protocol)
+    models = {}
+    for r in rows: models.setdefault(of(r), set()).add(r['model'])
+    best,out = max(models, key=lambda p: (len(models[p]), p), default=None),{}
+    for r in sorted((r for r in rows if of(r) == best), key=lambda r: book.runs[r['run']].get('start', '')):
+        out.setdefault((r['model'], setting(r)), {})[r['metric'], r['data'] if 'length' in protocol else (r['data'], r['length'])] = r
+    return out
+
+def use(book, row):
+    "A row that a table or a figure shows; None stays None."
+    if row is not None: book.used[row['at']] = row
+    return row
+
+def all_in(book, cell, data='wiki_val') -> float:
+    "Bits an element of a cell of `swept`, frames counted."
+    if ('bits', data) not in cell: return 16.
+    bits,framed = use(book, cell['bits', data]),use(book, cell.get(('bits_with_frames', data)))
+    return bits['value'] + (framed['value'] - bits['value'])*bits['length']/SHARED_TOKENS if framed else bits['value']
+
+# %% ../nbs/90_report.ipynb #2e1f6ef0
+@figure('zoo')
+def zoo_figure(book, plt):
+    "Bits per element against mean KL, every method, one panel a model."
+    found = swept(book, 'zoo')
+    models = sorted({m for m, _ in found}) or ['llama']
+    columns = min(len(models), 3)
+    rows = -(-len(models)//columns)
+    fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax in axes.flat[len(models):]: ax.set_visible(False)
+    for ax, model in zip(axes.flat, models):
+        points = {}
+        for (m, s), cell in found.items():
+            if m == model and s[1] is not None and ('kl_mean', 'wiki_val') in cell: points.setdefault(s[0], []).append((all_in(book, cell), use(book, cell['kl_mean', 'wiki_val'])['value']))
+        for method in (*OTHERS, 'rotation', 'spectral'):
+            if method not in points: continue
+            xy,ours = sorted(points[method]),method not in OTHERS
+            name,color,marker = (style_of(method).label, style_of(method).color, style_of(method).marker) if ours else OTHERS[method]
+            ax.plot(*zip(*xy), color=color, marker=marker, ms=4.5 if ours else 4, ls='-' if ours else '', lw=1.2, mew=1 if marker in 'x12' else .4, mec=color if marker in 'x12' else 'white', label=name, zorder=3 if ours else 2)
+        if not points: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+        else:
+            ax.set(xscale='log', yscale='log')
+            ax.set_xticks([1, 2, 3, 4, 6, 8], ['1', '2', '3', '4', '6', '8'], minor=False)
+            ax.minorticks_off()
+        ax.set_title(model)
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.supxlabel('bits per element, all included', fontsize=8)
+    fig.supylabel('mean KL to exact cache (nats)', fontsize=8)
+    handles,labels = axes[0, 0].get_legend_handles_labels()
+    if handles: fig.legend(handles, labels, loc='outside upper center', ncols=5 if columns < 3 else 6, frameon=False, handlelength=1.4, columnspacing=1., fontsize=6)
+    return fig
+
+# %% ../nbs/90_report.ipynb #bef10e58
+def interval(row) -> str:
+    "A value with its bootstrap interval, where it has one."
+    if row is None or 'ci' not in row: return res(row)
+    low,high = (tex_number(significant(x, 2)) for x in row['ci'])
+    return rf'{res(row)} {{\scriptsize [{low}, {high}]}}'
+
+def cases(found, metric, data='wiki_val') -> dict: # setting -> rows of the metric, worst first
+    "Rows of every setting over the models."
+    out = {}
+    for (_, s), cell in found.items():
+        if (metric, data) in cell: out.setdefault(s, []).append(cell[metric, data])
+    return {s: sorted(rows, key=lambda r: -r['value']) for s, rows in out.items()}
+
+@table('worst')
+def worst_table(book):
+    "Every setting: mean over models, worst model, worst tail, worst twin."
+    found,lines = swept(book, 'zoo'),[]
+    kl,tail,flips = (cases(found, m) for m in ('kl_mean', 'kl_p999', 'flips'))
+    twins = cases({k: v for k, v in swept(book, 'stress').items() if '+' in k[0]}, 'kl_mean')
+    head = [r'\begin{tabular}{@{}lrrrlrrl@{}}', r'\toprule', r'& & \multicolumn{3}{c}{mean KL (nats)} & \multicolumn{2}{c}{worst} & \\ \cmidrule(lr){3-5}\cmidrule(lr){6-7}',
+            r'setting & bits & mean & worst model & & p99.9 & flips (\%) & worst twin \\', r'\midrule']
+    bits = {s: max(all_in(book, c) for (_, t), c in found.items() if t == s) for s in kl}
+    for s in sorted(kl, key=lambda s: (bits[s], kl[s][0]['value'])):
+        for rows in (kl[s], tail[s], flips[s], twins.get(s, [])): [use(book, r) for r in rows]
+        mean = tex_number(significant(sum(r['value'] for r in kl[s])/len(kl[s])))
+        twin = f"{res(twins[s][0], 2)} ({tex_escape(twins[s][0]['model'])})" if s in twins else NOT_RUN
+        lines.append(' & '.join([tex_escape(setting_name(s)), f'{bits[s]:.2f}', mean, interval(kl[s][0]), kl[s][0]['model'], res(tail[s][0]), res(flips[s][0], scale=100), twin]) + r' \\')
+    return '\n'.join(head + (lines or [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #cd0d1a82
+TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2, 2, ()), ('oscar', 2, 2, ()), ('turboquant', 3, 3, (('boundary', 0),)), ('kvarn', 4, 2, ()), ('spectral', 1.5, 1.5, ()), ('spectral', 2, 2, ()))
+
+@figure('tails')
+def tails_figure(book, plt):
+    "KL against the share of tokens that exceed it, some settings of two to three bits."
+    found = swept(book, 'zoo')
+    models = sorted({m for m, _ in found}) or ['llama']
+    fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
+    for ax, model in zip(axes[0], models):
+        for s in TAILS:
+            if (cell := found.get((model, s))) is None: continue
+            rows = [use(book, cell[m, 'wiki_val']) for m in ('kl_p50', 'kl_p99', 'kl_p999', 'kl_max')]
+            name,color,marker = (setting_name(s), *OTHERS[s[0]][1:]) if s[0] in OTHERS else (setting_name(s), style_of(s[0]).color, style_of(s[0]).marker)
+            ax.plot([r['value'] for r in rows], [.5, .01, .001, 1/rows[3]['n']], color=color, marker=marker, ms=3.5, ls=(0, (3, 1.5)) if s == TAILS[-2] else '-', label=f'{name} ({all_in(book, cell):.1f} bits)', mec='white', mew=.3)
+        if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+        else: ax.set(xscale='log', yscale='log', xlabel='KL to exact cache (nats)')
+        ax.set_title(model)
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0, 0].set_ylabel('share of tokens above')
+    handles,labels = axes[0, 0].get_legend_handles_labels()
+    if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2., columnspacing=1., fontsize=6.5)
+    return fig
+
+# %% ../nbs/90_report.ipynb #c161a152
+SURVIVED = 3
+
+def stressed(book) -> dict: # (model, twin) -> setting -> (row of the twin, row of the plain model or None)
+    "Rows of stress twins beside those of the plain model, in the same protocol."
+    found,out = swept(book, 'stress'),{}
+    for (name, s), cell in found.items():
+        model,_,twin = name.partition('+')
+        if not twin or ('kl_mean', 'wiki_val') not in cell: continue
+        plain = found.get((model, s), {}).get(('kl_mean', 'wiki_val'))
+        out.setdefault((model, twin), {})[s] = use(book, cell['kl_mean', 'wiki_val']),use(book, plain)
+    return out
+
+def survived(pair) -> bool|None:
+    "Is the divergence on a twin within the factor? None where the plain model was not measured."
+    return None if pair[1] is None else pair[0]['value'] <= SURVIVED*pair[1]['value']
+
+def _stress_settings(found):
+    "Settings in order of method, and twins."
+    order = ['bf16', 'rotation', 'spectral', *OTHERS]
+    return sorted({s for c in found.values() for s in c}, key=lambda s: (order.index(s[0]), s[1] or 16)),sorted({t for _, t in found})
+
+@table('stress')
+def stress_table(book):
+    "Mean KL of every setting on every twin, the worse of the models; bold where the twin is not survived."
+    found = stressed(book)
+    settings,twins = _stress_settings(found)
+    lines = [r'\begin{tabular}{@{}l' + 'r'*len(twins) + '@{}}', r'\toprule', ' & '.join(['setting', *(tex_escape(t.replace('_', ' ')) for t in twins)]) + r' \\', r'\midrule']
+    for s in settings:
+        cells = []
+        for t in twins:
+            pairs = [c[s] for (m, u), c in found.items() if u == t and s in c]
+            worst = max(pairs, key=lambda p: p[0]['value'], default=None)
+            text = res(worst and worst[0], 2)
+            cells.append(rf'\textbf{{{text}}}' if s[1] and any(survived(p) is False for p in pairs) else text)
+        lines.append(' & '.join([tex_escape(setting_name(s)), *cells]) + r' \\')
+    return '\n'.join(lines + ([] if settings else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #ba54a642
+@figure('stress')
+def stress_figure(book, plt):
+    "Mean KL on each twin over that on the plain model, a heat map for each model."
+    found = stressed(book)
+    (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
+    settings = [s for s in settings if s[1]]
+    fig,axes = plt.subplots(1, max(1, len(models)), figsize=(1.9 + 2.1*max(1, len(models)), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
+    if not models: axes[0, 0].text(.5, .5, 'not run', transform=axes[0, 0].transAxes, ha='center')
+    for ax, model in zip(axes[0], models):
+        pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
+        ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
+        image = ax.imshow(ratio, norm=plt.matplotlib.colors.LogNorm(.3, 300), cmap='YlOrRd', aspect='auto')
+        for i, row in enumerate(ratio):
+            for j, x in enumerate(row): ax.text(j, i, '–' if x != x else f'{x:.1f}' if x < 10 else f'{x:.0f}' if x < 1000 else f'{x:.0e}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
+        ax.set_xticks(range(len(twins)), [t.replace('_', '\n') for t in twins], fontsize=5.5)
+        ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
+        ax.tick_params(length=0)
+        ax.set_title(model)
+    if models: fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    return fig
+
+# %% ../nbs/90_report.ipynb #51d1f6ce
+def _task_cells(found, task, settings):
+    "Rows of a task: setting -> model -> row."
+    return {s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c} for s in settings}
+
+@table('tasks')
+def tasks_table(book):
+    "Mean accuracy of every setting in every task, and the largest loss."
+    found = swept(book, 'tasks', None, PROTOCOL[1:])
+    for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
+    order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16))
+    settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
+    names = ['exact' if s[1] is None else setting_name(s) for s in settings]
+    lines = [r'\begin{tabular}{@{}l' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
+    for task in tasks:
+        cells = _task_cells(found, task, settings)
+        for rows in cells.values(): [use(book, r) for r in rows.values()]
+        mean = lambda rows: 100*sum(r['value'] for r in rows.values())/len(rows)
+        exact = cells.get(('bf16', None, None, ()), {})
+        losses = [(exact[m]['value'] - r['value'], r.get('stderr') or 0, n, m) for n, (s, rows) in zip(names, cells.items()) if s[1] for m, r in rows.items() if m in exact]
+        loss,error,name,model = max(losses, default=(None,)*4)
+        worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
+        lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
+    return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #1d65adbb
+def share_of_bits(book, found, model, bits) -> float|None:
+    "All-in bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
+    cells = {s: c for (m, s), c in found.items() if m == model and ('kl_mean', 'wiki_val') in c}
+    goal = cells.get(('rotation', bits, bits, ()))
+    if goal is None: return None
+    good = [all_in(book, c) for s, c in cells.items() if s[0] == 'spectral' and use(book, c['kl_mean', 'wiki_val'])['value'] <= use(book, goal['kl_mean', 'wiki_val'])['value']]
+    return min(good)/all_in(book, goal) if good else None
+
+@figure('ladder')
+def ladder_figure(book, plt):
+    "Share of the rotation's bits against parameters."
+    found = swept(book, 'ladder')
+    sizes = {m: int(re.search(r'_(\d+)m$', m)[1]) for m, _ in found}
+    fig,ax = plt.subplots(figsize=(3.4, 2.2), layout='constrained')
+    for bits, color, marker in zip(BITS, ('#0072B2', '#009E73', '#CC79A7'), 'o^s'):
+        points = [(sizes[m], x) for m in sorted(sizes, key=sizes.get) if (x := share_of_bits(book, found, m, bits)) is not None]
+        if points: ax.plot(*zip(*points), color=color, marker=marker, label=f'as good as {bits} bits')
+    if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+    else:
+        ax.set(xscale='log', ylim=(0, None))
+        ax.set_xticks(sorted(sizes.values()), [f'{n} M' for n in sorted(sizes.values())], minor=False)
+        ax.minorticks_off()
+        ax.legend(frameon=False)
+    ax.set(xlabel='parameters', ylabel="share of the rotation's bits")
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
+
+# %% ../nbs/90_report.ipynb #2cca136f
+CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)
+
+def choice_name(row) -> str:
+    "What of a cell differs from the default, in words."
+    words = dict(home={'post': 'keys after RoPE', 'pre': 'keys before RoPE'}.get(row['home'], f"block of {row['home']}"), trellis=f"trellis, {row['trellis']} states",
+                 prices={'reading': 'prices of queries and output projection', 'none': 'no prices'}.get(row['prices']), allocation='the same bits in every layer')
+    return ', '.join(words[k] for k, v in CHOICES.items() if row[k] != v) or 'default, Lloyd–Max'
+
+@table('ablation')
+def ablation_table(book):
+    "Bits, KL and tail of spectral codes with one choice changed at a time, model by model."
+    rows = [r for r in book.rows if r['file'] == 'ablation' and r['method'] == 'spectral' and r.get('position') is None]
+    models,latest = sorted({r['model'] for r in rows}),{}
+    for r in sorted(rows, key=lambda r: book.runs[r['run']].get('start', '')): latest[r['model'], r['k_bits'], *(r[k] for k in CHOICES), r['metric']] = r
+    cells = list(dict.fromkeys(k[1:-1] for k in latest))
+    lines = [r'\begin{tabular}{@{}lr' + 'rrr'*len(models) + '@{}}', r'\toprule', ' & '.join(['', 'budget', *(rf'\multicolumn{{3}}{{c}}{{{m}}}' for m in models)]) + r' \\',
+             ' & '.join(['choice', '', *['bits', 'mean KL', 'p99.9']*len(models)]) + r' \\', r'\midrule']
+    for c in cells:
+        got = [use(book, latest.get((m, *c, metric))) for m in models for metric in ('bits', 'kl_mean', 'kl_p999')]
+        lines.append(' & '.join([tex_escape(choice_name(dict(zip(CHOICES, c[1:])))).replace('–', '--'), f'{c[0]:g}', *map(res, got)]) + r' \\')
+    return '\n'.join(lines + ([] if cells else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #9c544e5e
+@claim('zoo_models', 'Models of different attention designs on which every method was measured.', 'models', '>= 6')
+def zoo_models(book):
+    kl = {}
+    for (model, s), cell in swept(book, 'zoo').items():
+        if ('kl_mean', 'wiki_val') in cell: kl.setdefault(model, set()).add(s[0]), use(book, cell['kl_mean', 'wiki_val'])
+    return sum(len(m & set(OTHERS)) >= 13 and 'spectral' in m for m in kl.values()) or None
+
+@claim('baselines_compared', 'Settings of other methods that were measured beside ours on every model of the zoo.', 'settings', '>= 40')
+def baselines_compared(book):
+    kl = cases(swept(book, 'zoo'), 'kl_mean')
+    models = max(map(len, kl.values()), default=0)
+    complete = [rows for s, rows in kl.items() if s[0] in OTHERS and len(rows) == models]
+    for rows in complete: [use(book, r) for r in rows]
+    return len(complete) or None
+
+@claim('stress_twins_survived', f'Stress twins on which the mean KL of spectral codes of 1.5 bits is at most {SURVIVED} times that of the plain model, on every model that was tried; of six.', 'twins', '>= 6')
+def stress_twins_survived(book):
+    found = {}
+    for (_, twin), c in stressed(book).items():
+        for s, pair in c.items():
+            if s[:2] == ('spectral', 1.5): found.setdefault(twin, []).append(survived(pair))
+    return sum(all(v) for v in found.values()) if found and None not in sum(found.values(), []) else None
+
+# %% ../nbs/90_report.ipynb #8a94210c
+def _best(book, found, model, most, ours):
+    "Least mean KL within a limit of bits, or None."
+    kl = [use(book, c['kl_mean', 'wiki_val'])['value'] for (m, s), c in found.items()
+          if m == model and s[1] and (s[0] == 'spectral') == ours and (ours or s[0] in OTHERS) and ('kl_mean', 'wiki_val') in c and all_in(book, c) <= most]
+    return min(kl, default=None)
+
+def _worst_ratio_claim(bits, most):
+    sentence = f'Mean KL of spectral codes over that of the best other method, each at its best setting of at most {most} bits, frames of ours counted at {SHARED_TOKENS} tokens; worst model.'
+    @claim(f'worst_model_kl_ratio_{bits}', sentence, 'of the KL', '<= 0.5')
+    def ratio(book):
+        found = swept(book, 'zoo')
+        pairs = [tuple(_best(book, found, m, most, ours) for ours in (True, False)) for m in sorted({m for m, _ in found})]
+        return max(a/b for a, b in pairs) if pairs and None not in sum(pairs, ()) else None
+
+for _bits, _most in ((2, 2.5), (3, 3.25)): _worst_ratio_claim(_bits, _most)
+
+@claim('needle_accuracy_drop_2bit', 'Accuracy lost in finding a needle through spectral codes of 2 bits; worst model.', 'of the questions', '<= 0.05')
+def needle_accuracy_drop_2bit(book):
+    found,drops = swept(book, 'tasks', 'needle'),[]
+    for model in {m for m, _ in found}:
+        pair = [next((c['accuracy', 'needle'] for (m, s), c in found.items() if m == model and s[:2] == want), None) for want in (('bf16', None), ('spectral', 2))]
+        if None in pair: return None
+        drops.append(use(book, pair[0])['value'] - use(book, pair[1])['value'])
+    return max(drops, default=None)
+
+@claim('sweep_cells', 'Cells of model, method, bits and task that sweeps measured.', 'cells', '>= 500')
+def sweep_cells(book):
+    rows = {r['key']: r for r in book.rows if r['file'].startswith('sweep_') and 'key' in r}
+    for r in rows.values(): use(book, r)
+    return len(rows) or None
+
+# %% ../nbs/90_report.ipynb #d935ec93
+@claim('drop_kl_ratio_2bit', 'Mean KL of the best policy that keeps an eighth of the tokens in bfloat16, over that of all tokens at 2 bits (rotation, no data), windows of 2048; the model that is kindest to dropping.', 'times the KL', '>= 2')
+def drop_kl_ratio_2bit(book):
+    ratios = []
+    for model in models_of(book, file='eviction', metric='kl_mean'):
+        where = dict(file='eviction', metric='kl_mean', model=model, data='wiki_val', length=2048)
+        dropped = [book.value(**where, method='exact', keep=.125, policy=p) for p in ('recent', 'keynorm', 'keydiff', 'tova', 'snapkv')]
+        coded = book.value(**where, method='rotation', k_bits=2, keep=1.)
+        ratios.append(min((x for x in dropped if x), default=None) and coded and min(x for x in dropped if x) / coded)
+    return min(ratios) if ratios and None not in ratios else None
+
+@claim('speculative_acceptance', 'Proposals that a reading of the upper 2 of 4 bits makes and the reading of all 4 confirms, 4 proposals a round, greedy, 1024 tokens of context; the text is that without drafts.', 'of the proposals', '>= 0.9')
+def speculative_acceptance(book):
+    where = dict(file='speculation', model='llama', method='nested', verify='rotation 4', draft_bits=2, draft_length=4)
+    return book.value(metric='acceptance', **where) if book.value(metric='texts_equal', **where) == 1 else None
 
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(
@@ -541,22 +1249,53 @@ def claims_markdown(book) -> str:
     "The claims as a Markdown table, each value with links to its rows."
     lines = ['| claim | value | target | met | rows |', '|---|---|---|---|---|']
     for c in claims(book):
-        value = 'not run' if c['value'] is None else f"{significant(c['value'])} {c['unit']}"
+        value = 'not run' if c['value'] is None else f"{shown(c['value'])} {c['unit']}"
         rows = ', '.join(f"[`{Path(r).name}`]({r})" for r in c['rows'][:3]) or '–'
         if len(c['rows']) > 3: rows += f" and {len(c['rows']) - 3} more"
         lines.append(f"| `{c['id']}`: {c['sentence']} | {value} | {c['target']} | {'yes' if c['met'] else '**no**'} | {rows} |")
     return '\n'.join(lines)
 
 # %% ../nbs/90_report.ipynb #a6b2c636
+def architectures_markdown(book) -> str:
+    "Families of models, as the latest run of their tests found them."
+    rows = latest(book, 'architectures')
+    lines = ['| family | class | layers quantized | bits of keys, values | same tokens | |', '|---|---|---|---|---|---|']
+    exact = lambda b: 'exact' if b is None else b
+    lines += [f"| {r['model']} | `{r['architecture']}` | {r.get('quantized', '–')} of {r.get('layers', '–')} | {exact(r.get('k_bits'))}, {exact(r.get('v_bits'))} | {'yes' if r['value'] else '**no**'} | {r.get('note', '')} |" for r in rows]
+    return '\n'.join(lines) if rows else 'not run'
+
+def modes_markdown(book) -> str:
+    "Ways to generate, and the models on which the latest run of their tests tried them."
+    rows = latest(book, 'modes')
+    lines = ['| way to generate | models | same tokens |', '|---|---|---|']
+    for mode in dict.fromkeys(r['mode'] for r in rows):
+        mine = [r for r in rows if r['mode'] == mode]
+        lines.append(f"| {mode} | {', '.join(dict.fromkeys(r['model'] for r in mine))} | {'yes' if all(r['value'] for r in mine) else '**no**'} |")
+    return '\n'.join(lines) if rows else 'not run'
+
+MARKED = {'claims': claims_markdown, 'architectures': architectures_markdown, 'modes': modes_markdown} # name in the markers -> table
+
+def marked(
+    text:str, # Markdown
+    name:str, # Of a table in `MARKED`
+    book:Book, # Rows
+) -> str:
+    "`text` with a fresh table between the markers of one name, where it has them."
+    begin,end = (m.replace('claims', name, 1) for m in (BEGIN, END))
+    if text.count(begin) + text.count(end) == 0 and name != 'claims': return text
+    if text.count(begin) != 1 or text.count(end) != 1: raise ValueError(f'README.md needs the markers {begin!r} and {end!r} once each; add them to nbs/index.ipynb')
+    head,tail = text.split(begin)[0],text.split(end)[1]
+    return f'{head}{begin}\n\n{MARKED[name](book)}\n\n{end}{tail}'
+
+# %% ../nbs/90_report.ipynb #7afc12c5
 def readme_with_claims(
-    text:str, # README with the two markers
+    text:str, # README with the markers of the claims and perhaps of other tables
     source, # Book or results folder
 ) -> str:
-    "`text` with a fresh table between the markers."
-    if text.count(BEGIN) != 1 or text.count(END) != 1: raise ValueError(f'README.md needs the markers {BEGIN!r} and {END!r} once each; add them to nbs/index.ipynb')
+    "`text` with fresh tables between the markers."
     book = source if isinstance(source, Book) else Book(source)
-    head,tail = text.split(BEGIN)[0],text.split(END)[1]
-    return f'{head}{BEGIN}\n\n{claims_markdown(book)}\n\n{END}{tail}'
+    for name in MARKED: text = marked(text, name, book)
+    return text
 
 # %% ../nbs/90_report.ipynb #ffcc2a47
 DIGITS = 'Zero One Two Three Four Five Six Seven Eight Nine'.split()
@@ -590,14 +1329,108 @@ def _bits_number(bits):
 
 for _bits in BITS: _bits_number(_bits)
 
+# %% ../nbs/90_report.ipynb #a7431ab2
+def among(
+    rows:list, # Rows, possibly none
+    pick:Callable=max, # `max` or `min`
+    digits:int=3,
+    scale:float=1,
+) -> str: # LaTeX
+    "The largest or smallest value of some rows."
+    return res(pick(rows, key=lambda r: r['value'], default=None), digits, scale)
+
+def _rows(book, **where):
+    "All rows of `where`, noted as used."
+    found = [r for r in book.rows if all(r.get(k) == v for k, v in where.items())]
+    book.used.update({r['at']: r for r in found})
+    return found
+
+def _row_number(id, digits=3, scale=1, **where): number(id)(lambda book: res(book.cell(**where), digits, scale))
+
+for _bits in BITS:
+    for _id, _metric, _scale in (('tail', 'kl_p999', 1), ('max', 'kl_max', 1), ('flips', 'flips', 100)):
+        _row_number(f'{_id}_rotation_{_bits}bit', scale=_scale, metric=_metric, **rotation_at(_bits, WINDOWED))
+    _row_number(f'bare_rotation_{_bits}bit', metric='kl_mean', **rotation_at(_bits, BARE))
+
+for _id, _metric in (('time_4bit_us', 'time_us'), ('time_bf16_us', 'time_bf16_us'), ('error_4bit', 'error'), ('error_bf16', 'error_bf16')):
+    _row_number(_id, file='kernels', method='4bit_uniform', batch=8, length=32768, window=132, metric=_metric)
+
+def _rate_number(id, metric, bits=None):
+    @number(id)
+    def rate(book):
+        row = book.cell(file='kernels', method='4bit_uniform', batch=8, length=32768, window=132, metric=metric)
+        return res(row and dict(row, value=cache_bytes(row, bits)/row['value']/1e6), 2)
+
+_rate_number('read_rate_4bit', 'time_us')
+_rate_number('read_rate_bf16', 'time_bf16_us', 16)
+
+@number('speedup_least')
+def speedup_least(book): return among(_rows(book, file='kernels', metric='speedup'), min)
+
+@number('speedup_most')
+def speedup_most(book): return among(_rows(book, file='kernels', metric='speedup'), max)
+
+# %% ../nbs/90_report.ipynb #7dae9dfb
+WORDS = 'no one two three four five six seven eight nine ten eleven twelve'.split()
+
+def in_words(n:int) -> str:
+    "Small numbers as words."
+    return WORDS[n] if n < len(WORDS) else str(n)
+
+@number('bits_models')
+def bits_models(book): return in_words(len(models_of(book, **dict(DEFAULTS, method='spectral'))))
+
+@number('bits_tokens')
+def bits_tokens(book):
+    "The least number of tokens behind a mean of the comparison of bits."
+    rows = _rows(book, metric='kl_mean', method='spectral', **DEFAULTS)
+    return res(min(rows, key=lambda r: r['n'], default=None), key='n')
+
+def _spectral_number(id, metric, budget, scale=1):
+    @number(id)
+    def spectral_number(book):
+        rows = [r for m in models_of(book, **dict(DEFAULTS, method='spectral')) for r in spectral_line(book, metric, m) if r['k_bits'] == budget]
+        return among(rows, max, scale=scale)
+
+for _name, _budget in (('one', 1), ('one_and_half', 1.5)):
+    for _id, _metric, _scale in (('kl', 'kl_mean', 1), ('tail', 'kl_p999', 1), ('flips', 'flips', 100)): _spectral_number(f'{_id}_spectral_{_name}', _metric, _budget, _scale)
+
+# %% ../nbs/90_report.ipynb #2173b87b
+def derived(value:float, notebook:str, digits:int=2) -> str:
+    "A number that a notebook derives, with its address."
+    return rf'\res{{{tex_number(significant(value, digits))}}}{{nbs/{tex_escape(notebook)}.ipynb}}'
+
+def _gap_numbers(bits):
+    "Bits above Shannon's bound at `bits`: Lloyd–Max, trellis of 256 states."
+    from ndkv.codebooks import distortion, gap_bits, lloyd_max, uniform
+    from ndkv.trellis import trellis_distortion
+    number(f'uniform_excess_{bits}')(lambda book: derived(100*distortion(uniform(bits))/distortion(lloyd_max(bits)) - 100, '10_codebooks'))
+    number(f'gap_lm_{bits}')(lambda book: derived(gap_bits(distortion(lloyd_max(bits)), bits), '10_codebooks'))
+    number(f'gap_trellis_{bits}')(lambda book: derived(gap_bits(trellis_distortion(bits, 256), bits), '12_trellis'))
+
+for _bits in (1, 2, 3, 4): _gap_numbers(_bits)
+
+def _model_number(id, key, digits=3, scale=1):
+    @number(id)
+    def model_number(book):
+        card = book.folder/'zoo'/'llama'/'training.json'
+        if not card.exists(): return NOT_RUN
+        return rf'\res{{{tex_number(significant(json.loads(card.read_text())[key]*scale, digits))}}}{{results/zoo/llama/training.json}}'
+
+_model_number('model_millions', 'parameters', 2, 1e-6)
+_model_number('training_millions', 'tokens', 3, 1e-6)
+_model_number('training_minutes', 'minutes', 2)
+
 # %% ../nbs/90_report.ipynb #cda6698e
 def numbers_tex(book) -> str:
     "All macros, one a line."
-    macros = {}
-    for c in claims(book):
+    macros,found = {},claims(book)
+    for c in found:
         at = tex_escape(c['rows'][0]) if c['rows'] else ''
-        macros[c['id']] = rf"\res{{{tex_number(significant(c['value']))}}}{{{at}}}" if at else NOT_RUN
+        macros[c['id']] = rf"\res{{{tex_number(shown(c['value']))}}}{{{at}}}" if at else NOT_RUN
     macros |= {id: f(book) for id, f in NUMBERS.items()}
+    run = [c['met'] for c in found if c['value'] is not None]
+    macros |= dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
     return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in sorted(macros.items()))
 
 # %% ../nbs/90_report.ipynb #a9005552
@@ -608,6 +1441,67 @@ def claims_table(book):
     for c in claims(book):
         target = re.sub('[<>]=?', lambda m: {'<=': r'$\le$', '>=': r'$\ge$'}.get(m[0], f'${m[0]}$'), tex_escape(c['target']))
         lines.append(rf"\texttt{{{tex_escape(c['id'])}}} & \{macro_name(c['id'])} & {tex_escape(c['unit'])} & {target} & {'yes' if c['met'] else 'no'} \\")
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #ca9330b7
+def drawn_from(
+    book:Book, # Rows
+) -> dict: # `fig:bits` or `tab:bits` -> places of the rows
+    "The rows behind every figure and table, found by drawing them."
+    found = {}
+    for name, draw in FIGURES.items():
+        with theme() as plt, book.watch() as used: plt.close(draw(book, plt))
+        found[f'fig:{name}'] = set(used)
+    for name, make in TABLES.items():
+        if name in WAYS: continue
+        with book.watch() as used: make(book)
+        found[f'tab:{name}'] = set(used)
+    return found
+
+WAYS = ('claims', 'ways', 'runs') # Tables about claims and runs, which show no rows of their own
+
+def letters(book) -> dict:
+    "Run id -> A, B, ..., Z, AA, ... in order of their start."
+    order = sorted(book.runs, key=lambda id: (book.runs[id].get('start', ''), id))
+    return {id: ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26) for i, id in enumerate(order)}
+
+NOTEBOOKS = dict(evaluate='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
+
+def measured_in(command:str) -> str:
+    "The notebook, or the tests, that explain what a run's command measures."
+    words = command.split()
+    if words[:1] == ['pytest']: return ', '.join(Path(w).stem for w in words if w.endswith('.py'))
+    return next((n for w in words for n in [NOTEBOOKS.get(w), Path(w).stem if w.endswith('.ipynb') else None] if n), '–')
+
+# %% ../nbs/90_report.ipynb #48a5ad79
+@table('ways')
+def ways_table(book):
+    "Claim, where it is shown, the notebook, its rows, its runs."
+    rows_of,names = drawn_from(book),letters(book)
+    at_run = {r['at']: r['run'] for r in book.rows}
+    lines = [r'\begin{tabular}{@{}p{.3\linewidth}p{.2\linewidth}p{.19\linewidth}p{.15\linewidth}p{.09\linewidth}@{}}', r'\toprule', r'claim & shown in & notebook or test & rows & runs \\', r'\midrule']
+    for c in claims(book):
+        places = [r.removeprefix('results/') for r in c['rows']]
+        runs = sorted({at_run[p] for p in places}, key=lambda id: (len(names[id]), names[id]))
+        notebooks = ', '.join(dict.fromkeys(tex_escape(measured_in(book.runs[id]['command'])) for id in runs)) or '–'
+        where = ', '.join(rf'\shown{{{n}}}' for n, rows in rows_of.items() if rows & set(places)) or '–'
+        rows = f"{len(places)} of {places[0].split('#')[0].removesuffix('.jsonl')}" if places else ''
+        lines.append(' & '.join([rf"\texttt{{{tex_breakable(c['id'])}}}", where, notebooks, rf"\res{{{tex_escape(rows)}}}{{results/{tex_escape(places[0])}}}" if places else NOT_RUN, ', '.join(names[id] for id in runs) or '–']) + r' \\')
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+def tex_breakable(text:str) -> str:
+    "Plain text for LaTeX that may break after an underscore, a comma or a slash."
+    return re.sub(r'(\\_|,|/)', r'\1\\allowbreak{}', tex_escape(text)).replace('--', '-{}-')
+
+@table('runs')
+def runs_table(book):
+    "Letter, command, commit, device and minutes of every run."
+    names = letters(book)
+    lines = [r'\begin{tabular}{@{}lp{.58\linewidth}lp{.14\linewidth}r@{}}', r'\toprule', r'run & command & commit & device & minutes \\', r'\midrule']
+    for id, name in names.items():
+        run = book.runs[id]
+        minutes = run.get('wall_seconds', 0)/60
+        lines.append(' & '.join([name, rf"\texttt{{{tex_breakable(run['command'])}}}", rf"\texttt{{{run['commit'][:7]}}}", tex_escape(run['device']), '$<1$' if minutes < 1 else significant(minutes, 2)]) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #306b1c0b
@@ -717,12 +1611,13 @@ def verify(
 # %% ../nbs/90_report.ipynb #2f8724e9
 ALLOWED = ('Apache-2.0',)
 LAYOUT = re.compile(r'-?\d*\.\d+\s*(\\(line|text|column)width|\\textheight|pt|em|ex|cm|mm|in|\\baselineskip)\b|\{[^{}]*\.(tex|pdf|sty|bib|svg)\}')
-TYPED = re.compile(r'(?<![\w.])\d+\.\d+|\d+\s*(?:\\,|~)?\s*\\%')
+UNITS = r'\\%|(?:times (?:as|faster|slower)|nats|\\textmu s|ms|[kMGT]B|[GT]B/s|seconds|minutes|hours)\b'
+TYPED = re.compile(rf'(?<![\w.])\d+\.\d+|(?<![\w.\\])\d+(?:\\,|~|\s)*(?:{UNITS})')
 
 def lint_text(
     text:str, # LaTeX
 ) -> list: # (line number, number)
-    "Decimal numbers and percentages typed into prose."
+    "Decimal numbers, percentages, and numbers with a unit of measurement, typed into prose."
     found = []
     for i, line in enumerate(text.splitlines(), 1):
         line = LAYOUT.sub('', re.sub(r'(?<!\\)%.*', '', line))

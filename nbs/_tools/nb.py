@@ -4,7 +4,7 @@
     python nbs/_tools/nb.py check                 notebooks clean, package and README in sync; nothing is written
     python nbs/_tools/nb.py lint                  numbers that were typed into the paper's prose
     python nbs/_tools/nb.py readme                write README.md from nbs/index.ipynb
-    python nbs/_tools/nb.py docs                  readable HTML pages in _docs/
+    python nbs/_tools/nb.py docs                  notebooks, modules, rows and figures as linked pages in _docs/
 """
 import os
 import shutil
@@ -121,17 +121,13 @@ def check():
 
 
 def docs():
-    "HTML pages without Quarto: hidden cells and directives are left out, nothing is executed."
-    from execnb.nbio import read_nb, write_nb
-    with tempfile.TemporaryDirectory() as tmp:
-        for path in notebooks():
-            nb = read_nb(path)
-            nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
-            for c in nb.cells: c.source = '\n'.join(line for line in c.source.splitlines() if not line.startswith('#| '))
-            write_nb(nb, Path(tmp) / path.name)
-        pages = sorted(str(p) for p in Path(tmp).glob('*.ipynb'))
-        subprocess.run([sys.executable, '-m', 'nbconvert', '--log-level=WARN', '--to', 'html', '--output-dir', ROOT / '_docs', *pages], cwd=ROOT, check=True)
-    print(f'{len(pages)} pages in _docs/')
+    "The site in `_docs/`; fails on a link that leads nowhere."
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    import site_pages
+    pages = site_pages.build(ROOT / '_docs')
+    faults, n = site_pages.broken(ROOT / '_docs')
+    print('\n'.join(faults) or f'{pages} pages in _docs/, {n} links lead somewhere; open _docs/index.html')
+    return bool(faults)
 
 
 def lint():
