@@ -193,7 +193,7 @@ class _Forecasts:
         self.found = {i: (_Forecast(), _Forecast()) for i in layers}
 
     def __call__(self, layer, vectors, grads):
-        s, half = self.layers[layer], self.calls[layer] >= self.batches // 2
+        s, half = self.layers[layer], self.calls[layer] >= max(self.batches // 2, 1)
         for f, x, g, cov in zip(self.found[layer], vectors, grads, (s.k_cov, s.v_cov)):
             price = torch.einsum("bhnd,hde,bhne->bhn", g.float(), cov.to(g.device).float(), g.float())
             (f.rank if half else f.fit)(x, price)

@@ -249,6 +249,23 @@ def test_too_little_text(model):
     with pytest.raises(ValueError, match='never read packed'): calibrate(model, torch.randint(1, 61, (8, 40)), window=128, bar=False)
 
 
+def test_one_batch_alone_has_no_forecasts(model, text):
+    assert calibrate(model, text, window=16, batch=8, bar=False).forecasts == {}
+
+
+def test_interrupted_calibrations_go_on(model, text, tmp_path):
+    "Forecasts too: half of them fitted before, half ranked after."
+    whole, calls = calibrate(model, text, window=16, batch=2, bar=False), []
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt # in the third batch of the backward pass
+    hook = model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt): calibrate(model, text, window=16, batch=2, bar=False, checkpoint=tmp_path / 'part', every=1)
+    hook.remove()
+    again = calibrate(model, text, window=16, batch=2, bar=False, checkpoint=tmp_path / 'part', every=1)
+    for i in whole.forecasts: assert all(torch.equal(a, b) for a, b in zip(whole.forecasts[i] + whole.prices[i], again.forecasts[i] + again.prices[i]))
+
+
 def test_no_prices(model, text):
     with pytest.raises(ValueError, match='no prices'): plan(collect(model, text, bar=False), 2)
 
