@@ -25,6 +25,7 @@ import filecmp, hashlib, json, logging, operator, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Callable
@@ -444,17 +445,22 @@ def _theory(ax):
     ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound', xticks=(1, 2, 3, 4), ylim=(-.18, 1.3))
     ax.legend(frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03), handlelength=2, labelspacing=.25)
 
-CODES = {'bound': ('Gaussian bound', 'black', '', '-'), 'rotation': ('rotation, Lloyd–Max', STYLES['rotation'].color, 'o', '-'),
-         'lloyd_max': ('frame, Lloyd–Max', '#009E73', 'v', '-'), 'trellis': ('frame, trellis', STYLES['spectral'].color, 's', '-')}
+CODES = ((0, 'frame, Lloyd–Max', '#009E73', 'v'), (256, 'frame, trellis', STYLES['spectral'].color, 's'))
 
 def _reached(ax, book, kind, title):
-    "Distortion over bits on the keys or values of the reference model, mean over layers and heads."
-    lines = series(book, 'bits', ('method',), file='ratedistortion', metric='distortion', model='llama', kind=kind, layer=None)
-    if not lines: not_run(ax)
-    for (method,), rows in lines.items():
-        label,color,marker,ls = CODES.get(method, (method, GREY, 'x', '-'))
-        ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color=color, marker=marker, ls=ls, label=label)
-    if lines: ax.set(yscale='log', xlabel='bits per element')
+    "Weighed distortion over bits of the reference model's keys or values: every layer, geometric means, and the bound."
+    mean = lambda values: exp(sum(map(log, values))/len(values))
+    where = dict(file='ratedistortion', metric='distortion', model='llama', kind=kind)
+    for states, label, color, marker in CODES:
+        layers = list(series(book, 'bits', ('layer',), trellis=states, **where).values())
+        if not layers: continue
+        budgets = list(zip(*layers))
+        bits = [sum(r['bits'] for r in b)/len(b) for b in budgets]
+        if states: ax.plot(bits, [mean([r['bound'] for r in b]) for b in budgets], color='black', label='Gaussian bound')
+        for rows in layers if states else (): ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color='#F0C9AE', lw=.6, zorder=1)
+        ax.plot(bits, [mean([r['value'] for r in b]) for b in budgets], color=color, marker=marker, label=label)
+    if not ax.lines: not_run(ax)
+    else: ax.set(yscale='log', xlabel='bits per element')
     ax.set_title(title)
 
 @figure('ratedistortion')
@@ -464,21 +470,22 @@ def ratedistortion_figure(book, plt):
     _theory(axes[0])
     axes[2].sharey(axes[1])
     for ax, kind, title in zip(axes[1:], 'kv', ('keys', 'values')): _reached(ax, book, kind, title)
-    if axes[1].lines: axes[1].set_ylabel('price left, as a share')
+    if axes[1].lines: axes[1].set_ylabel('weighed error / energy')
     legend_above(fig, axes[1:2], ncols=4)
     open_axes(axes)
     return fig
 
 # %% ../nbs/90_report.ipynb #d0185b6e
-HOMES = dict(pre='keys, before RoPE', block='keys, block of 64', post='keys, after RoPE', v='values')
+HOMES = (('k', 'pre', 'keys, before RoPE'), ('k', '64', 'keys, block of 64'), ('k', 'post', 'keys, after RoPE'), ('v', '', 'values'))
 
-def _spectra(ax, book, home):
-    "All heads of the reference model in one home, and their median."
-    heads = list(series(book, 'rank', ('layer', 'head'), file='spectra', metric='eigenvalue', model='llama', home=home).values())
-    if not heads: return not_run(ax)
-    for rows in heads: ax.plot([r['rank'] for r in rows], [r['value'] for r in rows], color='#AFC4D6', lw=.6)
-    ranks = [r['rank'] for r in heads[0]]
-    ax.plot(ranks, [median(rows[i]['value'] for rows in heads) for i in range(len(ranks))], color=STYLES['rotation'].color, lw=1.6)
+def _spectra(ax, book, kind, home):
+    "All heads of the reference model in one home, their median, and the median of spectra weighed by prices."
+    for prices, label, color, ls in (('none', 'variances', STYLES['rotation'].color, '-'), ('fisher', 'weighed by price', STYLES['spectral'].color, (0, (4, 2)))):
+        heads = [rows[0]['spectrum'] for rows in series(book, lambda r: 0, ('layer', 'head'), file='spectra', metric='effective_rank', model='llama', kind=kind, home=home, prices=prices).values()]
+        if not heads: return not_run(ax)
+        channels = range(1, len(heads[0]) + 1)
+        for h in heads if prices == 'none' else (): ax.plot(channels, [len(h)*x for x in h], color='#AFC4D6', lw=.5, zorder=1)
+        ax.plot(channels, [len(heads[0])*median(column) for column in zip(*heads)], color=color, ls=ls, lw=1.5, label=label)
     ax.axhline(1, color='black', lw=.6, ls=':')
     ax.set(yscale='log', xlabel='channel')
 
@@ -487,10 +494,11 @@ def spectra_figure(book, plt):
     "Spectra of keys before, within and after RoPE, and of values."
     if not any(r['file'] == 'spectra' for r in book.rows): return blank(plt)
     fig,axes = plt.subplots(1, 4, figsize=(5.5, 1.7), sharey=True, layout='constrained')
-    for ax, (home, title) in zip(axes, HOMES.items()):
-        _spectra(ax, book, home)
+    for ax, (kind, home, title) in zip(axes, HOMES):
+        _spectra(ax, book, kind, home)
         ax.set_title(title)
-    axes[0].set_ylabel('eigenvalue / mean' if axes[0].lines else '')
+    axes[0].set_ylabel('eigenvalue / mean')
+    legend_above(fig, axes[:1])
     open_axes(axes)
     return fig
 
