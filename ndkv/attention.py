@@ -7,7 +7,6 @@ __all__ = ['PagedPast', 'PagedLayer', 'PagedCache', 'ndkv_packed']
 
 # %% ../nbs/58_attention.ipynb #d380eed6
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -15,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .frames import rotation
 from .kernels_decode import Layout, PackedAttention
-from .kernels_encode import encode_pages
+from .tiles import attend_tiles, write_pages
 
 # %% ../nbs/58_attention.ipynb #aece1019
 class PagedPast:
@@ -47,7 +46,7 @@ class PagedPast:
     def _flush(self):
         first, p = self.sinks, self.page
         self._make_room()
-        encode_pages(self.pa, *self.exact, self.store, self.table[:, self.pages:self.pages+1], first)
+        write_pages(self.pa, *self.exact, self.store, self.table[:, self.pages:self.pages+1], first, first + self.pages*p)
         for buffer in self.exact: buffer[:, :, first:self.n-p] = buffer[:, :, first+p:self.n].clone()
         self.pages, self.n = self.pages + 1, self.n - p
 
@@ -67,14 +66,15 @@ class PagedPast:
         scale=None,  # On the scores; None = 1/√D
     ) -> Tensor: # `[B, Hq, D]`
         "Attention of one token over everything held."
-        if not self.pages or not q.is_cuda: return self._by_hand(q, scale)
-        return self.kernel(q, scale)
+        return (self.kernel if self.pages and q.is_cuda else self.tiles)(q, scale)
 
-    def kernel(self, q, scale=None):
-        B = len(q)
-        lens = torch.full((2, B), self.pages * self.page, dtype=torch.int32, device=q.device)
+    def _arguments(self, q):
+        lens = torch.full((2, len(q)), self.pages * self.page, dtype=torch.int32, device=q.device)
         lens[1] = self.n
-        return self.pa(q, self.store, self.table[:, :self.pages], lens[0], exact=(*self.exact, lens[1]), scale=scale)
+        return q, self.store, self.table[:, :self.pages], lens[0], (*self.exact, lens[1])
+
+    def kernel(self, q, scale=None): return self.pa(*self._arguments(q), scale=scale)
+    def tiles(self, q, scale=None): return attend_tiles(self.pa, *self._arguments(q), scale=scale) # where no kernel runs
 
     def decoded(self):
         "Keys and values `[B, H, length, D]` in the model's dtype: sinks, pages, window."
@@ -82,11 +82,6 @@ class PagedPast:
         if not self.pages: return exact
         past = self.pa.decode(self.store[self.table[:, :self.pages].long()].transpose(1, 2))
         return [torch.cat([e[:, :, :self.sinks], p.to(e.dtype), e[:, :, self.sinks:]], 2) for e, p in zip(exact, past)]
-
-    def _by_hand(self, q, scale):
-        "Where no kernel runs: decode, then ordinary attention."
-        k, v = self.decoded()
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=scale, enable_gqa=True)[:, :, 0]
 
 # %% ../nbs/58_attention.ipynb #9989d4b2
 class PagedLayer(DynamicLayer):

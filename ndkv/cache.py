@@ -16,6 +16,7 @@ from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSliding
                                       LinearAttentionAndFullAttentionLayer, LinearAttentionLayer)
 from .codec import NormDirectionCodec
 from .frames import rotation
+from .hub import load_profile
 from .profile import Profile
 from .spectral import SpectralCodec, plan
 
@@ -77,7 +78,7 @@ def spectral_method(
     "Measured frames and widths (`34_spectral`), one codec for each (layer, kind)."
     codec = codecs.get((layer, kind))
     if codec is None: raise ValueError(f"the plan has no codec for {'keys' if kind == 'k' else 'values'} of layer {layer}; make it from a profile of this model")
-    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model has {[heads, d]}; make it from a profile of this model")
+    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model has {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache")
     return codec
 
 # %% ../nbs/40_cache.ipynb #67b0bdda
@@ -104,6 +105,22 @@ class Packed:
     def decode(self, a, b, pos, dtype): return self.codec.decode(self.slice(a, b), pos + a, dtype)
 
     def read(self, pos, dtype): return self.decode(0, self.n, pos, dtype)
+
+    def last(self, pos): return self.decode(self.n - self.group, self.n, pos, torch.float32) # entry, to compare
+
+    def restore(self, entries, n): self.append(entries) # of `n` tokens, from a file
+
+    def covers(self, entries, x, n):
+        "Tokens of entries from a file, of vectors like `x` `[B, H, any, D]`; negative if this codec does not write such. (`n`: tokens there should be.)"
+        like = self.codec.encode(x.new_ones(*x.shape[:2], self.group, x.shape[3]), 0) if entries and self.codec is not None else {}
+        return self._count(entries, like) * self.group
+
+    @staticmethod
+    def _count(entries, like):
+        "Entries along axis 2, -1 if they are not of the kinds of `like`."
+        kind, counts = lambda t: (t.dtype, t.dim(), t.shape[:2], t.shape[3:]), {t.shape[2] for t in entries.values() if t.dim() > 2}
+        alike = entries.keys() == like.keys() and all(kind(entries[k]) == kind(like[k]) for k in like) and len(counts) <= 1
+        return next(iter(counts), 0) if alike else -1
 
     def apply(self, f): self.entries = {name: f(t) for name, t in self.entries.items()}
 
@@ -160,7 +177,7 @@ class Pieces:
         offload:bool=False, # Keep packed bytes in the CPU's memory?
     ):
         self.sink = self.window = like[:, :, :0].clone()
-        self.packed, self.sinks, self.end = (MemoPacked if memo else HostPacked if offload else Packed)(codec), sinks, 0
+        self.packed, self.sinks, self.end = (getattr(codec, "memo", MemoPacked) if memo else HostPacked if offload else Packed)(codec), sinks, 0
 
     @property
     def starts(self):
@@ -493,7 +510,7 @@ def _calibrated(config, profile, bits, method, block, sinks, kw):
     asks = method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters
     if not asks and method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
     if not asks and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8): raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
-    profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
+    profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else load_profile(profile, config, ("dtype",))
     return dict(profile=profile) if asks else dict(codecs=plan(profile, bits, block, sinks, kw.pop("trellis", 256)))
 
 # %% ../nbs/40_cache.ipynb #7da2e9d4
@@ -518,7 +535,7 @@ class NDCache(_Accounts, DynamicCache):
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
         method:str|None=None,     # One of `METHODS`; None = "spectral" with a profile, else "rotation"
-        profile=None,             # From `calibrate`, or the path of its file: measured frames, and `bits` is a budget over all layers
+        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all layers
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
         block:int=64,             # Tokens encoded together as they leave the window

@@ -85,6 +85,7 @@ def compare(
     cells: list[Cell],  # Caches to measure, all with the same window, sinks and block (`NOISE` apart)
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
+    known: dict | None = None,  # Keeps the exact cache's predictions of these tokens from one call to the next
 ) -> tuple[dict[Cell, dict[str, Tensor]], dict[Cell, dict]]:  # Per-token tensors [N, T-1] on the CPU; the caches' reports
     "Per-token metrics of several caches against the exact one, in decode mode."
     shapes = {(c.window, c.sinks, c.block) for c in cells if not c.exact}
@@ -93,14 +94,17 @@ def compare(
     if tokens.shape[1] <= window + sinks + block:
         raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
     edges, device = chunk_edges(tokens.shape[1], sinks + window + block, block), next(model.parameters()).device
-    found, reports = {c: [] for c in cells}, {}
+    found, reports, shape = {c: [] for c in cells}, {}, (window, sinks, block, batch)
+    given, seen = iter((known or {}).get(shape, ())), []
     progress = tqdm(total=len(tokens) * len(edges), desc="compare", disable=not bar, mininterval=2)
     for ids in tokens.split(batch):
         ids = ids.to(device)
         exact, caches = DynamicCache(config=model.config), {c: c.cache(model.config) for c in cells}
         rows = {c: [] for c in cells}
         for a, b in edges:
-            reference, target = step(model, ids[:, a:b], exact), ids[:, a + 1 : b + 1]
+            reference, target = next(given, None), ids[:, a + 1 : b + 1]
+            if reference is None: reference = step(model, ids[:, a:b], exact)
+            if known is not None: seen.append(reference)
             for c in cells:
                 rows[c].append(_judge(reference, step(model, ids[:, a:b], caches[c], halves=c.exact), target))
             progress.update(len(ids))
@@ -108,6 +112,7 @@ def compare(
             found[c].append({k: torch.cat([r[k] for r in rows[c]], 1).cpu() for k in rows[c][0]})
             if not c.exact: reports[c] = caches[c].report()
     progress.close()
+    if known is not None: known[shape] = seen  # all of them, or none
     return {c: {k: torch.cat([f[k] for f in found[c]]) for k in found[c][0]} for c in cells}, reports
 
 
@@ -218,6 +223,7 @@ def evaluate(
     heads: int = 2,  # Windows used for the errors of heads and the times of codecs (0 = none)
     bar: bool = True,  # Show progress
     generations: int = 0,  # Windows whose first half is continued greedily, 128 tokens, to see where the texts part
+    known: dict | None = None,  # As in `compare`
     **fields,  # More for the rows
 ) -> None:
     "Measure cells on one model and one text, and note a row for every number."
@@ -226,7 +232,7 @@ def evaluate(
     for c in cells: groups.setdefault((c.window, c.sinks, c.block), []).append(c)
     for (window, sinks, block), group in groups.items():
         first = sinks + window + block if window + sinks else 0
-        found, reports = compare(model, tokens, group, batch, bar)
+        found, reports = compare(model, tokens, group, batch, bar, known)
         for c in group:
             numbers = _rows(c, found[c], reports.get(c), first)
             if "codecs" in c.options: numbers["bits_with_frames"] = (numbers["bits"][0] + frame_bits(c.options["codecs"]) / tokens.shape[1], None, tokens.shape[1])

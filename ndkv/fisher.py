@@ -6,16 +6,20 @@
 __all__ = ['packed_mask', 'reading_gradients', 'fisher', 'calibrate', 'own_text']
 
 # %% ../nbs/32_fisher.ipynb #523e9520
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .profile import Profile, Rope, _inner, _module_eager, collect, find_rope
+from .profile import Profile, Rope, _digest, _inner, _module_eager, _write_atomic, collect, describe, find_rope, tokens_hash
 
 # %% ../nbs/32_fisher.ipynb #5340c770
 def packed_mask(
@@ -79,6 +83,25 @@ def reading_gradients(
         _state.clear()
 
 # %% ../nbs/32_fisher.ipynb #6b66f941
+def _save_sums(path, head, sums, generator):
+    "A checkpoint of `fisher`."
+    tensors = {f"{i}.{kind}": t.cpu() for i, pair in sums.items() for kind, t in zip("kv", pair)} | {"generator": generator.get_state()}
+    _write_atomic(path, to_safetensors(tensors, {"ndkv_fisher": json.dumps(head | dict(sha256=_digest(head, tensors)))}))
+
+
+def _load_sums(path, head):
+    "Windows done, sums and state of the generator from a checkpoint that belongs to `head`."
+    try:
+        with safe_open(path, "pt") as f: found, tensors = json.loads((f.metadata() or {})["ndkv_fisher"]), {name: f.get_tensor(name) for name in f.keys()}
+        good = isinstance(found, dict) and found.pop("sha256") == _digest(found, tensors)
+    except (SafetensorError, KeyError, ValueError, RecursionError): good = False
+    if not good: raise ValueError(f"{path}: damaged checkpoint; remove it, and the pass begins anew")
+    if found | dict(done=0) != head | dict(done=0): raise ValueError(f"{path}: checkpoint of another model, text or setting; remove it or name another file")
+    state = tensors.pop("generator")
+    layers = sorted({int(name.split(".")[0]) for name in tensors})
+    return found["done"], {i: [tensors[f"{i}.{kind}"] for kind in "kv"] for i in layers}, state
+
+# %% ../nbs/32_fisher.ipynb #daad9675
 def fisher(
     model,  # A causal language model
     tokens: Tensor,  # Windows of text [N, T]
@@ -89,21 +112,30 @@ def fisher(
     seed: int = 0,  # Of the drawn tokens
     ropes: dict[int, Rope] | None = None,  # From `find_rope`, which is asked if None
     bar: bool = True,  # Show progress
+    checkpoint: str | Path | None = None,  # File to resume from and to write on the way
+    every: int = 8,  # Batches between two checkpoints
 ) -> dict[int, tuple[Tensor, Tensor]]:  # layer -> Fisher matrices of keys before RoPE [H, D, D], of values [H, Dv, Dv]; float64, CPU
     "Fisher information of packed keys and values, per layer and head: an error e of one token costs about ½ eᵀFe nats in all."
     T = tokens.shape[1]
     last = packed_mask(T, window, sinks, block)[-1].sum().item() + sinks
     if last <= sinks: raise ValueError(f"fisher: windows of {T} tokens are never read packed with window {window}; give longer ones")
     ropes, sums, generator = ropes or find_rope(model, tokens), {}, torch.Generator().manual_seed(seed)
+    head = json.loads(json.dumps(dict(model=describe(model), text=tokens_hash(tokens), window=window, sinks=sinks, block=block, batch=batch, seed=seed, done=0)))
+    if checkpoint and Path(checkpoint).exists():
+        head["done"], sums, state = _load_sums(checkpoint, head)
+        generator.set_state(state)
     needed = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     try:
-        for ids in tqdm(tokens.split(batch), desc="fisher", disable=not bar, mininterval=2):
+        todo = tokens[head["done"]:].split(batch) if head["done"] < len(tokens) else ()
+        for step, ids in enumerate(tqdm(todo, desc="fisher", disable=not bar, mininterval=2), 1):
             grads, _ = reading_gradients(model, ids.to(model.device), window, sinks, block, generator)
             for layer, (gk, gv) in grads.items():
                 gk = ropes[layer].adjoint(gk, torch.arange(T, device=gk.device), gk.dtype)
                 new = [_outer(g[:, :, sinks:last]) for g in (gk, gv)]
-                sums[layer] = [a + b for a, b in zip(sums[layer], new)] if layer in sums else new
+                sums[layer] = [a.to(b.device) + b for a, b in zip(sums[layer], new)] if layer in sums else new
+            head["done"] += len(ids)
+            if checkpoint and (step % every == 0 or step == len(todo)): _save_sums(checkpoint, head, sums, generator)
     finally:
         for p, r in needed: p.requires_grad_(r)
     n = tokens.shape[0] * (last - sinks)
@@ -127,11 +159,13 @@ def calibrate(
     seed: int = 0,  # Of the drawn tokens
     enough: int = 4,  # Tokens wanted for each channel of a head
     bar: bool = True,  # Show progress
+    checkpoint: str | Path | None = None,  # File to resume from (another, with .prices at its end, lies beside it)
+    every: int = 8,  # Batches between two checkpoints
 ) -> Profile:  # With prices; `save` it
     "Statistics and prices of every attention layer."
-    profile = collect(model, tokens, batch, sinks, data, enough, bar=bar)
+    profile = collect(model, tokens, batch, sinks, data, enough, checkpoint, every, bar)
     ropes = {i: s.rope for i, s in profile.layers.items()}
-    return replace(profile, prices=fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar))
+    return replace(profile, prices=fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, checkpoint and f"{checkpoint}.prices", every))
 
 # %% ../nbs/32_fisher.ipynb #9e3334c6
 @torch.no_grad()
@@ -140,6 +174,7 @@ def own_text(
     count: int = 24,  # Windows
     length: int = 1024,  # Tokens a window
     seed: int = 0,  # Of the draws
+    bar: bool = False,  # Show progress
 ) -> Tensor:  # [count, length]
     "Text sampled from the model itself at temperature one."
     c = model.config.get_text_config(decoder=True)
@@ -148,4 +183,6 @@ def own_text(
     first = torch.full((count, 1), starts[0][0] if isinstance(starts[0], list) else starts[0], device=model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return model.generate(first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))
+        with tqdm(total=length - 1, desc="own text", disable=not bar, mininterval=2) as progress:
+            watch = lambda ids, scores, **kw: (progress.update(), torch.zeros(len(ids), dtype=torch.bool, device=ids.device))[1]  # stops nothing
+            return model.generate(first, stopping_criteria=[watch], attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))

@@ -403,6 +403,7 @@ class Tuning:
     rows: int = 32       # Splits that the combine kernel loads at once
     exact: int = 64      # Exact tokens at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
+    table: int = 1       # Tables of a trellis: 1 = in shared memory, 0 = read through the cache
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
 class PackedAttention:
@@ -443,13 +444,7 @@ class PackedAttention:
         "Pages of keys and values, in plain torch."
         out = []
         for x, frame, kind in ((k, self.k_frame, "k"), (v, self.v_frame, "v")):
-            mean = self._mean(frame, self.heads)
-            if kind == "k" and self.home is not None: x = self.home.enter(x, torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device))
-            else: x = x.float() - (0 if mean is None else mean[:, None].to(x.device))
-            sigma = torch.ones(self.d) if frame.scale is None else frame.scale
-            sigma = sigma.expand(self.heads, self.d)[:, None].to(x.device)
-            y = (x @ frame.A.mT.to(x.device))
-            u, rms = unit_rms(y / sigma)
+            u, rms, sigma = self._coordinates(x, frame, kind, pos)
             segments = getattr(self.layout, kind)
             parts = u[..., :sum(n for n, _ in segments)].split([n for n, _ in segments], -1)
             codes = [self.layout.book(b).to(x.device).encode(p) for p, (_, b) in zip(parts, segments)]
@@ -457,6 +452,15 @@ class PackedAttention:
             n = levels.shape[-1]
             out += [torch.cat(codes, -1), rms * ls_gain(u[..., :n], levels, sigma[..., :n])]
         return to_pages(self.layout, out[0], out[2], out[1], out[3])
+
+    def _coordinates(self, x, frame, kind, pos):
+        "Directions `[B, H, T, D]` in the frame, their RMS, and the standard deviations."
+        mean = self._mean(frame, self.heads)
+        if kind == "k" and self.home is not None: x = self.home.enter(x, torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device))
+        else: x = x.float() - (0 if mean is None else mean[:, None].to(x.device))
+        sigma = torch.ones(self.d) if frame.scale is None else frame.scale
+        sigma = sigma.expand(self.heads, self.d)[:, None].to(x.device)
+        return *unit_rms((x @ frame.A.mT.to(x.device)) / sigma), sigma
 
     def decode(self,
         pages:Tensor, # int16 `[B, H, pages, words]`
@@ -469,12 +473,15 @@ class PackedAttention:
             bits = self._levels(kind)[0].to(codes.device)
             u = (codes - 2.**(bits - 1) + .5).double()
             if self.layout.curve == "cubic": u = u * (u*u + torch.tensor([CUBIC[int(b)] for b in bits], device=u.device).double())
-            x = (u * norm[..., None].double()) @ self._read(frame, kind).mT.to(u.device)
-            mean = self._mean(frame, self.heads)
-            if kind == "k" and self.home is not None: x = self.home.leave(x.float(), torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device)).double()
-            elif mean is not None: x = x + mean[:, None].double().to(x.device)
-            out.append(x)
+            out.append(self._vectors(u, norm, frame, kind, pos))
         return tuple(out)
+
+    def _vectors(self, u, norm, frame, kind, pos):
+        "Units and norms back to vectors, float64."
+        x = (u * norm[..., None].double()) @ self._read(frame, kind).mT.to(u.device)
+        mean = self._mean(frame, self.heads)
+        if kind == "k" and self.home is not None: return self.home.leave(x.float(), torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device)).double()
+        return x if mean is None else x + mean[:, None].double().to(x.device)
 
 # %% ../nbs/52_kernels_decode.ipynb #b3aff20c
 @torch.no_grad()
@@ -520,7 +527,7 @@ def _attend(self,
     if G > 16 or Hq % H: raise ValueError(f"{Hq} query heads on {H} KV heads; the kernel takes whole groups of up to 16")
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     if splits is None: splits = _splits(BH, table.shape[1], t, dev)
-    DP, NH, QB = _pow2(D), max(8, _pow2(G)), 0 if self.home is None else self.home.block
+    DP, QB = _pow2(D), 0 if self.home is None else self.home.block
     f32 = lambda *s: torch.empty(s, dtype=torch.float32, device=dev)
     NB = 1 if QB == 0 else table.shape[1] * L.page // QB
     query, qscale, qconst = torch.empty(BH, NB, G, kd, dtype=torch.float16, device=dev), f32(BH), f32(BH, G)
@@ -538,23 +545,29 @@ def _attend(self,
         GP, ROWS, TURNS = _pow2(G), 64, 4
         _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
             D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, num_warps=4, num_stages=1)
-    (kt, ku), (vt, vu), fast = _plan(L, "k"), _plan(L, "v"), not _interpreted()
-    kw = dict(maxnreg=t.maxnreg) if t.maxnreg else {}
-    _split_kernel[(BH, splits)](store, store.view(torch.int32), table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits,
-        WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=G, NH=NH, KT=kt, KU=ku, KC=_curves(L, ku),
-        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=QB, RUN=_run(L, t), ASM=fast, STAGES=t.stages, num_warps=t.warps, **kw)
+    self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits)
     SP, zero = _pow2(splits), c["zero"]
     ROWS = G if BH*G >= 1024 else 1
     _combine_kernel[(BH*G // ROWS,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
         D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=8 if t.rows > 32 else 4)
     return out
 
+def _split(self, grid, t, group, store, *args):
+    "Launch the split kernel; other kinds of pages have their own."
+    L, (kt, ku), (vt, vu) = self.layout, _plan(self.layout, "k"), _plan(self.layout, "v")
+    kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
+    _split_kernel[grid](store, store.view(torch.int32), *args,
+        WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(L, ku),
+        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, num_warps=t.warps, **_registers(t))
+
+def _registers(t): return dict(maxnreg=t.maxnreg) if t.maxnreg else {}
+
 def _splits(BH, pages, t, device):
     "Enough programs to fill the GPU once, at least two pages each."
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(sms * t.per_sm // BH, -(-pages // 2)))
 
-PackedAttention._on, PackedAttention.__call__ = _on, _attend
+PackedAttention._on, PackedAttention._split, PackedAttention.__call__ = _on, _split, _attend
 
 # %% ../nbs/52_kernels_decode.ipynb #19ab4f5b
 def attend_ref(

@@ -261,7 +261,7 @@ def layer_stats(
     return LayerStats(k.shape[0] * k.shape[2], km, kc, pm, pc, vm, vc, weigh(rope.adjoint(q, pos, q.dtype)), weigh(q), gram.to(k.device), rope, weighted)
 
 # %% ../nbs/30_profile.ipynb #e6cf0b6c
-FORMAT = 1 # Of the file; other formats are refused
+FORMAT = 2 # Of the file; other formats are refused
 
 def _rope_fields(config):
     return {k: v for k, v in (getattr(config, "rope_parameters", None) or {}).items() if v is not None}
@@ -450,10 +450,10 @@ def _write_atomic(path, data):
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/30_profile.ipynb #0f9a50a1
-def _digest(tensors):
-    "Hash of names and contents."
-    h = hashlib.sha256()
-    for name, t in sorted(tensors.items()): h.update(name.encode() + t.contiguous().numpy().tobytes())
+def _digest(head, tensors):
+    "SHA-256 of the header without its hash, and of names, types, shapes and contents."
+    h = hashlib.sha256(json.dumps({k: v for k, v in head.items() if k != "sha256"}, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()): h.update(f"{name} {t.dtype} {list(t.shape)}".encode() + t.contiguous().numpy().tobytes())
     return h.hexdigest()
 
 def _save(self:Profile,
@@ -466,8 +466,9 @@ def _save(self:Profile,
     tensors |= {f"{i}.inv_freq": s.rope.inv_freq for i, s in self.layers.items()}
     tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, pair in self.prices.items() for name, t in zip(PRICES, pair)}
     rope = lambda r: dict(scaling=r.scaling, pairing=r.pairing, start=r.start, max_length=r.max_length)
-    layers = {i: dict(n=s.n, weighted=s.weighted, shape=[*s.k_mean.shape, s.v_mean.shape[-1]], rope=rope(s.rope), priced=i in self.prices) for i, s in self.layers.items()}
-    head = dict(format=FORMAT, model=self.model, data=self.data, skip=self.skip, layers=layers, sha256=_digest(tensors))
+    layers = {str(i): dict(n=s.n, weighted=s.weighted, shape=[*s.k_mean.shape, s.v_mean.shape[-1]], rope=rope(s.rope), priced=i in self.prices) for i, s in self.layers.items()}
+    head = dict(format=FORMAT, model=self.model, data=self.data, skip=self.skip, layers=layers)
+    head["sha256"] = _digest(head, tensors)
     _write_atomic(path, to_safetensors(tensors, {"ndkv_profile": json.dumps(head, sort_keys=True)}))
 
 Profile.save = _save
@@ -492,7 +493,7 @@ def _check_head(path, h):
     text = lambda d: isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"), str) and number(d.get("windows")) and number(d.get("length"))
     rope = lambda r: (isinstance(r, dict) and type(r.get("scaling")) is float and 0 < r["scaling"] < 1e6 and r.get("pairing") in ("half", "interleaved")
                       and number(r.get("start")) and "max_length" in r and (r["max_length"] is None or number(r["max_length"], 1)))
-    layer = lambda i, d: (i.isdecimal() and isinstance(d, dict) and number(d.get("n"), 1) and type(d.get("weighted")) is bool and type(d.get("priced", False)) is bool and isinstance(d.get("shape"), list) and len(d["shape"]) == 3
+    layer = lambda i, d: (len(i) < 6 and i.isdecimal() and str(int(i)) == i and isinstance(d, dict) and number(d.get("n"), 1) and type(d.get("weighted")) is bool and type(d.get("priced", False)) is bool and isinstance(d.get("shape"), list) and len(d["shape"]) == 3
                           and all(number(x, 1) for x in d["shape"]) and rope(d.get("rope")))
     good = (isinstance(h.get("model"), dict) and isinstance(h.get("sha256"), str) and isinstance(h.get("data"), list) and all(map(text, h["data"])) and number(h.get("skip"))
             and isinstance(h.get("layers"), dict) and h["layers"] and all(layer(*x) for x in h["layers"].items()))
@@ -537,7 +538,7 @@ def _load(
     h = _read_head(path)
     _check_head(path, h)
     with safe_open(path, "pt") as f: tensors = {i: _layer_tensors(path, f, i, d["shape"], d.get("priced", False)) for i, d in h["layers"].items()}
-    if _digest({f"{i}.{name}": x for i, t in tensors.items() for name, x in t.items()}) != h["sha256"]:
+    if _digest(h, {f"{i}.{name}": x for i, t in tensors.items() for name, x in t.items()}) != h["sha256"]:
         raise ValueError(f"{path}: contents do not match the checksum in the header; copy the file again or collect again")
     prices = {int(i): tuple(t.pop(name).double() for name in PRICES) for i, t in sorted(tensors.items(), key=lambda x: int(x[0])) if PRICES[0] in t}
     layers = {int(i): _stats(path, i, t, h["layers"][i]) for i, t in tensors.items()}

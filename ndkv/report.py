@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY', 'CASES',
-           'OPERATORS', 'CLAIMS', 'SPEED', 'BEGIN', 'END', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED',
-           'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape',
-           'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
+           'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS', 'PROTOCOL', 'TAILS', 'SURVIVED',
+           'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT',
+           'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape', 'Style',
+           'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
            'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'not_run',
            'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series', 'ratedistortion_figure',
            'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
            'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'claims', 'claims_markdown',
-           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among',
-           'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex',
-           'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table',
-           'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify',
-           'lint_text', 'lint_paper', 'report']
+           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name',
+           'swept', 'use', 'all_in', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
+           'survived', 'stress_table', 'stress_figure', 'tasks_table', 'choice_name', 'ablation_table', 'zoo_models',
+           'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'claims',
+           'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name',
+           'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
+           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
+           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
+           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -850,6 +854,307 @@ def generation_modes_passed(book):
     rows = latest(book, 'modes')
     return sum(all(r['value'] for r in rows if r['mode'] == m) for m in {r['mode'] for r in rows}) or None
 
+# %% ../nbs/90_report.ipynb #9c9e9ec6
+OTHERS = dict( # method -> name, colour, marker
+    int=('integers', '#7f7f7f', 'v'), kivi=('KIVI', '#009E73', '^'), fp8=('fp8', '#000000', 'x'), mxfp4=('MXFP4', '#8c6d31', '<'), nvfp4=('NVFP4', '#bd9e39', '>'),
+    turboquant=('TurboQuant (vLLM)', '#56B4E9', 'p'), qjl=('QJL', '#9c9ede', '*'), polarquant=('PolarQuant', '#6b6ecf', 'h'), kvquant=('KVQuant-style', '#CC79A7', 'P'), nsnquant=('NSNQuant-style', '#843c39', 'X'),
+    kvarn=('KVarN-style', '#E69F00', 'd'), oscar=('OSCAR-style', '#a55194', 's'), blockgtq=('Block-GTQ-style', '#31a354', 'o'), quanto=('quanto (transformers)', '#17becf', '1'), hqq=('HQQ (transformers)', '#d6616b', '2'))
+OPTIONS = ('span', 'scale', 'rotate', 'boundary', 'first')
+SHARED_TOKENS = 4096 # Tokens of the text that carries the frames
+
+def setting(row) -> tuple: # method, key bits, value bits, options
+    "What of a row says how it was quantized."
+    return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k) not in (None, False))
+
+def setting_name(s) -> str:
+    "A setting in words."
+    method,k,v,options = s
+    if k is None: return 'exact again'
+    words = dict(span='g{}', scale='{} scale', rotate='rotated', boundary='{} exact layers', first='{} finer layers')
+    more = [words[o].format(2*x if o == 'boundary' else x) for o, x in options if (o, x) != ('boundary', 0)]
+    name = OTHERS[method][0] if method in OTHERS else style_of(method).label
+    return ', '.join([f'{name} ' + (f'{k:g}' if k == v else f'{k:g}/{v:g}'), *more])
+
+# %% ../nbs/90_report.ipynb #855985bd
+PROTOCOL = ('length', 'window', 'sinks', 'block', 'dtype')
+
+def swept(
+    book:Book, # Where to look
+    kind:str, # `zoo`, `stress`, `tasks`, ...
+    data:str|None='wiki_val', # Text or task, or None for all
+    protocol:tuple=PROTOCOL, # What all rows must share
+) -> dict: # (model, setting) -> (metric, data) -> row
+    "Rows of a sweep under the protocol that most models share; of several, the longest."
+    rows = [r for r in book.rows if r['file'].startswith(f'sweep_{kind}') and r.get('position') is None and r.get('layer') is None and data in (None, r['data'])]
+    of = lambda r: tuple(r.get(k) for k in protocol)
+    models = {}
+    for r in rows: models.setdefault(of(r), set()).add(r['model'])
+    best,out = max(models, key=lambda p: (len(models[p]), p), default=None),{}
+    for r in sorted((r for r in rows if of(r) == best), key=lambda r: book.runs[r['run']].get('start', '')):
+        out.setdefault((r['model'], setting(r)), {})[r['metric'], r['data'] if 'length' in protocol else (r['data'], r['length'])] = r
+    return out
+
+def use(book, row):
+    "A row that a table or a figure shows; None stays None."
+    if row is not None: book.used[row['at']] = row
+    return row
+
+def all_in(book, cell, data='wiki_val') -> float:
+    "Bits an element of a cell of `swept`, frames counted."
+    if ('bits', data) not in cell: return 16.
+    bits,framed = use(book, cell['bits', data]),use(book, cell.get(('bits_with_frames', data)))
+    return bits['value'] + (framed['value'] - bits['value'])*bits['length']/SHARED_TOKENS if framed else bits['value']
+
+# %% ../nbs/90_report.ipynb #2e1f6ef0
+@figure('zoo')
+def zoo_figure(book, plt):
+    "Bits per element against mean KL, every method, one panel a model."
+    found = swept(book, 'zoo')
+    models = sorted({m for m, _ in found}) or ['llama']
+    columns = min(len(models), 3)
+    rows = -(-len(models)//columns)
+    fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax in axes.flat[len(models):]: ax.set_visible(False)
+    for ax, model in zip(axes.flat, models):
+        points = {}
+        for (m, s), cell in found.items():
+            if m == model and s[1] is not None and ('kl_mean', 'wiki_val') in cell: points.setdefault(s[0], []).append((all_in(book, cell), use(book, cell['kl_mean', 'wiki_val'])['value']))
+        for method in (*OTHERS, 'rotation', 'spectral'):
+            if method not in points: continue
+            xy,ours = sorted(points[method]),method not in OTHERS
+            name,color,marker = (style_of(method).label, style_of(method).color, style_of(method).marker) if ours else OTHERS[method]
+            ax.plot(*zip(*xy), color=color, marker=marker, ms=4.5 if ours else 4, ls='-' if ours else '', lw=1.2, mew=1 if marker in 'x12' else .4, mec=color if marker in 'x12' else 'white', label=name, zorder=3 if ours else 2)
+        if not points: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+        else:
+            ax.set(xscale='log', yscale='log')
+            ax.set_xticks([1, 2, 3, 4, 6, 8], ['1', '2', '3', '4', '6', '8'], minor=False)
+            ax.minorticks_off()
+        ax.set_title(model)
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.supxlabel('bits per element, all included', fontsize=8)
+    fig.supylabel('mean KL to exact cache (nats)', fontsize=8)
+    handles,labels = axes[0, 0].get_legend_handles_labels()
+    if handles: fig.legend(handles, labels, loc='outside upper center', ncols=5 if columns < 3 else 6, frameon=False, handlelength=1.4, columnspacing=1., fontsize=6)
+    return fig
+
+# %% ../nbs/90_report.ipynb #bef10e58
+def interval(row) -> str:
+    "A value with its bootstrap interval, where it has one."
+    if row is None or 'ci' not in row: return res(row)
+    low,high = (tex_number(significant(x, 2)) for x in row['ci'])
+    return rf'{res(row)} {{\scriptsize [{low}, {high}]}}'
+
+def cases(found, metric, data='wiki_val') -> dict: # setting -> rows of the metric, worst first
+    "Rows of every setting over the models."
+    out = {}
+    for (_, s), cell in found.items():
+        if (metric, data) in cell: out.setdefault(s, []).append(cell[metric, data])
+    return {s: sorted(rows, key=lambda r: -r['value']) for s, rows in out.items()}
+
+@table('worst')
+def worst_table(book):
+    "Every setting: mean over models, worst model, worst tail, worst twin."
+    found,lines = swept(book, 'zoo'),[]
+    kl,tail,flips = (cases(found, m) for m in ('kl_mean', 'kl_p999', 'flips'))
+    twins = cases({k: v for k, v in swept(book, 'stress').items() if '+' in k[0]}, 'kl_mean')
+    head = [r'\begin{tabular}{@{}lrrrlrrl@{}}', r'\toprule', r'& & \multicolumn{3}{c}{mean KL (nats)} & \multicolumn{2}{c}{worst} & \\ \cmidrule(lr){3-5}\cmidrule(lr){6-7}',
+            r'setting & bits & mean & worst model & & p99.9 & flips (\%) & worst twin \\', r'\midrule']
+    bits = {s: max(all_in(book, c) for (_, t), c in found.items() if t == s) for s in kl}
+    for s in sorted(kl, key=lambda s: (bits[s], kl[s][0]['value'])):
+        for rows in (kl[s], tail[s], flips[s], twins.get(s, [])): [use(book, r) for r in rows]
+        mean = tex_number(significant(sum(r['value'] for r in kl[s])/len(kl[s])))
+        twin = f"{res(twins[s][0], 2)} ({tex_escape(twins[s][0]['model'])})" if s in twins else NOT_RUN
+        lines.append(' & '.join([tex_escape(setting_name(s)), f'{bits[s]:.2f}', mean, interval(kl[s][0]), kl[s][0]['model'], res(tail[s][0]), res(flips[s][0], scale=100), twin]) + r' \\')
+    return '\n'.join(head + (lines or [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #cd0d1a82
+TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2, 2, ()), ('oscar', 2, 2, ()), ('turboquant', 3, 3, (('boundary', 0),)), ('kvarn', 4, 2, ()), ('spectral', 1.5, 1.5, ()), ('spectral', 2, 2, ()))
+
+@figure('tails')
+def tails_figure(book, plt):
+    "KL against the share of tokens that exceed it, some settings of two to three bits."
+    found = swept(book, 'zoo')
+    models = sorted({m for m, _ in found}) or ['llama']
+    fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
+    for ax, model in zip(axes[0], models):
+        for s in TAILS:
+            if (cell := found.get((model, s))) is None: continue
+            rows = [use(book, cell[m, 'wiki_val']) for m in ('kl_p50', 'kl_p99', 'kl_p999', 'kl_max')]
+            name,color,marker = (setting_name(s), *OTHERS[s[0]][1:]) if s[0] in OTHERS else (setting_name(s), style_of(s[0]).color, style_of(s[0]).marker)
+            ax.plot([r['value'] for r in rows], [.5, .01, .001, 1/rows[3]['n']], color=color, marker=marker, ms=3.5, ls=(0, (3, 1.5)) if s == TAILS[-2] else '-', label=f'{name} ({all_in(book, cell):.1f} bits)', mec='white', mew=.3)
+        if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+        else: ax.set(xscale='log', yscale='log', xlabel='KL to exact cache (nats)')
+        ax.set_title(model)
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0, 0].set_ylabel('share of tokens above')
+    handles,labels = axes[0, 0].get_legend_handles_labels()
+    if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2., columnspacing=1., fontsize=6.5)
+    return fig
+
+# %% ../nbs/90_report.ipynb #c161a152
+SURVIVED = 3
+
+def stressed(book) -> dict: # (model, twin) -> setting -> (row of the twin, row of the plain model or None)
+    "Rows of stress twins beside those of the plain model, in the same protocol."
+    found,out = swept(book, 'stress'),{}
+    for (name, s), cell in found.items():
+        model,_,twin = name.partition('+')
+        if not twin or ('kl_mean', 'wiki_val') not in cell: continue
+        plain = found.get((model, s), {}).get(('kl_mean', 'wiki_val'))
+        out.setdefault((model, twin), {})[s] = use(book, cell['kl_mean', 'wiki_val']),use(book, plain)
+    return out
+
+def survived(pair) -> bool|None:
+    "Is the divergence on a twin within the factor? None where the plain model was not measured."
+    return None if pair[1] is None else pair[0]['value'] <= SURVIVED*pair[1]['value']
+
+def _stress_settings(found):
+    "Settings in order of method, and twins."
+    order = ['bf16', 'rotation', 'spectral', *OTHERS]
+    return sorted({s for c in found.values() for s in c}, key=lambda s: (order.index(s[0]), s[1] or 16)),sorted({t for _, t in found})
+
+@table('stress')
+def stress_table(book):
+    "Mean KL of every setting on every twin, the worse of the models; bold where the twin is not survived."
+    found = stressed(book)
+    settings,twins = _stress_settings(found)
+    lines = [r'\begin{tabular}{@{}l' + 'r'*len(twins) + '@{}}', r'\toprule', ' & '.join(['setting', *(tex_escape(t.replace('_', ' ')) for t in twins)]) + r' \\', r'\midrule']
+    for s in settings:
+        cells = []
+        for t in twins:
+            pairs = [c[s] for (m, u), c in found.items() if u == t and s in c]
+            worst = max(pairs, key=lambda p: p[0]['value'], default=None)
+            text = res(worst and worst[0], 2)
+            cells.append(rf'\textbf{{{text}}}' if s[1] and any(survived(p) is False for p in pairs) else text)
+        lines.append(' & '.join([tex_escape(setting_name(s)), *cells]) + r' \\')
+    return '\n'.join(lines + ([] if settings else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #ba54a642
+@figure('stress')
+def stress_figure(book, plt):
+    "Mean KL on each twin over that on the plain model, a heat map for each model."
+    found = stressed(book)
+    (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
+    settings = [s for s in settings if s[1]]
+    fig,axes = plt.subplots(1, max(1, len(models)), figsize=(1.9 + 2.1*max(1, len(models)), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
+    if not models: axes[0, 0].text(.5, .5, 'not run', transform=axes[0, 0].transAxes, ha='center')
+    for ax, model in zip(axes[0], models):
+        pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
+        ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
+        image = ax.imshow(ratio, norm=plt.matplotlib.colors.LogNorm(.3, 300), cmap='YlOrRd', aspect='auto')
+        for i, row in enumerate(ratio):
+            for j, x in enumerate(row): ax.text(j, i, '–' if x != x else f'{x:.1f}' if x < 10 else f'{x:.0f}' if x < 1000 else f'{x:.0e}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
+        ax.set_xticks(range(len(twins)), [t.replace('_', '\n') for t in twins], fontsize=5.5)
+        ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
+        ax.tick_params(length=0)
+        ax.set_title(model)
+    if models: fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    return fig
+
+# %% ../nbs/90_report.ipynb #51d1f6ce
+def _task_cells(found, task, settings):
+    "Rows of a task: setting -> model -> row."
+    return {s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c} for s in settings}
+
+@table('tasks')
+def tasks_table(book):
+    "Mean accuracy of every setting in every task, and the largest loss."
+    found = swept(book, 'tasks', None, PROTOCOL[1:])
+    for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
+    order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16))
+    settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
+    names = ['exact' if s[1] is None else setting_name(s) for s in settings]
+    lines = [r'\begin{tabular}{@{}l' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
+    for task in tasks:
+        cells = _task_cells(found, task, settings)
+        for rows in cells.values(): [use(book, r) for r in rows.values()]
+        mean = lambda rows: 100*sum(r['value'] for r in rows.values())/len(rows)
+        exact = cells.get(('bf16', None, None, ()), {})
+        losses = [(exact[m]['value'] - r['value'], r.get('stderr') or 0, n, m) for n, (s, rows) in zip(names, cells.items()) if s[1] for m, r in rows.items() if m in exact]
+        loss,error,name,model = max(losses, default=(None,)*4)
+        worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
+        lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
+    return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #2cca136f
+CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)
+
+def choice_name(row) -> str:
+    "What of a cell differs from the default, in words."
+    words = dict(home={'post': 'keys after RoPE', 'pre': 'keys before RoPE'}.get(row['home'], f"block of {row['home']}"), trellis=f"trellis, {row['trellis']} states",
+                 prices={'reading': 'prices of queries and output projection', 'none': 'no prices'}.get(row['prices']), allocation='the same bits in every layer')
+    return ', '.join(words[k] for k, v in CHOICES.items() if row[k] != v) or 'default, Lloyd–Max'
+
+@table('ablation')
+def ablation_table(book):
+    "Bits, KL and tail of spectral codes with one choice changed at a time, model by model."
+    rows = [r for r in book.rows if r['file'] == 'ablation' and r['method'] == 'spectral' and r.get('position') is None]
+    models,latest = sorted({r['model'] for r in rows}),{}
+    for r in sorted(rows, key=lambda r: book.runs[r['run']].get('start', '')): latest[r['model'], r['k_bits'], *(r[k] for k in CHOICES), r['metric']] = r
+    cells = list(dict.fromkeys(k[1:-1] for k in latest))
+    lines = [r'\begin{tabular}{@{}lr' + 'rrr'*len(models) + '@{}}', r'\toprule', ' & '.join(['', 'budget', *(rf'\multicolumn{{3}}{{c}}{{{m}}}' for m in models)]) + r' \\',
+             ' & '.join(['choice', '', *['bits', 'mean KL', 'p99.9']*len(models)]) + r' \\', r'\midrule']
+    for c in cells:
+        got = [use(book, latest.get((m, *c, metric))) for m in models for metric in ('bits', 'kl_mean', 'kl_p999')]
+        lines.append(' & '.join([tex_escape(choice_name(dict(zip(CHOICES, c[1:])))).replace('–', '--'), f'{c[0]:g}', *map(res, got)]) + r' \\')
+    return '\n'.join(lines + ([] if cells else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #9c544e5e
+@claim('zoo_models', 'Models of different attention designs on which every method was measured.', 'models', '>= 6')
+def zoo_models(book):
+    kl = {}
+    for (model, s), cell in swept(book, 'zoo').items():
+        if ('kl_mean', 'wiki_val') in cell: kl.setdefault(model, set()).add(s[0]), use(book, cell['kl_mean', 'wiki_val'])
+    return sum(len(m & set(OTHERS)) >= 13 and 'spectral' in m for m in kl.values()) or None
+
+@claim('baselines_compared', 'Settings of other methods that were measured beside ours on every model of the zoo.', 'settings', '>= 40')
+def baselines_compared(book):
+    kl = cases(swept(book, 'zoo'), 'kl_mean')
+    models = max(map(len, kl.values()), default=0)
+    complete = [rows for s, rows in kl.items() if s[0] in OTHERS and len(rows) == models]
+    for rows in complete: [use(book, r) for r in rows]
+    return len(complete) or None
+
+@claim('stress_twins_survived', f'Stress twins on which the mean KL of spectral codes of 1.5 bits is at most {SURVIVED} times that of the plain model, on every model that was tried; of six.', 'twins', '>= 6')
+def stress_twins_survived(book):
+    found = {}
+    for (_, twin), c in stressed(book).items():
+        for s, pair in c.items():
+            if s[:2] == ('spectral', 1.5): found.setdefault(twin, []).append(survived(pair))
+    return sum(all(v) for v in found.values()) if found and None not in sum(found.values(), []) else None
+
+# %% ../nbs/90_report.ipynb #8a94210c
+def _best(book, found, model, most, ours):
+    "Least mean KL within a limit of bits, or None."
+    kl = [use(book, c['kl_mean', 'wiki_val'])['value'] for (m, s), c in found.items()
+          if m == model and s[1] and (s[0] == 'spectral') == ours and (ours or s[0] in OTHERS) and ('kl_mean', 'wiki_val') in c and all_in(book, c) <= most]
+    return min(kl, default=None)
+
+def _worst_ratio_claim(bits, most):
+    sentence = f'Mean KL of spectral codes over that of the best other method, each at its best setting of at most {most} bits, frames of ours counted at {SHARED_TOKENS} tokens; worst model.'
+    @claim(f'worst_model_kl_ratio_{bits}', sentence, 'of the KL', '<= 0.5')
+    def ratio(book):
+        found = swept(book, 'zoo')
+        pairs = [tuple(_best(book, found, m, most, ours) for ours in (True, False)) for m in sorted({m for m, _ in found})]
+        return max(a/b for a, b in pairs) if pairs and None not in sum(pairs, ()) else None
+
+for _bits, _most in ((2, 2.5), (3, 3.25)): _worst_ratio_claim(_bits, _most)
+
+@claim('needle_accuracy_drop_2bit', 'Accuracy lost in finding a needle through spectral codes of 2 bits; worst model.', 'of the questions', '<= 0.05')
+def needle_accuracy_drop_2bit(book):
+    found,drops = swept(book, 'tasks', 'needle'),[]
+    for model in {m for m, _ in found}:
+        pair = [next((c['accuracy', 'needle'] for (m, s), c in found.items() if m == model and s[:2] == want), None) for want in (('bf16', None), ('spectral', 2))]
+        if None in pair: return None
+        drops.append(use(book, pair[0])['value'] - use(book, pair[1])['value'])
+    return max(drops, default=None)
+
+@claim('sweep_cells', 'Cells of model, method, bits and task that sweeps measured.', 'cells', '>= 500')
+def sweep_cells(book):
+    rows = {r['key']: r for r in book.rows if r['file'].startswith('sweep_') and 'key' in r}
+    for r in rows.values(): use(book, r)
+    return len(rows) or None
+
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(
     source=None, # A Book, a results folder, or None for the one of this repository
@@ -878,15 +1183,46 @@ def claims_markdown(book) -> str:
     return '\n'.join(lines)
 
 # %% ../nbs/90_report.ipynb #a6b2c636
+def architectures_markdown(book) -> str:
+    "Families of models, as the latest run of their tests found them."
+    rows = latest(book, 'architectures')
+    lines = ['| family | class | layers quantized | bits of keys, values | same tokens | |', '|---|---|---|---|---|---|']
+    exact = lambda b: 'exact' if b is None else b
+    lines += [f"| {r['model']} | `{r['architecture']}` | {r.get('quantized', '–')} of {r.get('layers', '–')} | {exact(r.get('k_bits'))}, {exact(r.get('v_bits'))} | {'yes' if r['value'] else '**no**'} | {r.get('note', '')} |" for r in rows]
+    return '\n'.join(lines) if rows else 'not run'
+
+def modes_markdown(book) -> str:
+    "Ways to generate, and the models on which the latest run of their tests tried them."
+    rows = latest(book, 'modes')
+    lines = ['| way to generate | models | same tokens |', '|---|---|---|']
+    for mode in dict.fromkeys(r['mode'] for r in rows):
+        mine = [r for r in rows if r['mode'] == mode]
+        lines.append(f"| {mode} | {', '.join(dict.fromkeys(r['model'] for r in mine))} | {'yes' if all(r['value'] for r in mine) else '**no**'} |")
+    return '\n'.join(lines) if rows else 'not run'
+
+MARKED = {'claims': claims_markdown, 'architectures': architectures_markdown, 'modes': modes_markdown} # name in the markers -> table
+
+def marked(
+    text:str, # Markdown
+    name:str, # Of a table in `MARKED`
+    book:Book, # Rows
+) -> str:
+    "`text` with a fresh table between the markers of one name, where it has them."
+    begin,end = (m.replace('claims', name, 1) for m in (BEGIN, END))
+    if text.count(begin) + text.count(end) == 0 and name != 'claims': return text
+    if text.count(begin) != 1 or text.count(end) != 1: raise ValueError(f'README.md needs the markers {begin!r} and {end!r} once each; add them to nbs/index.ipynb')
+    head,tail = text.split(begin)[0],text.split(end)[1]
+    return f'{head}{begin}\n\n{MARKED[name](book)}\n\n{end}{tail}'
+
+# %% ../nbs/90_report.ipynb #7afc12c5
 def readme_with_claims(
-    text:str, # README with the two markers
+    text:str, # README with the markers of the claims and perhaps of other tables
     source, # Book or results folder
 ) -> str:
-    "`text` with a fresh table between the markers."
-    if text.count(BEGIN) != 1 or text.count(END) != 1: raise ValueError(f'README.md needs the markers {BEGIN!r} and {END!r} once each; add them to nbs/index.ipynb')
+    "`text` with fresh tables between the markers."
     book = source if isinstance(source, Book) else Book(source)
-    head,tail = text.split(BEGIN)[0],text.split(END)[1]
-    return f'{head}{BEGIN}\n\n{claims_markdown(book)}\n\n{END}{tail}'
+    for name in MARKED: text = marked(text, name, book)
+    return text
 
 # %% ../nbs/90_report.ipynb #ffcc2a47
 DIGITS = 'Zero One Two Three Four Five Six Seven Eight Nine'.split()

@@ -8,9 +8,12 @@ __all__ = ['GRID', 'CROSSED', 'read_grid', 'cells_of', 'find_text', 'make_cell',
 
 # %% ../nbs/80_search.ipynb #3ffb3552
 import fcntl, hashlib, itertools, json, os, tempfile, traceback
-from contextlib import contextmanager
+import multiprocessing as mp
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -24,7 +27,7 @@ from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate
 from .metrics import mean_stderr
-from .profile import collect, probe
+from .profile import probe
 from .results import Run, code_version, load_rows, merge, write_atomic
 from .spectral import plan
 from .stress import load_twin
@@ -32,7 +35,7 @@ from .tasks import TASKS, task_scores
 
 # %% ../nbs/80_search.ipynb #e5549332
 GRID = dict(models=None, methods=["rotation"], bits=[4, 3, 2], tasks=["wiki_val"], length=[2048], window=[128], sinks=[4], block=[64], n=16, batch=8,
-            dtype="float32", seed=0, heads=0, haystack=None, calibration=None, calibration_windows=16)
+            dtype="float32", seed=0, heads=0, haystack=None, calibration=None, calibration_windows=16, revision=None)
 CROSSED = ("models", "bits", "tasks", "length", "window", "sinks", "block")
 
 
@@ -54,10 +57,11 @@ def read_grid(
 
 # %% ../nbs/80_search.ipynb #e0aedb9c
 def _method(entry):
-    "Name and options of one entry of `methods`, checked."
+    "Name, options and own bits (or None) of one entry of `methods`, checked."
     name, options = (entry, {}) if isinstance(entry, str) else (entry.get("method"), {k: v for k, v in entry.items() if k != "method"})
+    bits = options.pop("bits", None)
     if name not in (*METHODS, *CACHES, "bf16", "baselines"): raise ValueError(f"method {name!r} is unknown: choose among bf16, baselines, {', '.join(sorted((*METHODS, *CACHES)))}")
-    return name, options
+    return name, options, bits if bits is None or isinstance(bits, list) else [bits]
 
 
 def cells_of(
@@ -65,11 +69,12 @@ def cells_of(
 ) -> dict[str, dict]:  # key -> what is to be measured
     "All cells of a grid, models together; the key is a hash of the cell."
     methods = []
-    for name, options in map(_method, grid["methods"]):
+    for name, options, own in map(_method, grid["methods"]):
         if name == "baselines": methods += [(m, (k, v), o) for m, k, v, o in _GRID]
         elif name in ("bf16", "exact"): methods.append(("bf16", (None, None), {}))
-        else: methods += [(name, tuple(b) if isinstance(b, (list, tuple)) else (b, b), options) for b in grid["bits"]]
+        else: methods += [(name, tuple(b) if isinstance(b, (list, tuple)) else (b, b), options) for b in own or grid["bits"]]
     common, out = {k: grid[k] for k in ("n", "batch", "dtype", "seed", "heads", "haystack", "calibration", "calibration_windows")}, {}
+    if grid["revision"]: common["revision"] = grid["revision"]
     for model, task, length, window, sinks, block in itertools.product(*(grid[k] for k in ("models", "tasks", "length", "window", "sinks", "block"))):
         for name, (k, v), options in methods:
             cell = dict(common, model=model, task=task, length=length, window=window, sinks=sinks, block=block, method=name, k_bits=k, v_bits=v, options=options)
@@ -96,18 +101,17 @@ def find_text(
     return found[0]
 
 
-def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"]), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"]))
+def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"]), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
 
 
-def _profile(cell, where, prices):
+def _profile(cell, where):
     "Profile of the cell's model on the calibration text."
     if not cell["calibration"]: raise ValueError(f"{cell['method']} needs a profile: add `calibration: NAME-OF-A-TEXT` to the grid")
     def make():
         model, tokenizer = _load(cell, where)
         tokens = text_windows(find_text(cell["calibration"], where["data"]), tokenizer, min(1024, model.config.get_text_config().max_position_embeddings), cell["calibration_windows"])
-        if not prices: return collect(model, tokens, data=cell["calibration"], bar=False)
         return calibrate(model, tokens, cell["window"], cell["sinks"], cell["block"], data=cell["calibration"], bar=False)
-    return _keep("profile", tuple(cell[k] for k in ("model", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")) + (prices,), make)
+    return _keep("profile", tuple(cell[k] for k in ("model", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")), make)
 
 # %% ../nbs/80_search.ipynb #ce26896f
 def make_cell(
@@ -119,11 +123,14 @@ def make_cell(
     layers = _load(cell, where)[0].config.get_text_config(decoder=True).num_hidden_layers
     if name == "turboquant": options.setdefault("layers", layers)
     if "first" in options: options["first"] = options["first"] * layers // 32  # baselines state it for 32 layers
-    if name in CALIBRATED: options["profile"] = _profile(cell, where, prices=False)
+    if name in CALIBRATED: options["profile"] = _profile(cell, where)
+    note = dict(profile=cell["calibration"]) if "profile" in options or name == "spectral" else {}
     if name == "spectral":
         if cell["k_bits"] != cell["v_bits"]: raise ValueError("spectral spends one budget on keys and values; give one number of bits")
-        options = dict(codecs=plan(_profile(cell, where, prices=True), cell["k_bits"], cell["block"], cell["sinks"], options.get("trellis", 0)))
-    return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options)
+        note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global")
+        if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis")
+        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"]))
+    return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
 
 
 def measure(
@@ -134,15 +141,19 @@ def measure(
 ) -> None:
     "Measure one cell, rows to an open run."
     (model, tokenizer), data = _load(cell, where), Path(where["data"])
-    fields |= dict(dtype=cell["dtype"])
+    base, plus, twin = cell["model"].partition("+")
+    name = (Path(base).name if Path(base).is_dir() else base) + plus + twin  # a folder is called by its name, wherever it is
+    fields |= dict(dtype=cell["dtype"]) | ({"revision": r} if (r := getattr(model.config, "_commit_hash", None)) else {})
     if cell["task"] in TASKS:
         texts = _keep("texts", cell["haystack"], lambda: read_documents(find_text(cell["haystack"], data)) if cell["haystack"] else ())
         rows = task_scores(model, tokenizer, make_cell(cell, where), [cell["task"]], [cell["length"]], cell["n"], cell["seed"], texts, data / "qa", cell["batch"], bar=False)
-        for row in rows: run.row(model=cell["model"], **row, **fields)
+        for row in rows: run.row(model=name, **row, **fields)
     else:
         path = find_text(cell["task"], data)
         tokens = _keep("tokens", (cell["model"], str(path), cell["length"], cell["n"]), lambda: text_windows(path, tokenizer, cell["length"], cell["n"]))
-        evaluate(model, tokens, [make_cell(cell, where)], run, cell["model"], path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, **fields)
+        exact = _keep("exact", tuple(cell[k] for k in ("model", "dtype", "length", "n", "batch", "window", "sinks", "block")) + (str(path),), dict)
+        if tokens.numel() * model.config.get_text_config().vocab_size > 2**31: exact = None
+        evaluate(model, tokens, [make_cell(cell, where)], run, name, path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
 
 # %% ../nbs/80_search.ipynb #815fd485
 def attempt(
@@ -157,7 +168,7 @@ def attempt(
         folder = Path(where["zoo"]) / base
         path = None if cell["task"] in TASKS else find_text(cell["task"], where["data"])
         with tempfile.TemporaryDirectory() as tmp:
-            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, path, where["name"]) as run: measure(cell, run, where, key=key)
+            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, path, where["name"].format(model=Path(base).name)) as run: measure(cell, run, where, key=key)
             return {p.name: p.read_text("utf8") for p in Path(tmp).glob("*.jsonl")}, None
     except Exception as e:
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -172,12 +183,85 @@ def _publish(files, out):
         merge(tmp, out)
 
 # %% ../nbs/80_search.ipynb #8949639f
-def _one_by_one(todo, where, gpus):
+def _one_by_one(todo, where, **kw):
     "Yield (key, files, error) of each cell, in this process."
     for key, cell in todo.items(): yield key, *attempt(key, cell, where)
 
+# %% ../nbs/80_search.ipynb #61d30c61
+def _work(pipe, where, threads):
+    "A worker: cells in, results out, until the parent hangs up."
+    torch.set_num_threads(threads)
+    while True:
+        try: key, cell = pipe.recv()
+        except EOFError: return
+        pipe.send((key, *attempt(key, cell, where)))
 
-def _on_ray(todo, where, gpus, address):
+
+class _Worker:
+    "A process with a pipe, and what it is doing."
+    def __init__(self, where, gpu, threads):
+        self.where, self.gpu, self.threads, self.key, self.model = where, gpu, threads, None, None
+        self.start()
+
+    def start(self):
+        self.pipe, theirs = mp.Pipe()
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if self.gpu is not None: os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu  # inherited, and read before CUDA starts
+        self.process = mp.get_context("spawn").Process(target=_work, args=(theirs, self.where, self.threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        if before is None: os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else: os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+    def stop(self):
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+# %% ../nbs/80_search.ipynb #0f3d5c22
+def _gpu_names():
+    "What CUDA_VISIBLE_DEVICES may be set to for one GPU each; empty without GPUs."
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return [g for g in visible.split(",") if g.strip()]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _next(todo, worker, crew):
+    "The cell for a worker: of the model it has, else of one that no other has, else of the one with most cells left."
+    left = Counter(c["model"] for c in todo.values())
+    taken = {w.model for w in crew if w.key and w is not worker}
+    model = worker.model if left[worker.model] else max(left, key=lambda m: (m not in taken, left[m]))
+    return next(k for k, c in todo.items() if c["model"] == model)
+
+
+def _side_by_side(todo, where, workers, tries=3, **kw):
+    "The same from processes beside each other."
+    todo, cells, died, gpus = dict(todo), todo, Counter(), _gpu_names() or [None]
+    where, threads = where | dict(code=code_version()), max(1, torch.get_num_threads() // workers)
+    crew = [_Worker(where, gpus[i % len(gpus)], threads) for i in range(min(workers, len(todo)))]
+    try:
+        while todo or any(w.key for w in crew):
+            for w in crew:
+                if w.key or not todo: continue
+                w.key = _next(todo, w, crew)
+                w.model = todo.pop(w.key)["model"]
+                with suppress(OSError): w.pipe.send((w.key, cells[w.key]))
+            busy = {w.pipe: w for w in crew if w.key}
+            for w in map(busy.get, wait(list(busy))):
+                try: result = w.pipe.recv()
+                except (EOFError, ConnectionError):
+                    w.stop()
+                    died[w.key] += 1
+                    result = None if died[w.key] < tries else (w.key, None, f"the worker died {tries} times (exit code {w.process.exitcode})")
+                    if not result: todo[w.key] = cells[w.key]
+                    w.start()
+                if result and result[2] and "CUDA error" in result[2]: w.stop(), w.start()  # nothing works after one
+                w.key = None
+                if result: yield result
+    finally:
+        for w in crew: w.stop()
+
+# %% ../nbs/80_search.ipynb #7decdeb9
+def _on_ray(todo, where, gpus, address, **kw):
     "The same from a Ray cluster, as cells finish; a cell whose worker dies is given to another."
     try: import ray
     except ImportError: raise ImportError("ray is not installed: pip install ray, or leave ray= out") from None
@@ -202,28 +286,30 @@ def _alone(path):
         except OSError: raise ValueError(f"another sweep is writing {path}; wait for it, or give another name=") from None
         yield
 
-# %% ../nbs/80_search.ipynb #61d30c61
+# %% ../nbs/80_search.ipynb #69b9c7b4
 def sweep(
     grid: str | Path | dict,  # YAML file, or what it would hold
     out: str | Path = "results",  # Results folder; rows are added
-    name: str = "sweep",  # Rows go to NAME.jsonl
+    name: str = "sweep",  # Rows go to NAME.jsonl; "{model}" in it makes a file for each model and its twins
     data: str | Path = "data",  # Folder of texts, and of `qa/`
     zoo: str | Path = "results/zoo",  # Folder of the embedded models
     ray: str | None = None,  # Address of a Ray cluster ("auto", "local", "HOST:PORT"); None = in this process
     gpus: float = 0,  # GPUs that a cell takes on the cluster
     retry: bool = True,  # Try again what failed before
     bar: bool = True,  # Show progress
+    workers: int = 1,  # Processes beside each other on this machine, over its GPUs in turn
 ) -> dict[str, list[str]]:  # Keys of cells: "done" now, "failed" now, "skipped"
     "Measure every cell of a grid that is not in the results yet."
-    out, rows, failures = Path(out), Path(out) / f"{name}.jsonl", Path(out) / f"{name}.failed.json"
+    out, failures = Path(out), Path(out) / f"{name.replace('_{model}', '')}.failed.json"
     cells, report = cells_of(read_grid(grid)), dict(done=[], failed=[], skipped=[])
     where = dict(data=str(Path(data).resolve()), zoo=str(Path(zoo).resolve()), name=name, command=f"ndkv sweep {Path(grid).name if not isinstance(grid, dict) else 'grid'}")
-    with _alone(rows):
+    with _alone(failures):
         failed = json.loads(failures.read_text("utf8")) if failures.exists() else {}
-        have = {r.get("key") for r in load_rows(rows)} if rows.exists() else set()
+        have = {r.get("key") for f in out.glob(f"{name.format(model='*')}.jsonl") for r in load_rows(f)}
         report["skipped"] = [k for k in cells if k in have or k in failed and not retry]
         todo = {k: c for k, c in cells.items() if k not in report["skipped"]}
-        results = _on_ray(todo, where, gpus, ray) if ray else _one_by_one(todo, where, gpus)
+        measured = _on_ray if ray else _side_by_side if workers > 1 else _one_by_one
+        results = measured(todo, where, gpus=gpus, address=ray, workers=workers)
         with tqdm(total=len(cells), initial=len(report["skipped"]), desc=f"sweep {name}", disable=not bar, smoothing=0.1) as progress:
             for key, files, error in results:
                 if error: failed[key] = dict(cell=cells[key], error=error, at=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")

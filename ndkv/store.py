@@ -20,7 +20,7 @@ from .profile import describe
 def _store_tensors(s):
     "Name -> tensor for one `Store`."
     out = {"sinks": s.sink, "window": s.window, **{f"packed.{name}": t for name, t in s.packed.entries.items()}}
-    if n := s.packed.n: out["witness"] = s.packed.decode(n - s.packed.group, n, s.starts[1], torch.float32)
+    if s.packed.n: out["witness"] = s.packed.last(s.starts[1])
     state = getattr(s.packed.codec, "state_dict", dict)()
     return out | {f"codec.{name}": t for name, t in state.items()}
 
@@ -35,6 +35,7 @@ def _layer_tensors(i, layer):
     out = {}
     if isinstance(layer, NDLayer): out |= {f"{kind}.{name}": t for kind, s in zip("kv", layer.stores) for name, t in _store_tensors(s).items()}
     if isinstance(layer, LinearAttentionLayer): out |= _states(layer)
+    if getattr(layer, "queries", None) is not None: out["queries"] = layer.queries # what a policy of `77_eviction` waits with
     if not out and any(isinstance(t, Tensor) for t in vars(layer).values()):
         raise ValueError(f"layer {i}: a {type(layer).__name__} can't be saved; save caches of models whose layers are NDLayers or linear attention")
     return {f"{i}.{name}": t.detach().cpu().contiguous() for name, t in out.items()}
@@ -47,7 +48,8 @@ KEY = "ndkv_cache" # Of the header's entry
 def _settings(layer):
     "What must be the same where a layer is saved and where it is loaded."
     bits = [b if b is None or isinstance(b, (int, float)) else str(b) for b in layer.bits]
-    return dict(bits=bits, method=layer.method, window=layer.window, sinks=layer.sinks, block=layer.block, seed=layer.seed, sliding=getattr(layer, "sliding_window", None))
+    return dict(bits=bits, method=layer.method, window=layer.window, sinks=layer.sinks, block=layer.block, seed=layer.seed, sliding=getattr(layer, "sliding_window", None),
+                policy=type(layer.policy).__name__ if hasattr(layer, "policy") else None, keep=getattr(layer, "keep", None))
 
 def _digest(head, tensors):
     "SHA-256 of the header without its hash, and of names, types, shapes and bytes of the tensors."
@@ -123,14 +125,13 @@ def _check_pieces(path, name, s, t, end, sliding):
     "Refuse tensors of one store that do not belong together; `t` has them by short names."
     if not {"sinks", "window"} <= t.keys(): raise _mend(path, f"{name} has no sinks or no window")
     if stray := [k for k in t if k not in ("sinks", "window", "witness") and not k.startswith(("packed.", "codec."))]: raise _mend(path, f"{name} has an unknown piece {stray[0]!r}")
-    a, b, g, codec = t["sinks"], t["window"], s.packed.group, s.packed.codec
+    a, b = t["sinks"], t["window"]
     if a.dim() != 4 or b.dim() != 4 or a[:, :, :0].shape != b[:, :, :0].shape or a.dtype != b.dtype or not a.dtype.is_floating_point: raise _mend(path, f"{name}: sinks {list(a.shape)} and window {list(b.shape)} are of different kinds")
     entries = {k.removeprefix("packed."): x for k, x in t.items() if k.startswith("packed.")}
-    like = codec.encode(torch.ones(*a.shape[:2], g, a.shape[3], dtype=a.dtype), s.sinks) if entries and codec is not None else {}
-    kind = lambda x: (x.dtype, x.dim(), x.shape[:2], x.shape[3:])
-    counts = {x.shape[2] for x in entries.values() if x.dim() > 2}
-    if entries.keys() != like.keys() or any(kind(entries[k]) != kind(like[k]) for k in like) or len(counts) > 1: raise _mend(path, f"{name}: packed tensors are not what its codec writes")
-    held = a.shape[2] + b.shape[2] + g * next(iter(counts), 0)
+    exact = a.shape[2] + b.shape[2]
+    covered = s.packed.covers(entries, a, end - exact)
+    if covered < 0: raise _mend(path, f"{name}: packed tensors are not what its codec writes")
+    held = exact + covered
     need = end if sliding is None else min(end, sliding - 1)
     if not need <= held <= end or a.shape[2] > s.sinks: raise _mend(path, f"{name}: {held} tokens are held of {end}")
 
@@ -139,9 +140,9 @@ def _fill(path, name, s, t, device):
     "Put checked tensors into a store."
     s.sink, s.window = t["sinks"].to(device), t["window"].to(device)
     entries = {k.removeprefix("packed."): x.to(device) for k, x in t.items() if k.startswith("packed.")}
-    if entries: s.packed.append(entries)
-    if not (n := s.packed.n): return
-    now, then = s.packed.decode(n - s.packed.group, n, s.starts[1], torch.float32), t.get("witness")
+    if entries: s.packed.restore(entries, s.end - s.sink.shape[2] - s.window.shape[2])
+    if not s.packed.n: return
+    now, then = s.packed.last(s.starts[1]), t.get("witness")
     if then is None or then.shape != now.shape or not (now - then.to(now)).norm() <= 1e-2 * then.norm():
         raise ValueError(f"{path}: {name}: the codec of this cache does not decode what was saved; make the cache with the plan, profile and options that it was saved with")
 
@@ -177,6 +178,7 @@ def _load_layer(path, i, layer, tensors, end, device):
             _check_pieces(path, f"{i}.{kind}", s, kv[kind], end, getattr(layer, "sliding_window", None))
             s.end = end
             _fill(path, f"{i}.{kind}", s, kv[kind], device)
+    if "queries" in rest and hasattr(layer, "recall"): layer.recall(rest.pop("queries").to(device), end)
     if rest: _load_states(path, i, layer, rest, device)
 
 # %% ../nbs/42_store.ipynb #ea06c9ab

@@ -112,6 +112,13 @@ def _circle(
     return ids[cut:] + ids[:cut], turn(cut), *around(cut)
 
 # %% ../nbs/12_trellis.ipynb #c5fb0bab
+def _kernel():
+    "The search as one launch, on GPUs with Triton; [its notebook](13_kernels_viterbi.ipynb) stands behind this one, so it is looked up when it is needed."
+    try: from ndkv.kernels_viterbi import search
+    except ImportError: return None
+    return search
+
+# %% ../nbs/12_trellis.ipynb #22f34583
 class Trellis:
     "A tail-biting bitshift trellis through channels of different widths."
 
@@ -143,6 +150,7 @@ class Trellis:
         x = x.clamp(-100, 100).float() # far beyond the tables' reach, and safe to square
         root = x.new_ones(self.d) if weight is None else (weight.to(x) / weight.max()).sqrt()
         x, n = x.reshape(-1, self.d) * root, self._chunk(u.device)
+        if x.is_cuda and self.nbytes > 1 and (kernel := _kernel()): return kernel(self, x, root).view(*u.shape[:-1], self.nbytes)
         search, room = (self._search, x.new_empty(self._rows * min(n, len(x)))) if self.nbytes > 1 else (self._try_all, None)
         parts = [search(x[i:i+n], root, room) for i in range(0, max(len(x), 1), n)]
         return torch.cat(parts).view(*u.shape[:-1], self.nbytes)

@@ -1,14 +1,28 @@
-"The demo from the outside: a model folder in, a table out; what cannot work is one line."
+"The command line from the outside: a model folder in, a table or JSON out; what cannot work is one line and an exit code."
 import contextlib
+import fcntl
 import io
+import json
+import os
+import pty
 import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from conftest import ROOT
-from ndkv.cli import main
+from ndkv.cache import NDCache
+from ndkv.cli import app, main
+from ndkv.profile import Profile
+from ndkv.results import load_rows, validate
 
 BODY = dict(vocab_size=8192, hidden_size=64, num_hidden_layers=2)
 WORDS = 'The river runs past the old mill and under the bridge to the sea. ' * 20
@@ -75,3 +89,194 @@ def test_evaluate_and_train_ask_for_their_text(tmp_path):
     for command in ('evaluate', 'train'):
         code, out, err = run(command, '--data', tmp_path)
         assert code == 1 and out == '' and re.fullmatch(r'ndkv: .*: no such text; .*\n', err)
+
+
+# --- as processes, in a folder that holds nothing but a model and a text ---------------------------------------------------------------
+
+COMMANDS = ['demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'sweep', 'bench', 'inspect', 'recommend', 'train']
+
+
+def start(*args, cwd, **kw):
+    env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'} | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', COLUMNS='120', HF_HUB_OFFLINE='1')
+    return subprocess.Popen([sys.executable, '-c', 'from ndkv.cli import main; main()', *map(str, args)], cwd=cwd, env=env, text=True, **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kw)
+
+
+def here(*args, cwd):
+    "The same as `process` without a process."
+    before = os.getcwd()
+    os.chdir(cwd)
+    try: return run(*args)
+    finally: os.chdir(before)
+
+
+def process(*args, cwd):
+    "Exit code, output, errors of a process of its own."
+    p = start(*args, cwd=cwd)
+    out, err = p.communicate(timeout=300)
+    return p.returncode, out, err
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('place')
+    torch.manual_seed(0)
+    config = LlamaConfig(**BODY, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, bos_token_id=0, eos_token_id=0)
+    save(LlamaForCausalLM(config), folder / 'tiny')
+    (folder / 'text.txt').write_text(WORDS * 15)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def profile(place):
+    "What `ndkv calibrate` writes."
+    code, out, err = process('calibrate', 'tiny', '--data', 'text.txt', '--length', 256, '--windows', 4, '--json', cwd=place)
+    assert code == 0 and err == '', err
+    assert json.loads(out) == dict(profile='tiny.safetensors', layers=2, tokens=4*252, text=['text'], hub=None)
+    assert sorted(p.name for p in place.iterdir()) == ['text.txt', 'tiny', 'tiny.safetensors'] # nothing else is left
+    return 'tiny.safetensors'
+
+
+def test_calibrated_profiles_work(place, profile):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(place / 'tiny')
+    p = Profile.load(place / profile, model)
+    assert p.prices.keys() == p.layers.keys()
+    NDCache(model.config, bits=2, profile=str(place / profile))
+
+
+def test_inspect(place, profile):
+    code, out, err = process('inspect', 'tiny', '--profile', profile, '--data', 'text.txt', '--bits', 1.5, '--picture', 'tiny.svg', '--json', cwd=place)
+    rows = json.loads(out)
+    assert code == 0 and err == '' and [(r['layer'], r['kind']) for r in rows] == [(0, 'k'), (0, 'v'), (1, 'k'), (1, 'v')]
+    assert all(len(r['head_bits']) == 2 and len(r['spectrum']) == 32 and r['spectrum'] == sorted(r['spectrum'], reverse=True) and 0 < r['rank'] <= 32 for r in rows)
+    assert abs(sum(r['bits'] for r in rows) / 4 - 1.5) < .25
+    assert ElementTree.parse(place / 'tiny.svg').getroot().tag.endswith('svg')
+    code, out, err = here('inspect', '--model', 'tiny', '--data', 'text.txt', '--windows', 3, '--picture', 'tiny.png', cwd=place) # measures a small profile itself
+    assert code == 0 and out.splitlines()[0].split() == 'layer sink outlier mean rank cost bits'.split() and out.splitlines()[-1] == 'drawn in tiny.png'
+    assert len(re.findall(r'^[01] +(keys|values) ', out, re.M)) == 4 and (place / 'tiny.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_evaluate_methods(place, profile):
+    args = ('evaluate', '--model', 'tiny', '--method', 'rotation', '--method', 'spectral', '--method', 'kivi', '--bits', '4,2', '--profile', profile, '--data', 'text.txt', '--length', 256, '--windows', 2)
+    code, out, err = process(*args, '--json', cwd=place)
+    assert code == 0 and err == '', err
+    cells = {(c['method'], c['k_bits']): c for c in json.loads(out)}
+    assert list(cells) == [('bf16', None), *((m, b) for m in ('rotation', 'spectral', 'kivi') for b in (4, 2))]
+    for m in ('rotation', 'spectral', 'kivi'): assert cells['bf16', None]['kl_mean'] < cells[m, 4]['kl_mean'] < cells[m, 2]['kl_mean'] and cells[m, 2]['bits'] < cells[m, 4]['bits'] < 6
+    assert not (place / 'results').exists()
+    code, out, err = here(*args, '--out', 'results', '--name', 'mine', cwd=place)
+    assert code == 0 and len(re.findall(r'^(bf16|rotation|spectral|kivi) ', out, re.M)) == 7
+    rows = load_rows(place / 'results' / 'mine.jsonl')
+    assert validate(place / 'results') == (len(rows), 1)
+    for r in rows:
+        if r['metric'] == 'kl_mean' and 'position' not in r: assert abs(r['value'] / cells[r['method'], r['k_bits']]['kl_mean'] - 1) < 1e-3
+
+
+def test_recommend_prints_what_to_use(place, profile):
+    code, out, err = process('recommend', 'tiny', '--profile', profile, '--data', 'text.txt', '--length', 300, '--windows', 2, '--budget', 2, cwd=place)
+    assert code == 0 and err == '' and out.count('<- choice') == 1, err
+    from transformers import AutoConfig
+    line = out.splitlines()[-1].replace(repr(profile), repr(str(place / profile)))
+    cache = eval(line, dict(NDCache=NDCache, model=type('M', (), dict(config=AutoConfig.from_pretrained(place / 'tiny')))))
+    assert isinstance(cache, NDCache) and cache._mine[0].method == 'spectral'
+    code, out, err = here('recommend', 'tiny', '--data', 'text.txt', '--length', 300, '--windows', 2, '--budget', 3, '--json', cwd=place)
+    found = json.loads(out)
+    cache = eval(found['line'], dict(NDCache=NDCache, model=type('M', (), dict(config=AutoConfig.from_pretrained(place / 'tiny')))))
+    assert code == 0 and cache._mine[0].method == 'rotation' and found['choice']['bits'] <= 3
+
+
+def test_sweep_in_a_process(place):
+    (place / 'grid.yaml').write_text('{models: [tiny], methods: [rotation], bits: [2], tasks: [text.txt], length: [256], n: 2}')
+    for way, done, skipped in ((process, 1, 0), (here, 0, 1)):
+        code, out, err = way('sweep', 'grid.yaml', '--data', '.', '--out', 'swept', '--json', cwd=place)
+        assert code == 0, err
+        assert {k: len(v) for k, v in json.loads(out).items()} == dict(done=done, failed=0, skipped=skipped)
+
+
+def test_demo_with_a_profile(place, profile):
+    code, out, err = here('demo', 'tiny', '--profile', profile, '--bits', '3,1.5', '--prompt', WORDS, '--new-tokens', 8, '--window', 32, '--json', cwd=place)
+    rows = json.loads(out)
+    assert code == 0 and err == '' and [r['cache'] for r in rows] == ['ordinary', 'ndkv 3 bits', 'ndkv 1.5 bits']
+    assert rows[0]['kl_mean'] is None and 0 < rows[1]['kl_mean'] < rows[2]['kl_mean'] and rows[2]['bytes_per_token'] < rows[1]['bytes_per_token'] < rows[0]['bytes_per_token']
+
+
+def test_calibration_goes_on_after_a_kill(place):
+    "SIGKILL in the backward pass and SIGINT in the first; the next process ends with the profile of an undisturbed one."
+    args = ('calibrate', 'tiny', '--length', 256, '--windows', 24, '--batch', 1)
+    for name, when, stop in (('killed.safetensors', '.part.prices', signal.SIGKILL), ('stopped.safetensors', '.part', signal.SIGINT)):
+        p = start(*args, '--out', name, cwd=place)
+        for _ in range(3000):
+            if (place / (name + when)).exists() or p.poll() is not None: break
+            time.sleep(.02)
+        p.send_signal(stop)
+        out, err = p.communicate(timeout=60)
+        assert p.returncode == (-9 if stop == signal.SIGKILL else 1) and not (place / name).exists(), err
+        if stop == signal.SIGINT: assert re.search(r'^ndkv: interrupted; .* goes on from there\n$', err, re.M) and 'Traceback' not in err
+        kept = (place / (name + '.part.tokens')).read_bytes()
+        code, out, err = here(*args, '--out', name, cwd=place)
+        assert code == 0 and kept, err
+    code, out, err = here(*args, '--out', 'whole.safetensors', cwd=place)
+    assert code == 0
+    a, b, c = (Profile.load(place / f'{name}.safetensors') for name in ('killed', 'stopped', 'whole'))
+    for other in (a, b):
+        assert other.data == c.data and other.tokens == c.tokens
+        for i in c.layers: torch.testing.assert_close(other.layers[i].k_cov, c.layers[i].k_cov), torch.testing.assert_close(other.prices[i], c.prices[i])
+    assert not list(place.glob('*.part*'))
+
+
+def test_exit_codes(place, profile):
+    "0 is fine, 1 a line about what a user can mend, 2 usage; never a traceback."
+    (place / 'damaged.safetensors').write_bytes((place / profile).read_bytes()[:-7] + b'garbage')
+    (place / 'other').mkdir(exist_ok=True)
+    save(LlamaForCausalLM(LlamaConfig(**BODY, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=32)), place / 'other')
+    cases = {
+        1: [('demo', 'nowhere/none'), ('demo', 'tiny', '--profile', 'none.safetensors'), ('demo', 'tiny', '--profile', 'damaged.safetensors', '--prompt', WORDS), ('demo', 'other', '--profile', profile, '--prompt', WORDS),
+            ('demo', 'tiny', '--bits', '3,x', '--prompt', WORDS), ('demo', 'tiny', '--bits', '9', '--prompt', WORDS), ('inspect', 'tiny', '--profile', 'someone/nothing'), ('evaluate', 'tiny', '--method', 'magic', '--data', 'text.txt'),
+            ('evaluate', 'tiny', '--method', 'spectral', '--data', 'text.txt'), ('evaluate', 'tiny', '--grid', 'bits', '--data', 'text.txt'), ('recommend', 'tiny', '--data', 'text.txt'), ('calibrate', 'tiny', '--text', 'none'),
+            ('sweep', 'none.yaml'), ('bench', '--out', 'x'), ('report',), ('verify',), ('claims',)],
+        2: [('demo', '--new-tokens', '0'), ('calibrate', '--length', 'many'), ('evaluatee',), ('inspect', '--bits', '99'), ('recommend', '--budget'), ()],
+    }
+    if torch.cuda.is_available(): cases[1].remove(('bench', '--out', 'x'))
+    for code, calls in cases.items():
+        for args in calls:
+            found, out, err = here(*args, cwd=place)
+            assert found == code, (args, found, out, err)
+            if code == 1: assert out == '' and re.fullmatch(r'ndkv: [^\n]{10,500}\n', err), (args, out, err)
+    for args, code in ((('demo', 'nowhere/none'), 1), (('demo', '--new-tokens', '0'), 2)): # the codes reach the shell
+        found, out, err = process(*args, cwd=place)
+        assert found == code and 'Traceback' not in err
+
+
+def test_every_help_teaches():
+    "Each command says what it does, has help for every option and an example that parses."
+    import shlex
+    import typer
+    group = typer.main.get_command(app)
+    assert sorted(group.commands) == sorted(COMMANDS)
+    for name, command in group.commands.items():
+        assert command.help and all(getattr(p, 'help', 1) for p in command.params), name
+        examples = [line for line in command.epilog.split('\n\n')[1:]]
+        assert examples and all(line.startswith(f'ndkv {name}') for line in examples)
+        for line in examples: command.make_context(name, shlex.split(line.split('|')[0])[2:]) # refuses unknown options and wrong types
+        code, out, err = run(name, '--help')
+        assert code == 0 and 'ndkv ' + name in out and '\x1b' not in out and '╭' not in out
+
+
+def test_terminal_and_pipe(llama):
+    "Frames, colours and bars are for a terminal; a pipe gets text."
+    args = ('demo', llama, '--prompt', WORDS, '--new-tokens', 4, '--window', 32, '--bits', '4')
+    code, out, err = here(*args, cwd=llama)
+    assert code == 0 and err == '' and not set('│┃━╭\x1b') & set(out)
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
+    p = start(*args, cwd=llama, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    seen = b''
+    while True:
+        try: part = os.read(mine, 4096)
+        except OSError: break
+        if not part: break
+        seen += part
+    assert p.wait() == 0
+    text = seen.decode()
+    assert '┃' in text and '\x1b[' in text and 'compare' in text # the bar of the comparison

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from conftest import ROOT
+from ndkv.cli import app
 from ndkv.codebooks import distortion, lloyd_max
 from ndkv.data import EOT, train_tokenizer
-from ndkv.models import load_model, save_model, zoo_config
+from ndkv.models import ZOO, load_model, save_model, zoo_config
 from ndkv.results import load_rows, validate
 from ndkv.search import bit_path, cells_of, read_grid, recommend, sweep
 from ndkv.tasks import filler
@@ -85,6 +87,36 @@ def test_a_killed_sweep_goes_on(home, tmp_path, clean_code):
     complete(tmp_path)
 
 
+@pytest.mark.parametrize('deaths', [1, 99])
+def test_two_processes_one_killed(home, tmp_path, clean_code, monkeypatch, deaths):
+    "No cell is lost or measured twice; a cell that kills every worker is recorded as failed."
+    import ndkv.search as search
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    killed, poison, start = [], list(cells_of(read_grid(GRID)))[5], search._next
+
+    def then_kill(todo, worker, crew): # a worker that was given this cell dies with it
+        key = start(todo, worker, crew)
+        if key == poison and len(killed) < deaths:
+            os.kill(worker.process.pid, signal.SIGKILL)
+            killed.append(worker.process.pid)
+        return key
+    monkeypatch.setattr(search, '_next', then_kill)
+    report = go(home, tmp_path, workers=2)
+    if deaths == 1:
+        assert len(killed) == 1 and not report['failed'] and len(report['done']) == 14
+        complete(tmp_path)
+    else:
+        assert len(killed) == 3 and report['failed'] == [poison] and len(report['done']) == 13
+        assert 'died 3 times' in json.loads((tmp_path / 'rows.failed.json').read_text())[poison]['error']
+
+
+def test_a_file_of_rows_for_each_model(home, tmp_path, clean_code):
+    grid = dict(GRID, models=['tiny', 'tiny+key_bias'], methods=['bf16'], tasks=['prose'])
+    assert len(sweep(grid, tmp_path, 'part_{model}', home / 'data', home / 'zoo', bar=False)['done']) == 2
+    assert sorted(p.name for p in tmp_path.glob('*.jsonl')) == ['part_tiny.jsonl', 'runs.jsonl']
+    assert len(sweep(grid, tmp_path, 'part_{model}', home / 'data', home / 'zoo', bar=False)['skipped']) == 2
+
+
 def test_a_failed_cell_is_recorded_and_the_rest_go_on(home, tmp_path, clean_code):
     grid = dict(GRID, bits=[3, 9], tasks=['prose', 'verse'])
     report = go(home, tmp_path, grid)
@@ -134,6 +166,53 @@ def test_a_grid_is_a_yaml_file(home, tmp_path, clean_code):
     assert Counter(r.get('codebook') for r in load_rows(tmp_path / 'out') if r['metric'] == 'kl_max') == {None: 2, 'uniform': 2}
     (tmp_path / 'bad.yaml').write_text('models: [tiny')
     with pytest.raises(ValueError, match='not YAML'): go(home, tmp_path, tmp_path / 'bad.yaml')
+
+
+FAMILIES = {name: lambda name=name: zoo_config(name, **{k: v for k, v in SIZE.items() if (name, k) not in {('qwen2', 'head_dim'), ('neox', 'head_dim'), ('neox', 'num_key_value_heads')}}) for name in ZOO}
+FAMILIES['gpt2'] = lambda: GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=512, bos_token_id=0, eos_token_id=0)
+
+
+def evaluated(folder, home, tmp_path, *more):
+    "What the command line says of a folder."
+    return CliRunner().invoke(app, ['evaluate', str(folder), '--data', str(home / 'data' / 'prose.txt'), '--length', '224', '--windows', '2', '--out', str(tmp_path), *more])
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_any_folder_is_evaluated(home, tmp_path, clean_code, name):
+    torch.manual_seed(0)
+    _, tokenizer = load_model(home / 'zoo' / 'tiny')
+    save_model(AutoModelForCausalLM.from_config(FAMILIES[name]()), tokenizer, tmp_path / name)
+    done = evaluated(tmp_path / name, home, tmp_path / 'out', '--method', 'int', '--bits', '8,4/2')
+    assert done.exit_code == 0 and '3 done' in done.output, (done.output, done.exception)
+    rows = load_rows(tmp_path / 'out' / 'evaluate.jsonl')
+    assert {r['model'] for r in rows} == {name} and {r['data'] for r in rows} == {'prose'}
+    kl = {(r['k_bits'], r['v_bits']): r['value'] for r in rows if r['metric'] == 'kl_mean'}
+    assert 0 <= kl[None, None] < kl[8, 8] < kl[4, 2]
+
+
+def test_what_cannot_be_evaluated_says_why(home, tmp_path, clean_code):
+    _, tokenizer = load_model(home / 'zoo' / 'tiny')
+    save_model(AutoModelForCausalLM.from_config(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)), tokenizer, tmp_path / 'mamba')
+    def said(folder, *more): return str(evaluated(folder, home, tmp_path / 'out', '--method', *more).exception)
+    assert 'no keys and values' in said(tmp_path / 'mamba', 'rotation')
+    assert 'complete model folder' in said(tmp_path / 'nothing', 'rotation')
+    assert "'bf17' is unknown" in said(home / 'zoo' / 'tiny', 'bf17')
+    assert "no task and no text named 'wiki_cal'" in said(home / 'zoo' / 'tiny', 'oscar')
+    (tmp_path / 'mamba' / 'tokenizer.json').unlink()
+    (tmp_path / 'mamba' / 'tokenizer_config.json').unlink()
+    assert 'complete model folder' in said(tmp_path / 'mamba', 'rotation')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'results' / 'grids').glob('*.yaml')), ids=lambda p: p.stem)
+def test_the_grids_of_this_repository(path):
+    "They are read, name designs of ours and their twins, and need no text that is not known."
+    from ndkv.models import DESIGNS
+    from ndkv.stress import TWINS
+    from ndkv.tasks import TASKS
+    grid = read_grid(path)
+    texts = {'wiki_val', 'wiki_cal', 'wikitext2_valid', 'wiki_long_eval'}
+    assert cells_of(grid) and {m.partition('+')[0] for m in grid['models']} <= set(DESIGNS) and {m.partition('+')[2] for m in grid['models']} <= {'', *TWINS}
+    assert set(grid['tasks']) <= texts | set(TASKS) and {grid['calibration'], grid['haystack']} <= texts | {None}
 
 
 def workers():

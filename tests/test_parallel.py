@@ -1,0 +1,129 @@
+"A model on several devices or ranks writes the tokens of one process."
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from conftest import ROOT
+from ndkv.cache import NDCache
+from ndkv.fisher import calibrate
+from ndkv.parallel import bytes_by_device, local_cache
+from ndkv.serving import Server
+
+BASE = dict(vocab_size=62, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+KW = dict(window=8, sinks=4, block=16)
+MODELS = {"llama": lambda: LlamaForCausalLM(LlamaConfig(**BASE, head_dim=32)), "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**BASE | dict(hidden_size=128)))} # heads of 32; qwen2 has biases
+GREEDY = dict(max_new_tokens=40, do_sample=False)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def folder(request, tmp_path_factory):
+    "A saved random model and its profile."
+    torch.manual_seed(0)
+    model = MODELS[request.param]().eval()
+    for p in model.parameters(): p.data *= 4 if p.dim() > 1 else 1
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    calibrate(model, torch.randint(61, (4, 128)), window=8, block=16, bar=False).save(path/"profile.safetensors")
+    return path
+
+
+def prompt(): return torch.randint(1, 61, (2, 90), generator=torch.Generator().manual_seed(0))
+
+
+def queue(): return [row[:n].tolist() for row, n in zip(prompt(), (80, 30))] + [[5, 6, 7]]
+
+
+# what every process does: name -> tokens, and bytes of the cache
+def runs(model, folder):
+    out = {}
+    for name, cache in (("exact", DynamicCache(config=model.config)), ("rotation", NDCache(model.config, bits=4, **KW)), ("spectral", local_cache(model.config, 3, folder/"profile.safetensors", *RANK, **KW))):
+        out[name] = model.generate(prompt(), attention_mask=torch.ones_like(prompt()), past_key_values=cache, **GREEDY)[:, 90:].tolist()
+        if name != "exact": out[f"{name} bytes"] = cache.nbytes
+    model.set_attn_implementation("ndkv_packed")
+    server = Server(model, slots=2, length=200, bits=4, window=8)
+    out["server"] = [r.generated_tokens for r in server.generate_batch(queue(), max_new_tokens=80).values()]
+    out["server heads"] = server.pool.layers[0].store.shape[1]
+    return out
+
+
+RANK = (0, 1)
+
+
+def one_rank(folder):
+    "The body of a rank: load the model in parts, run, print."
+    global RANK
+    from pathlib import Path
+    from transformers.distributed import DistributedConfig
+    torch.set_num_threads(1)
+    RANK = (None, None)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"), dtype=torch.float32).eval()
+    print("RESULT " + json.dumps(runs(model, Path(folder))), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def start_ranks(folder, world=2, limit=240):
+    "Start the ranks, wait at most `limit` seconds, and return what they found."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = dict(os.environ, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests"), os.environ.get("PYTHONPATH", "")]))
+    ranks = [subprocess.Popen([sys.executable, "-c", "import sys, test_parallel; test_parallel.one_rank(sys.argv[1])", str(folder)],
+                              env=shared | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(world)]
+    try: said = [p.communicate(timeout=limit) for p in ranks]
+    finally:
+        for p in ranks: p.kill()
+    for p, (out, err) in zip(ranks, said): assert p.returncode == 0, err[-2000:]
+    return [json.loads(next(l for l in out.splitlines() if l.startswith("RESULT "))[7:]) for out, _ in said]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_available(), reason="ranks talk through gloo on the loopback of Linux")
+def test_ranks_write_the_tokens_of_one_process(folder):
+    one = runs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), folder)
+    ranks = start_ranks(folder)
+    for name in ("exact", "rotation", "spectral", "server"):
+        for r in ranks: assert r[name] == one[name], name
+    for name in ("rotation bytes", "spectral bytes"): assert sum(r[name] for r in ranks) == one[name]
+    assert one["server heads"] == 2 and all(r["server heads"] == 1 for r in ranks)
+    assert one["spectral"] != one["exact"] != one["rotation"]
+
+
+def test_whole_profile_on_a_rank_says_what_to_do(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cache = NDCache(model.config, bits=3, profile=folder/"profile.safetensors", **KW)
+    with pytest.raises(ValueError, match="local_cache"): cache.update(*torch.randn(2, 1, 1, 5, 32), 0)
+
+
+def test_weights_that_accelerate_brings_from_disk(folder, tmp_path):
+    "`device_map` with a layer on disk: its weights come and go, its keys and values stay."
+    pytest.importorskip("accelerate")
+    load = lambda **kw: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kw).eval()
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    want = runs(load(), folder)
+    assert runs(load(device_map=places, offload_folder=tmp_path), folder) == want
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_gpus(folder):
+    pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    load = lambda where: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=where, attn_implementation="eager").eval()
+    tokens, ids = [], prompt().to(0)
+    for model in (load({"": 0}), load(places)):
+        for cache in (NDCache(model.config, bits=4, **KW), NDCache(model.config, bits=3, profile=folder/"profile.safetensors", **KW)):
+            tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY).tolist())
+        model.set_attn_implementation("ndkv_packed")
+        tokens.append([r.generated_tokens for r in Server(model, slots=2, length=200, bits=4, window=8).generate_batch(queue(), max_new_tokens=80).values()])
+    assert tokens[:3] == tokens[3:] and set(bytes_by_device(cache)) == {"cuda:0", "cuda:1"}
+
+
+def test_layers_of_a_cache_lie_where_their_keys_are():
+    cache = NDCache(LlamaConfig(**BASE, head_dim=32), bits=4, **KW)
+    for i, device in enumerate(("cpu", "cuda:0" if torch.cuda.is_available() else "cpu", "cpu")): cache.update(*torch.randn(2, 1, 2, 60, 32, device=device), i)
+    assert sum(bytes_by_device(cache).values()) == cache.nbytes

@@ -1,0 +1,125 @@
+"Continuous batching: whatever the queue, every request gets what it would get alone."
+import inspect
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from conftest import ROOT
+from ndkv.attention import PagedCache
+from ndkv.cache import NDCache
+from ndkv.serving import PagePool, Server
+
+BASE = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+            max_position_embeddings=1024, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+
+
+def make(cls, config, attention="ndkv_packed"):
+    torch.manual_seed(0)
+    config._attn_implementation = attention
+    model = cls(config).eval()
+    for p in model.parameters(): p.data *= 4 if p.dim() > 1 else 1
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(): return make(LlamaForCausalLM, LlamaConfig(**BASE))
+
+
+@torch.no_grad()
+def alone(model, ids, n, **kw):
+    "The greedy tokens of one request through a `PagedCache`, which stops at `n`."
+    cache, out, new = PagedCache(model.config, **kw), [], [ids]
+    for _ in range(n):
+        logits = model(torch.tensor(new, device=model.device), past_key_values=cache).logits
+        out.append(logits[0, -1].argmax().item())
+        new = [out[-1:]]
+    return out
+
+
+def prompts(*lengths, vocab=97): return [torch.randint(1, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 260), st.integers(1, 90)), min_size=1, max_size=5), st.integers(1, 4), st.sampled_from([4, 3, 2]), st.integers(1, 40), st.integers(0, 4), st.data())
+def test_any_queue_gives_each_request_its_own_tokens(model, requests, slots, bits, window, sinks, data):
+    kw = dict(bits=bits, window=window, sinks=sinks)
+    server, arrive = Server(model, slots=slots, length=360, **kw), data.draw(st.lists(st.integers(0, 5), min_size=len(requests), max_size=len(requests)))
+    done, queue = {}, [(prompts(n)[0], new) for n, new in requests]
+    for (ids, new), wait in zip(queue, arrive): # some come while others are running
+        server.add_request(ids, max_new_tokens=new)
+        for _ in range(wait): done |= {r.request_id: r for r in server.step()}
+    while server.waiting or server.running: done |= {r.request_id: r for r in server.step()}
+    for i, (ids, new) in enumerate(queue): assert done[f"req_{i}"].generated_tokens == alone(model, ids, new, **kw)
+    assert sorted(server.pool.free) == list(range(server.pool.pages)) and not server.pool.held and not server.pool.packed.any() and not server.pool.fresh.any()
+
+
+def test_few_pages_make_requests_wait_and_change_nothing(model):
+    queue, kw = prompts(200, 150, 30, 90, 10), dict(bits=4, window=8)
+    wide, narrow = (Server(model, slots=4, length=300, pages=pages, **kw) for pages in (None, 4))
+    want = [r.generated_tokens for r in wide.generate_batch(queue, max_new_tokens=60).values()]
+    names, most = [narrow.add_request(ids, max_new_tokens=60) for ids in queue], 0
+    done = {}
+    while narrow.waiting or narrow.running:
+        done |= {r.request_id: r.generated_tokens for r in narrow.step()}
+        most = max(most, sum(map(len, narrow.pool.held.values())))
+    assert [done[n] for n in names] == want and most <= 4 and narrow.pool.nbytes < wide.pool.nbytes
+
+
+def test_tokens_of_an_exact_pool_are_those_of_the_library(model):
+    "A window that holds everything: `generate_batch` of `transformers` and ours are the same."
+    queue, stock = prompts(5, 120, 40, 77), make(LlamaForCausalLM, LlamaConfig(**BASE), "sdpa")
+    stock.generation_config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=0)
+    from transformers import ContinuousBatchingConfig
+    size = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+    theirs = stock.generate_batch(queue, continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=256, **{size: 64}))
+    ours = Server(model, slots=2, length=200, window=256).generate_batch(queue, max_new_tokens=20)
+    assert [r.generated_tokens for r in ours.values()] == [r.generated_tokens for r in theirs.values()]
+
+
+def test_models_with_other_frames_and_biases():
+    qwen = make(Qwen2ForCausalLM, Qwen2Config(**BASE))
+    server = Server(qwen, slots=2, length=300, bits=3, window=8)
+    for r in server.generate_batch(prompts(90, 200, 3), max_new_tokens=90).values(): assert r.generated_tokens == alone(qwen, r.prompt_ids, 90, bits=3, window=8)
+
+
+def test_sampling_follows_the_generation_config(model):
+    config = GenerationConfig(do_sample=True, temperature=.7, top_k=1, max_new_tokens=30)
+    greedy = Server(model, slots=2, length=200, bits=4, window=8).generate_batch(prompts(50, 20), max_new_tokens=30)
+    one_choice = Server(model, slots=2, length=200, bits=4, window=8, generation_config=config).generate_batch(prompts(50, 20))
+    assert [r.generated_tokens for r in greedy.values()] == [r.generated_tokens for r in one_choice.values()]
+    torch.manual_seed(0)
+    config = GenerationConfig(do_sample=True, temperature=3., max_new_tokens=30)
+    assert [r.generated_tokens for r in Server(model, slots=2, length=200, bits=4, window=8, generation_config=config).generate_batch(prompts(50, 20)).values()] != [r.generated_tokens for r in greedy.values()]
+
+
+def test_models_that_no_pool_holds_are_refused():
+    with pytest.raises(ValueError, match="ndkv_packed"): PagePool(LlamaConfig(**BASE), 1, 1, 100)
+    config = LlamaConfig(**BASE)
+    config._attn_implementation = "ndkv_packed"
+    with pytest.raises(ValueError, match="window=1"): PagePool(config, 1, 1, 100, window=0)
+
+
+def test_trained_model_answers_as_through_ndcache():
+    "Mixed prompts of real text: the pool's tokens are those of `NDCache` with the same codes, one request at a time."
+    folder, bits, window = ROOT/"results"/"zoo"/"llama", 4, 64
+    load = lambda attention: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    packed, plain = load("ndkv_packed"), load("sdpa")
+    text = AutoTokenizer.from_pretrained(folder)((ROOT/"README.md").read_text()).input_ids
+    queue = [text[a:a+n] for a, n in ((0, 700), (900, 40), (1000, 260), (1500, 130))]
+    server = Server(packed, slots=3, length=760, bits=bits, window=window)
+    answers = server.generate_batch(queue, max_new_tokens=50, eos_token_id=-1)
+    for request in answers.values():
+        cache = NDCache(plain.config, bits=bits, window=window - 1, codebook="uniform", block=64) # encodes before a step what a pool encodes before it
+        out = plain.generate(torch.tensor([request.prompt_ids]), past_key_values=cache, max_new_tokens=50, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        assert out[0, len(request.prompt_ids):].tolist() == request.generated_tokens
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_replay_what_steps_compute():
+    model = make(LlamaForCausalLM, LlamaConfig(**BASE | dict(head_dim=64))).to("cuda", torch.bfloat16)
+    queue, kw = prompts(5, 200, 130, 64, 17), dict(slots=3, length=400, bits=4, window=16)
+    want, got = ([r.generated_tokens for r in Server(model, graph=graph, **kw).generate_batch(queue, max_new_tokens=90).values()] for graph in (False, True))
+    same = sum(a == b for x, y in zip(want, got) for a, b in zip(x, y)) / 450
+    assert same > .9 # batches are rounded up, and bfloat16 rounds by the shape of a batch
