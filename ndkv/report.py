@@ -910,7 +910,8 @@ def all_in(book, cell, data='wiki_val') -> float:
 def zoo_figure(book, plt):
     "Bits per element against mean KL, every method, one panel a model."
     found = swept(book, 'zoo')
-    models = sorted({m for m, _ in found}) or ['llama']
+    if not found: return blank(plt)
+    models = sorted({m for m, _ in found})
     columns = min(len(models), 3)
     rows = -(-len(models)//columns)
     fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
@@ -974,7 +975,8 @@ TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2,
 def tails_figure(book, plt):
     "KL against the share of tokens that exceed it, some settings of two to three bits."
     found = swept(book, 'zoo')
-    models = sorted({m for m, _ in found}) or ['llama']
+    if not found: return blank(plt)
+    models = sorted({m for m, _ in found})
     fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         for s in TAILS:
@@ -1034,10 +1036,10 @@ def stress_table(book):
 def stress_figure(book, plt):
     "Mean KL on each twin over that on the plain model, a heat map for each model."
     found = stressed(book)
+    if not found: return blank(plt)
     (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
     settings = [s for s in settings if s[1]]
-    fig,axes = plt.subplots(1, max(1, len(models)), figsize=(1.9 + 2.1*max(1, len(models)), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
-    if not models: axes[0, 0].text(.5, .5, 'not run', transform=axes[0, 0].transAxes, ha='center')
+    fig,axes = plt.subplots(1, len(models), figsize=(1.9 + 2.1*len(models), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
@@ -1048,7 +1050,7 @@ def stress_figure(book, plt):
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
         ax.set_title(model)
-    if models: fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
     return fig
 
 # %% ../nbs/90_report.ipynb #51d1f6ce
