@@ -248,6 +248,8 @@ class Classes:
     def pick(self, x: Tensor) -> Tensor:
         "Vectors [B, H, T, D] -> class of each token [B, H, T / group, group], int64."
         score = torch.einsum("bhtd,hd->bht", x.float(), self.direction.to(x.device).float()).unflatten(-1, (-1, self.group))
+        score = score - score.mean(-1, keepdim=True)
+        score = (1000 * score / score.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).round()  # equal up to rounding errors: the earlier token first
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return torch.bucketize(rank.contiguous(), torch.tensor(self.counts, device=x.device).cumsum(0), right=True)
 

@@ -99,10 +99,19 @@ def test_classes_part_and_join(counts, heads, groups, seed):
     which = classes.pick(x)
     assert [(which == i).sum(-1).unique().tolist() for i in range(len(counts))] == [[n] for n in counts]
     score = torch.einsum('bhtd,hd->bht', x, classes.direction).unflatten(-1, (-1, sum(counts)))
-    for i in range(len(counts) - 1): assert (score.masked_fill(which != i, 9e9).amin(-1) >= score.masked_fill(which <= i, -9e9).amax(-1)).all()
+    near = 2e-3 * (score - score.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    for i in range(len(counts) - 1): assert (score.masked_fill(which != i, 9e9).amin(-1) + near >= score.masked_fill(which <= i, -9e9).amax(-1)).all()
     parts = classes.part(x, which)
     assert [p.shape[2] for p in parts] == [groups * n for n in counts]
     assert torch.equal(classes.join(parts, which), x)
+
+
+def test_equal_tokens_are_ranked_by_their_order():
+    "As the same words have the same keys in the first layer, but for rounding errors."
+    classes = Classes(torch.randn(2, 8, generator=generator(0)), (4, 12, 16, 32))
+    x = torch.randn(1, 2, 64, 8, generator=generator(1)).repeat_interleave(2, 2)
+    noisy = x * (1 + 1e-6 * torch.randn(x.shape, generator=generator(2)))
+    assert (classes.pick(noisy) == classes.pick(x)).float().mean() > .97
 
 
 @few
