@@ -14,15 +14,18 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
            'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name',
-           'swept', 'use', 'all_in', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
-           'survived', 'stress_table', 'stress_figure', 'tasks_table', 'choice_name', 'ablation_table', 'zoo_models',
-           'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'claims',
-           'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name',
-           'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
-           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
-           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
-           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
+           'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
+           'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
+           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
+           'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
+           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
+           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
+           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -688,7 +691,7 @@ def bits_table(book):
     return '\n'.join(lines[:-1] + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #f555ff3a
-CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel')
+CASES = ('4bit_uniform', '4bit_lm', '3bit', '3bit_lm', '2bit', 'mixed', 'blockrel', 'trellis', 'prerope')
 
 @table('speed')
 def speed_table(book):
@@ -825,6 +828,40 @@ for _id, _what, _target, _where in (
     ('speedup_prerope_8x32k', 'full pre-RoPE keys', '>= 1.0', dict(method='prerope')),
     ('speedup_4bit_1x32k', 'uniform 4-bit codes', '>= 2.0', dict(method='4bit_uniform', batch=1)),
 ): _speed_claim(_id, _what, _target, **_where)
+
+@claim('bandwidth_fraction_4bit', 'Bytes of uniform 4-bit codes and norms that decode attention reads in a second, of the rate of a copy in the same run; 8 × 32k tokens.', 'of a copy', '>= 0.5')
+def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'bandwidth_fraction'}, method='4bit_uniform', batch=8, length=32768)
+
+@claim('encode_bandwidth_fraction', 'Bytes of bfloat16 keys and values that are encoded to 4 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= 0.25')
+def encode_bandwidth_fraction(book): return book.value(file='kernels', metric='bandwidth_fraction', method='encode_4bit', batch=8, length=4096)
+
+# %% ../nbs/90_report.ipynb #35ef7b57
+def at_32k(book, metric, methods):
+    "Largest value of a metric among some methods at 32768 tokens, in the latest run of an 8B model."
+    rows = [r for r in book.rows if r['file'] == 'throughput' and r['model'] == 'llama8b, random' and r['length'] == 32768]
+    last = max((r['run'] for r in rows), key=lambda id: (book.runs[id].get('start', ''), id), default=None)
+    rows = [r for r in rows if r['run'] == last and r['metric'] == metric and r['method'] in methods]
+    best = max(rows, key=lambda r: r['value'], default=None)
+    if best: book.used[best['at']] = best
+    return best and best['value']
+
+def ratio_32k(book, metric):
+    ours,theirs = at_32k(book, metric, ('packed4',)), at_32k(book, metric, ('dynamic', 'static', 'fixed'))
+    return ours and theirs and ours / theirs
+
+@claim('throughput_ratio_32k', 'Tokens a second of an 8B model at 32k tokens of context, each cache at its best batch: 4-bit pages against the fastest bfloat16 cache, same GPU, same run.', 'times as many', '>= 2')
+def throughput_ratio_32k(book): return ratio_32k(book, 'tokens_per_s')
+
+@claim('batch_ratio_32k', 'Largest batch of an 8B model at 32k tokens of context: 4-bit pages against the bfloat16 cache that fits most, same GPU, same run.', 'times as large', '>= 3.5')
+def batch_ratio_32k(book): return ratio_32k(book, 'largest_batch')
+
+@claim('cpu_slowdown_4k', 'Decode step at 4096 tokens on one CPU thread, reference model: packed pages over DynamicCache; worst of 2, 3 and 4 bits, float32 and bfloat16.', 'times the time', '<= 3')
+def cpu_slowdown_4k(book):
+    values = [book.value(file='throughput', metric='slowdown', model='llama', method=f'paged{b}', length=4096, dtype=d) for b in (4, 3, 2) for d in ('float32', 'bfloat16')]
+    return None if None in values else max(values)
+
+@claim('users_ratio_paged', 'Requests of 8192 tokens that a pool of packed pages holds in the memory of one in bfloat16, by allocated bytes: 2-bit codes, window 128, 4 sinks, 8 KV heads of 128.', 'requests', '>= 6')
+def users_ratio_paged(book): return book.value(file='serving', metric='users_ratio', method='paged2', length=8192, window=128)
 
 # %% ../nbs/90_report.ipynb #c84518f5
 def latest(
@@ -1068,6 +1105,34 @@ def tasks_table(book):
         lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
     return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
+# %% ../nbs/90_report.ipynb #1d65adbb
+def share_of_bits(book, found, model, bits) -> float|None:
+    "All-in bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
+    cells = {s: c for (m, s), c in found.items() if m == model and ('kl_mean', 'wiki_val') in c}
+    goal = cells.get(('rotation', bits, bits, ()))
+    if goal is None: return None
+    good = [all_in(book, c) for s, c in cells.items() if s[0] == 'spectral' and use(book, c['kl_mean', 'wiki_val'])['value'] <= use(book, goal['kl_mean', 'wiki_val'])['value']]
+    return min(good)/all_in(book, goal) if good else None
+
+@figure('ladder')
+def ladder_figure(book, plt):
+    "Share of the rotation's bits against parameters."
+    found = swept(book, 'ladder')
+    sizes = {m: int(re.search(r'_(\d+)m$', m)[1]) for m, _ in found}
+    fig,ax = plt.subplots(figsize=(3.4, 2.2), layout='constrained')
+    for bits, color, marker in zip(BITS, ('#0072B2', '#009E73', '#CC79A7'), 'o^s'):
+        points = [(sizes[m], x) for m in sorted(sizes, key=sizes.get) if (x := share_of_bits(book, found, m, bits)) is not None]
+        if points: ax.plot(*zip(*points), color=color, marker=marker, label=f'as good as {bits} bits')
+    if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+    else:
+        ax.set(xscale='log', ylim=(0, None))
+        ax.set_xticks(sorted(sizes.values()), [f'{n} M' for n in sorted(sizes.values())], minor=False)
+        ax.minorticks_off()
+        ax.legend(frameon=False)
+    ax.set(xlabel='parameters', ylabel="share of the rotation's bits")
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
+
 # %% ../nbs/90_report.ipynb #2cca136f
 CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)
 
@@ -1146,6 +1211,22 @@ def sweep_cells(book):
     rows = {r['key']: r for r in book.rows if r['file'].startswith('sweep_') and 'key' in r}
     for r in rows.values(): use(book, r)
     return len(rows) or None
+
+# %% ../nbs/90_report.ipynb #d935ec93
+@claim('drop_kl_ratio_2bit', 'Mean KL of the best policy that keeps an eighth of the tokens in bfloat16, over that of all tokens at 2 bits (rotation, no data), windows of 2048; the model that is kindest to dropping.', 'times the KL', '>= 2')
+def drop_kl_ratio_2bit(book):
+    ratios = []
+    for model in models_of(book, file='eviction', metric='kl_mean'):
+        where = dict(file='eviction', metric='kl_mean', model=model, data='wiki_val', length=2048)
+        dropped = [book.value(**where, method='exact', keep=.125, policy=p) for p in ('recent', 'keynorm', 'keydiff', 'tova', 'snapkv')]
+        coded = book.value(**where, method='rotation', k_bits=2, keep=1.)
+        ratios.append(min((x for x in dropped if x), default=None) and coded and min(x for x in dropped if x) / coded)
+    return min(ratios) if ratios and None not in ratios else None
+
+@claim('speculative_acceptance', 'Proposals that a reading of the upper 2 of 4 bits makes and the reading of all 4 confirms, 4 proposals a round, greedy, 1024 tokens of context; the text is that without drafts.', 'of the proposals', '>= 0.9')
+def speculative_acceptance(book):
+    where = dict(file='speculation', model='llama', method='nested', verify='rotation 4', draft_bits=2, draft_length=4)
+    return book.value(metric='acceptance', **where) if book.value(metric='texts_equal', **where) == 1 else None
 
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(
