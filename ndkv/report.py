@@ -32,6 +32,7 @@ import filecmp, hashlib, json, logging, operator, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Callable
@@ -451,17 +452,22 @@ def _theory(ax):
     ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound', xticks=(1, 2, 3, 4), ylim=(-.18, 1.3))
     ax.legend(frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03), handlelength=2, labelspacing=.25)
 
-CODES = {'bound': ('Gaussian bound', 'black', '', '-'), 'rotation': ('rotation, Lloyd–Max', STYLES['rotation'].color, 'o', '-'),
-         'lloyd_max': ('frame, Lloyd–Max', '#009E73', 'v', '-'), 'trellis': ('frame, trellis', STYLES['spectral'].color, 's', '-')}
+CODES = ((0, 'frame, Lloyd–Max', '#009E73', 'v'), (256, 'frame, trellis', STYLES['spectral'].color, 's'))
 
 def _reached(ax, book, kind, title):
-    "Distortion over bits on the keys or values of the reference model, mean over layers and heads."
-    lines = series(book, 'bits', ('method',), file='ratedistortion', metric='distortion', model='llama', kind=kind, layer=None)
-    if not lines: not_run(ax)
-    for (method,), rows in lines.items():
-        label,color,marker,ls = CODES.get(method, (method, GREY, 'x', '-'))
-        ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color=color, marker=marker, ls=ls, label=label)
-    if lines: ax.set(yscale='log', xlabel='bits per element')
+    "Weighed distortion over bits of the reference model's keys or values: every layer, geometric means, and the bound."
+    mean = lambda values: exp(sum(map(log, values))/len(values))
+    where = dict(file='ratedistortion', metric='distortion', model='llama', kind=kind)
+    for states, label, color, marker in CODES:
+        layers = list(series(book, 'bits', ('layer',), trellis=states, **where).values())
+        if not layers: continue
+        budgets = list(zip(*layers))
+        bits = [sum(r['bits'] for r in b)/len(b) for b in budgets]
+        if states: ax.plot(bits, [mean([r['bound'] for r in b]) for b in budgets], color='black', label='Gaussian bound')
+        for rows in layers if states else (): ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color='#F0C9AE', lw=.6, zorder=1)
+        ax.plot(bits, [mean([r['value'] for r in b]) for b in budgets], color=color, marker=marker, label=label)
+    if not ax.lines: not_run(ax)
+    else: ax.set(yscale='log', xlabel='bits per element')
     ax.set_title(title)
 
 @figure('ratedistortion')
@@ -471,21 +477,22 @@ def ratedistortion_figure(book, plt):
     _theory(axes[0])
     axes[2].sharey(axes[1])
     for ax, kind, title in zip(axes[1:], 'kv', ('keys', 'values')): _reached(ax, book, kind, title)
-    if axes[1].lines: axes[1].set_ylabel('price left, as a share')
+    if axes[1].lines: axes[1].set_ylabel('weighed error / energy')
     legend_above(fig, axes[1:2], ncols=4)
     open_axes(axes)
     return fig
 
 # %% ../nbs/90_report.ipynb #d0185b6e
-HOMES = dict(pre='keys, before RoPE', block='keys, block of 64', post='keys, after RoPE', v='values')
+HOMES = (('k', 'pre', 'keys, before RoPE'), ('k', '64', 'keys, block of 64'), ('k', 'post', 'keys, after RoPE'), ('v', '', 'values'))
 
-def _spectra(ax, book, home):
-    "All heads of the reference model in one home, and their median."
-    heads = list(series(book, 'rank', ('layer', 'head'), file='spectra', metric='eigenvalue', model='llama', home=home).values())
-    if not heads: return not_run(ax)
-    for rows in heads: ax.plot([r['rank'] for r in rows], [r['value'] for r in rows], color='#AFC4D6', lw=.6)
-    ranks = [r['rank'] for r in heads[0]]
-    ax.plot(ranks, [median(rows[i]['value'] for rows in heads) for i in range(len(ranks))], color=STYLES['rotation'].color, lw=1.6)
+def _spectra(ax, book, kind, home):
+    "All heads of the reference model in one home, their median, and the median of spectra weighed by prices."
+    for prices, label, color, ls in (('none', 'variances', STYLES['rotation'].color, '-'), ('fisher', 'weighed by price', STYLES['spectral'].color, (0, (4, 2)))):
+        heads = [rows[0]['spectrum'] for rows in series(book, lambda r: 0, ('layer', 'head'), file='spectra', metric='effective_rank', model='llama', kind=kind, home=home, prices=prices).values()]
+        if not heads: return not_run(ax)
+        channels = range(1, len(heads[0]) + 1)
+        for h in heads if prices == 'none' else (): ax.plot(channels, [len(h)*x for x in h], color='#AFC4D6', lw=.5, zorder=1)
+        ax.plot(channels, [len(heads[0])*median(column) for column in zip(*heads)], color=color, ls=ls, lw=1.5, label=label)
     ax.axhline(1, color='black', lw=.6, ls=':')
     ax.set(yscale='log', xlabel='channel')
 
@@ -494,10 +501,11 @@ def spectra_figure(book, plt):
     "Spectra of keys before, within and after RoPE, and of values."
     if not any(r['file'] == 'spectra' for r in book.rows): return blank(plt)
     fig,axes = plt.subplots(1, 4, figsize=(5.5, 1.7), sharey=True, layout='constrained')
-    for ax, (home, title) in zip(axes, HOMES.items()):
-        _spectra(ax, book, home)
+    for ax, (kind, home, title) in zip(axes, HOMES):
+        _spectra(ax, book, kind, home)
         ax.set_title(title)
-    axes[0].set_ylabel('eigenvalue / mean' if axes[0].lines else '')
+    axes[0].set_ylabel('eigenvalue / mean')
+    legend_above(fig, axes[:1])
     open_axes(axes)
     return fig
 
@@ -939,7 +947,8 @@ def all_in(book, cell, data='wiki_val') -> float:
 def zoo_figure(book, plt):
     "Bits per element against mean KL, every method, one panel a model."
     found = swept(book, 'zoo')
-    models = sorted({m for m, _ in found}) or ['llama']
+    if not found: return blank(plt)
+    models = sorted({m for m, _ in found})
     columns = min(len(models), 3)
     rows = -(-len(models)//columns)
     fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
@@ -1003,7 +1012,8 @@ TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2,
 def tails_figure(book, plt):
     "KL against the share of tokens that exceed it, some settings of two to three bits."
     found = swept(book, 'zoo')
-    models = sorted({m for m, _ in found}) or ['llama']
+    if not found: return blank(plt)
+    models = sorted({m for m, _ in found})
     fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         for s in TAILS:
@@ -1063,10 +1073,10 @@ def stress_table(book):
 def stress_figure(book, plt):
     "Mean KL on each twin over that on the plain model, a heat map for each model."
     found = stressed(book)
+    if not found: return blank(plt)
     (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
     settings = [s for s in settings if s[1]]
-    fig,axes = plt.subplots(1, max(1, len(models)), figsize=(1.9 + 2.1*max(1, len(models)), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
-    if not models: axes[0, 0].text(.5, .5, 'not run', transform=axes[0, 0].transAxes, ha='center')
+    fig,axes = plt.subplots(1, len(models), figsize=(1.9 + 2.1*len(models), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
@@ -1077,7 +1087,7 @@ def stress_figure(book, plt):
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
         ax.set_title(model)
-    if models: fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
     return fig
 
 # %% ../nbs/90_report.ipynb #51d1f6ce
