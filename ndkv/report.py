@@ -857,14 +857,14 @@ SHARED_TOKENS = 4096 # Tokens of the text that carries the frames
 
 def setting(row) -> tuple: # method, key bits, value bits, options
     "What of a row says how it was quantized."
-    return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k) not in (None, False))
+    return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k))
 
 def setting_name(s) -> str:
     "A setting in words."
     method,k,v,options = s
     if k is None: return 'exact again'
     words = dict(span='g{}', scale='{} scale', rotate='rotated', boundary='{} exact layers', first='{} finer layers')
-    more = [words[o].format(2*x if o == 'boundary' else x) for o, x in options if (o, x) != ('boundary', 0)]
+    more = [words[o].format(2*x if o == 'boundary' else x) for o, x in options]
     name = OTHERS[method][0] if method in OTHERS else style_of(method).label
     return ', '.join([f'{name} ' + (f'{k:g}' if k == v else f'{k:g}/{v:g}'), *more])
 
@@ -961,14 +961,14 @@ def worst_table(book):
     return '\n'.join(head + (lines or [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #cd0d1a82
-TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2, 2, ()), ('oscar', 2, 2, ()), ('turboquant', 3, 3, (('boundary', 0),)), ('kvarn', 4, 2, ()), ('spectral', 1.5, 1.5, ()), ('spectral', 2, 2, ()))
+TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2, 2, ()), ('oscar', 2, 2, ()), ('turboquant', 3, 3, ()), ('kvarn', 4, 2, ()), ('spectral', 1.5, 1.5, ()), ('spectral', 2, 2, ()))
 
 @figure('tails')
 def tails_figure(book, plt):
     "KL against the share of tokens that exceed it, some settings of two to three bits."
     found = swept(book, 'zoo')
     models = sorted({m for m, _ in found}) or ['llama']
-    fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         for s in TAILS:
             if (cell := found.get((model, s))) is None: continue
@@ -1036,7 +1036,7 @@ def stress_figure(book, plt):
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
         image = ax.imshow(ratio, norm=plt.matplotlib.colors.LogNorm(.3, 300), cmap='YlOrRd', aspect='auto')
         for i, row in enumerate(ratio):
-            for j, x in enumerate(row): ax.text(j, i, '–' if x != x else f'{x:.1f}' if x < 10 else f'{x:.0f}' if x < 1000 else f'{x:.0e}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
+            for j, x in enumerate(row): ax.text(j, i, '–' if x != x else f'{x:.1f}' if x < 10 else f'{float(f"{x:.2g}"):.0f}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
         ax.set_xticks(range(len(twins)), [t.replace('_', '\n') for t in twins], fontsize=5.5)
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
