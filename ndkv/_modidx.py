@@ -787,6 +787,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report.reached': ('report.html#reached', 'ndkv/report.py'),
                              'ndkv.report.readme_with_claims': ('report.html#readme_with_claims', 'ndkv/report.py'),
                              'ndkv.report.reference_ppl': ('report.html#reference_ppl', 'ndkv/report.py'),
+                             'ndkv.report.refused': ('report.html#refused', 'ndkv/report.py'),
                              'ndkv.report.report': ('report.html#report', 'ndkv/report.py'),
                              'ndkv.report.repository': ('report.html#repository', 'ndkv/report.py'),
                              'ndkv.report.res': ('report.html#res', 'ndkv/report.py'),

@@ -16,14 +16,14 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
            'p99_kl_ratio_3', 'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name',
            'swept', 'use', 'all_in', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
-           'survived', 'stress_table', 'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name',
-           'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit',
-           'sweep_cells', 'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked',
-           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'among',
-           'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex',
-           'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table',
-           'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify',
-           'lint_text', 'lint_paper', 'report']
+           'survived', 'refused', 'stress_table', 'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure',
+           'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
+           'needle_accuracy_drop_2bit', 'sweep_cells', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
+           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -1001,6 +1001,13 @@ def survived(pair) -> bool|None:
     "Is the divergence on a twin within the factor? None where the plain model was not measured."
     return None if pair[1] is None else pair[0]['value'] <= SURVIVED*pair[1]['value']
 
+def refused(book, kind) -> dict: # (model, setting) -> error
+    "What a sweep could not measure because the method said no."
+    found = {}
+    for path in sorted(book.folder.glob(f'sweep_{kind}*.failed.json')):
+        for f in json.loads(path.read_text('utf8')).values(): found[f['cell']['model'], setting(f['cell'] | f['cell']['options'])] = f['error']
+    return found
+
 def _stress_settings(found):
     "Settings in order of method, and twins."
     order = ['bf16', 'rotation', 'spectral', *OTHERS]
@@ -1008,8 +1015,8 @@ def _stress_settings(found):
 
 @table('stress')
 def stress_table(book):
-    "Mean KL of every setting on every twin, the worse of the models; bold where the twin is not survived."
-    found = stressed(book)
+    "Mean KL of every setting on every twin, the worse of the models; bold where the twin is not survived, *refuses* where the method's number formats do not hold what it carries."
+    found,no = stressed(book),{(m.partition('+')[2], s) for m, s in refused(book, 'stress')}
     settings,twins = _stress_settings(found)
     lines = [r'\begin{tabular}{@{}l' + 'r'*len(twins) + '@{}}', r'\toprule', ' & '.join(['setting', *(tex_escape(t.replace('_', ' ')) for t in twins)]) + r' \\', r'\midrule']
     for s in settings:
@@ -1017,7 +1024,7 @@ def stress_table(book):
         for t in twins:
             pairs = [c[s] for (m, u), c in found.items() if u == t and s in c]
             worst = max(pairs, key=lambda p: p[0]['value'], default=None)
-            text = res(worst and worst[0], 2)
+            text = r'\emph{refuses}' if (t, s) in no else res(worst and worst[0], 2)
             cells.append(rf'\textbf{{{text}}}' if s[1] and any(survived(p) is False for p in pairs) else text)
         lines.append(' & '.join([tex_escape(setting_name(s)), *cells]) + r' \\')
     return '\n'.join(lines + ([] if settings else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
@@ -1026,7 +1033,7 @@ def stress_table(book):
 @figure('stress')
 def stress_figure(book, plt):
     "Mean KL on each twin over that on the plain model, a heat map for each model."
-    found = stressed(book)
+    found,no = stressed(book),refused(book, 'stress')
     (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
     settings = [s for s in settings if s[1]]
     fig,axes = plt.subplots(1, max(1, len(models)), figsize=(1.9 + 2.1*max(1, len(models)), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
@@ -1036,7 +1043,7 @@ def stress_figure(book, plt):
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
         image = ax.imshow(ratio, norm=plt.matplotlib.colors.LogNorm(.3, 300), cmap='YlOrRd', aspect='auto')
         for i, row in enumerate(ratio):
-            for j, x in enumerate(row): ax.text(j, i, '–' if x != x else f'{x:.1f}' if x < 10 else f'{float(f"{x:.2g}"):.0f}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
+            for j, x in enumerate(row): ax.text(j, i, 'refuses' if (f'{model}+{twins[j]}', settings[i]) in no else '–' if x != x else f'{x:.1f}' if x < 10 else f'{float(f"{x:.2g}"):.0f}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
         ax.set_xticks(range(len(twins)), [t.replace('_', '\n') for t in twins], fontsize=5.5)
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
