@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from . import report as reporting
 from .cache import METHODS, NDCache
@@ -476,38 +476,43 @@ def sweep(
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
 
-@command('ndkv bench', 'ndkv bench --out /tmp/results --json')
+@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench --out /tmp/results --json')
 def bench(
-    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one.')]='kernels',
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one.')]='kernels',
     model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or a folder.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, throughput or serving.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
-    seconds:Annotated[float, typer.Option(help='For generate: start nothing after so many seconds.')]=420,
+    seconds:Annotated[float, typer.Option(help='For generate and tune: start nothing after so many seconds.')]=420,
+    only:Annotated[str, typer.Option(help='For kernels and tune: cases whose names start so, comma-separated.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
-    files = dict(kernels='kernels', generate='throughput', cpu='throughput', serve='serving')
+    files = dict(kernels='kernels', tune='', generate='throughput', cpu='throughput', serve='serving')
     if what not in files: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(files)}')
-    if what in ('kernels', 'generate') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+    if what in ('kernels', 'tune', 'generate') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+    from ndkv.kernels_bench import CASES, CLAIMED, tune
+    cases = [c for c in (CLAIMED if what == 'tune' else CASES) if c.name.startswith(tuple(only.split(',')))]
+    if not cases: raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
+    if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     path = zoo()/model if (zoo()/model).is_dir() else Path(model)
-    with Run(out, command=f'ndkv bench {what}' + (f' --model {model}' if what in ('cpu', 'serve') else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None) as run: _bench(what, run, path, data, seconds)
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None) as run: _bench(what, run, path, data, seconds, cases)
     if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal'}
+    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal'}
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'], r.get('batch', r.get('slots')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
 
-def _bench(what, run, path, data, seconds):
+def _bench(what, run, path, data, seconds, cases):
     "One of the benches."
     from ndkv import throughput
-    from ndkv.kernels_bench import CASES, bench as time_kernels
-    if what == 'kernels': time_kernels(CASES, run)
+    from ndkv.kernels_bench import bench as time_kernels
+    if what == 'kernels': time_kernels(cases, run)
     elif what == 'generate':
         for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'cpu':
         for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
     else:
-        ids = text_windows(existing(data/'wiki_val.txt.xz', 'text'), throughput.AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
+        ids = text_windows(existing(data/'wiki_val.txt.xz', 'text'), AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
         for bits in (4, 3, 2): throughput.serve_bench(run, path, ids, bits=bits)
         throughput.users_bench(run)
 

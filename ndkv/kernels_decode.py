@@ -143,7 +143,9 @@ def _asm(bits, i, half, a):
     def both(x): return f"0x{unpack('<H', pack('<e', x))[0] * 0x10001:08x}" # a float16 constant in both halves
     def magic(x, width, i, step): # t = 1024 + 2^pos · code, in both halves
         if step: move, pos = ("shl.b32 t, {x}, 3;", "shr.b32 t, {x}, 3;", "shr.b32 t, {x}, 9;")[i//3], 3 + 2*(i%3)
-        else: move, pos = ("shl.b32 t, {x}, 1;", "shr.b32 t, {x}, 7;")[i*width//8], 1 + i*width%8
+        elif i == 0: move, pos = "shl.b32 t, {x}, 1;", 1
+        elif (i + 1)*width > 10: move, pos = "shr.b32 t, {x}, 7;", i*width - 7
+        else: return f"lop3.b32 t, {x}, 0x{((1 << width) - 1 << i*width) * 0x10001:08x}, 0x64006400, 0xEA;", i*width
         return move.format(x=x) + f" lop3.b32 t, t, 0x{((1 << width) - 1 << pos) * 0x10001:08x}, 0x64006400, 0xEA;", pos
     both_parts = bits == 3 and half >= 0
     code, pos = magic("$1", 2 if both_parts else bits, i, both_parts)
@@ -211,13 +213,20 @@ def _fast(x, OP: tl.constexpr, ASM: tl.constexpr):
 
 # %% ../nbs/52_kernels_decode.ipynb #09824862
 @triton.jit
+def _early(GO: tl.constexpr, WAIT: tl.constexpr):
+    "GO: the next launch may start; WAIT: until the launch before has ended."
+    if GO: tl.extra.cuda.gdc_launch_dependents()
+    if WAIT: tl.extra.cuda.gdc_wait()
+
+@triton.jit
 def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                   H, table_stride, NB, splits,
                   WORDS: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr,
                   GROUP: tl.constexpr, NH: tl.constexpr, KT: tl.constexpr, KU: tl.constexpr, KC: tl.constexpr,
                   VT: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, VD: tl.constexpr,
-                  QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr):
+                  QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     "Scores, softmax and values of the pages of one split of one sequence and KV head; tokens are rows, query heads columns."
+    _early(EARLY, EARLY)
     bh, sp = tl.program_id(0), tl.program_id(1)
     b, kvh = bh // H, bh % H
     j, h = tl.arange(0, T), tl.arange(0, NH)
@@ -326,7 +335,8 @@ def _exact(q, ek, ev, elens, eout, eml, bh, b, stride, sm_scale,
 
 @triton.jit
 def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout, eml, H, stride, sm_scale,
-                  D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, W: tl.constexpr):
+                  D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, W: tl.constexpr, EARLY: tl.constexpr):
+    _early(EARLY, False)
     bh, p = tl.program_id(0), tl.program_id(1)
     if p*C < KD: _query(q, M, mean, reach, query, qscale, qconst, bh, bh % H, p*C, sm_scale, D, DP, KD, GROUP, C, MEAN, BOUND)
     else: _exact(q, ek, ev, elens, eout, eml, bh, bh // H, stride, sm_scale, D, DP, GROUP, W)
@@ -334,8 +344,9 @@ def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout,
 # %% ../nbs/52_kernels_decode.ipynb #29ec1d0e
 @triton.jit
 def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, splits,
-                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr):
+                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr):
     "Merge the splits and the exact tokens of `ROWS` query heads of a group, and take their outputs out of the frame of the values."
+    _early(False, EARLY)
     start = tl.program_id(0) * ROWS
     bh = start // GROUP
     kvh = bh % H
@@ -364,8 +375,9 @@ def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, s
 # %% ../nbs/52_kernels_decode.ipynb #a93d0f9c
 @triton.jit
 def _relative_kernel(q, M, means, cos, sin, reach, query, bias, qscale, qconst, H, NB, sm_scale,
-                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr):
+                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr):
     "The queries of `TURNS · ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
+    _early(EARLY, False)
     bh, p = tl.program_id(0), tl.program_id(1)
     r, d, c, j = tl.arange(0, ROWS), tl.arange(0, D//2), tl.arange(0, KP), tl.arange(0, QB)
     row, cols = r % GP, (c < KD)[None, :]
@@ -404,10 +416,13 @@ class Tuning:
     exact: int = 64      # Exact tokens at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
     table: int = 1       # Tables of a trellis: 1 = in shared memory, 0 = read through the cache
+    early: int = 0       # 1 = a launch may start while the one before it ends (Hopper and later)
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
 class PackedAttention:
     "Attention of one layer that reads pages: frames, levels and kernels put together."
+    raw = False # Does the split kernel take queries as they come?
+    short = False # Allow blocks below 64 on a GPU
     def __init__(self,
         layout:Layout,
         k_frame,       # `Frame`; the first channels are stored, as many as the layout has
@@ -418,8 +433,12 @@ class PackedAttention:
         self.layout, self.k_frame, self.v_frame, self.heads, self.home, self._at = layout, k_frame, v_frame, heads, home, {}
         self.d = k_frame.A.shape[-1]
         if self.d != v_frame.A.shape[-1]: raise ValueError(f"keys have {self.d} channels, values {v_frame.A.shape[-1]}; the kernels need one head_dim")
-        if home is not None and (home.block < 64 or layout.page % home.block): raise ValueError(f"keys in blocks of {home.block} tokens on pages of {layout.page}; use a block of 64 or more that divides the page")
+        if home is not None: self._check_block()
         if home is not None and (home.rope.rotary_dim != self.d or home.rope.pairing != "half" or home.rope.scaling != 1): raise ValueError("block-relative keys are read with full rotary embeddings in half-split pairing and no scaling; use frames of the cached keys for this model")
+
+    def _check_block(self):
+        block, page = self.home.block, self.layout.page
+        if page % block or block % self.layout.tokens: raise ValueError(f"blocks of {block} tokens do not divide a page of {page} into whole tiles of {self.layout.tokens}; use a block from {self.layout.tokens} to {page}")
 
     def _levels(self, kind):
         "Per stored channel: bits, and the worth of a unit."
@@ -524,32 +543,34 @@ def _attend(self,
     B, Hq, D = q.shape
     L, H, dev, t = self.layout, self.heads, q.device, tuning or Tuning()
     c, G, BH, scale = self._on(dev), Hq // H, B*H, D**-.5 if scale is None else scale
+    if q.is_cuda and self.home is not None and not self.raw and self.home.block < 64 and not self.short: raise ValueError(f"keys in blocks of {self.home.block} tokens: blocks below 64 are not verified on a GPU yet; use 64 or more")
     if G > 16 or Hq % H: raise ValueError(f"{Hq} query heads on {H} KV heads; the kernel takes whole groups of up to 16")
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     if splits is None: splits = _splits(BH, table.shape[1], t, dev)
-    DP, QB = _pow2(D), 0 if self.home is None else self.home.block
+    DP, QB = _pow2(D), 0 if self.home is None or self.raw else self.home.block
     f32 = lambda *s: torch.empty(s, dtype=torch.float32, device=dev)
     NB = 1 if QB == 0 else table.shape[1] * L.page // QB
     query, qscale, qconst = torch.empty(BH, NB, G, kd, dtype=torch.float16, device=dev), f32(BH), f32(BH, G)
+    if self.raw: query, qconst = q.contiguous(), qconst.zero_()
     bias = f32(BH, NB, QB, G) if QB else qscale
     part, ml, out, q = f32(BH, splits, G, vd), f32(BH, splits, G, 2), torch.empty_like(q), q.contiguous()
     ek, ev, el = exact if exact is not None else (q, q, lens)
     eout, eml = (f32(BH, G, D), f32(BH, G, 2)) if exact is not None else (qscale, qscale)
     C, zero = min(32, _pow2(kd)), c["zero"]
-    columns = 0 if QB else -(-kd // C)
+    columns = 0 if QB or self.raw else -(-kd // C)
     if columns or exact is not None:
         _begin_kernel[(BH, columns + (exact is not None))](q, c["K"], zero if c["k_mean"] is None else c["k_mean"], c["reach"], query, qscale, qconst, ek, ev, el, eout, eml,
-            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, num_warps=4)
+            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, EARLY=t.early and not QB, num_warps=4)
     if QB:
         cos, sin = _turns(self, NB, dev)
         GP, ROWS, TURNS = _pow2(G), 64, 4
         _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
-            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, num_warps=4, num_stages=1)
-    self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits)
+            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, EARLY=t.early, num_warps=4, num_stages=1)
+    self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits, **(dict(scale=scale) if self.raw else {}))
     SP, zero = _pow2(splits), c["zero"]
     ROWS = G if BH*G >= 1024 else 1
     _combine_kernel[(BH*G // ROWS,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
-        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, num_warps=8 if t.rows > 32 else 4)
+        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, EARLY=t.early, num_warps=8 if t.rows > 32 else 4, **_pdl(t))
     return out
 
 def _split(self, grid, t, group, store, *args):
@@ -558,9 +579,10 @@ def _split(self, grid, t, group, store, *args):
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     _split_kernel[grid](store, store.view(torch.int32), *args,
         WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(L, ku),
-        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, num_warps=t.warps, **_registers(t))
+        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, EARLY=t.early, num_warps=t.warps, **_registers(t))
 
-def _registers(t): return dict(maxnreg=t.maxnreg) if t.maxnreg else {}
+def _pdl(t): return dict(launch_pdl=True) if t.early else {}
+def _registers(t): return _pdl(t) | (dict(maxnreg=t.maxnreg) if t.maxnreg else {})
 
 def _splits(BH, pages, t, device):
     "Enough programs to fill the GPU once, at least two pages each."
@@ -596,7 +618,7 @@ def compile_split(
     t, (kt, ku), (vt, vu) = tuning or Tuning(), _plan(layout, "k"), _plan(layout, "v")
     kd, vd = (sum(n for n, _ in x) for x in (layout.k, layout.v))
     fixed = dict(WORDS=layout.words, PAGE=layout.page, T=layout.tokens, TILES=layout.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(layout, ku),
-        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages)
+        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages, EARLY=t.early)
     types = dict(store="*i16", norms="*i32", table="*i32", lens="*i32", q="*fp16", qscale="*fp32", bias="*fp32", part="*fp32", part_ml="*fp32")
     fn = triton.JITFunction(getattr(_split_kernel, "fn", _split_kernel))
     signature = {a: "constexpr" if a in fixed else types.get(a, "i32") for a in fn.arg_names}

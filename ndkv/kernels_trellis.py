@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['TrellisLayout', 'string_words', 'string_bytes', 'pair_table', 'TrellisAttention', 'compile_trellis']
 
-# %% ../nbs/55_kernels_trellis.ipynb #eede22ba
+# %% ../nbs/55_kernels_trellis.ipynb #6c3e1c3b
 from dataclasses import dataclass
 from functools import cache
 import torch
 from torch import Tensor
 import triton, triton.language as tl
 from .codec import ls_gain
-from .kernels_decode import PackedAttention, _fast, _interpreted, _on, _pow2, _registers
+from .kernels_decode import PackedAttention, _early, _fast, _interpreted, _on, _pow2, _registers
 from .trellis import Trellis, tables
 
-# %% ../nbs/55_kernels_trellis.ipynb #beba8c0b
+# %% ../nbs/55_kernels_trellis.ipynb #a244a10f
 @dataclass(frozen=True)
 class TrellisLayout:
     "Where the strings and norms of one page of one head lie."
@@ -48,7 +48,7 @@ class TrellisLayout:
             for _ in range(n // 32): out.append((b, word)); word += b
         return tuple(out)
 
-# %% ../nbs/55_kernels_trellis.ipynb #833c6252
+# %% ../nbs/55_kernels_trellis.ipynb #c7681194
 @cache
 def _trellis(segments, states): return Trellis([b for n, b in segments for _ in range(n)], states)
 
@@ -80,7 +80,7 @@ def string_bytes(
     w = (w >> 2) | ((w.roll(1, -1) & 3) << 30)
     return ((w[..., None] >> (8 * torch.arange(3, -1, -1, device=w.device))) & 255).byte().flatten(-2)
 
-# %% ../nbs/55_kernels_trellis.ipynb #9305a697
+# %% ../nbs/55_kernels_trellis.ipynb #2b4176d0
 def pair_table(
     bits:int,   # 1 to 4
     table:Tensor, # `[5, states]`
@@ -99,7 +99,7 @@ def _offsets(groups, L):
         if any(g[0] == b for g in groups): at[b], end = end, end + (1 << (L + b))
     return tuple(at.get(b, 0) for b in range(5)) + (end,)
 
-# %% ../nbs/55_kernels_trellis.ipynb #dcb88761
+# %% ../nbs/55_kernels_trellis.ipynb #086470d8
 @triton.constexpr_function
 def _declare(words): return f".shared .align 16 .b32 ndkv_pairs[{words}]; mov.u32 $0, ndkv_pairs;"
 
@@ -173,13 +173,13 @@ def _word(words, i: tl.constexpr, AXIS: tl.constexpr):
     else: y = (x >> 32).to(tl.int32)
     return tl.expand_dims(y, 1 - AXIS)
 
-# %% ../nbs/55_kernels_trellis.ipynb #48b728b7
+# %% ../nbs/55_kernels_trellis.ipynb #60d4e894
 @triton.jit
 def _trellis_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                     H, table_stride, NB, splits, pairs,
                     WORDS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, NH: tl.constexpr,
                     KG: tl.constexpr, KN: tl.constexpr, KW: tl.constexpr, VG: tl.constexpr, VN: tl.constexpr, VW: tl.constexpr, L: tl.constexpr, AT: tl.constexpr,
-                    QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr):
+                    QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     "Scores, softmax and values of the pages of one split of one sequence and KV head."
     bh, sp = tl.program_id(0), tl.program_id(1)
     b, kvh = bh // H, bh % H
@@ -187,6 +187,7 @@ def _trellis_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
     j, h = tl.arange(0, T), tl.arange(0, NH)
     f = tl.load(pairs + AT[5] + tl.arange(0, 16)) # 0 .. 15: loaded, because the compiler moves conversions over loads, not over tl.arange
     if ASM: _fill(pairs, AT[5])
+    _early(EARLY, EARLY)
     n = tl.load(lens + b)
     pages = (n + PAGE - 1) // PAGE
     lo, hi = sp*pages // splits, (sp+1)*pages // splits
@@ -245,7 +246,7 @@ def _trellis_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
         tl.store(at_out, even[s], mask=live)
         tl.store(at_out + 1, odd[s], mask=live)
 
-# %% ../nbs/55_kernels_trellis.ipynb #a7d2245a
+# %% ../nbs/55_kernels_trellis.ipynb #b6a778cc
 class TrellisAttention(PackedAttention):
     "`PackedAttention` over pages of trellis strings; `layout` is a `TrellisLayout`."
     @torch.no_grad()
@@ -289,13 +290,13 @@ class TrellisAttention(PackedAttention):
         if "pairs" not in c: c["pairs"] = torch.cat([pair_table(b, tables(L.states)) for b in (4, 3, 2, 1) if any(g[0] == b for g in kg + vg)] + [torch.arange(16, dtype=torch.int32)]).to(dev)
         _trellis_kernel[grid](store.view(torch.int64), store.view(torch.int32), table, lens, query.view(torch.int32), *args, c["pairs"],
             WORDS=L.words, PAGE=L.page, D=32*len(kg), VD=32*len(vg), GROUP=group, NH=max(8, _pow2(group)), KG=kg, KN=kn, KW=_chunks(kn // 2), VG=vg, VN=vn, VW=_chunks(vn // 2), L=bits, AT=_offsets.fn(kg + vg, bits) if hasattr(_offsets, "fn") else _offsets(kg + vg, bits),
-            QB=0 if self.home is None else self.home.block, RUN=_tiles(L, t), ASM=bool(t.table) and not _interpreted(), STAGES=t.stages, num_warps=1, **_registers(t))
+            QB=0 if self.home is None else self.home.block, RUN=_tiles(L, t), ASM=bool(t.table) and not _interpreted(), STAGES=t.stages, EARLY=t.early, num_warps=1, **_registers(t))
 
 def _tiles(L, t):
     "Tiles of 16 tokens an update of the softmax, as many as divide a page."
     return max(r for r in (1, 2, 4, 8) if r <= max(1, t.run) and L.page // 16 % r == 0)
 
-# %% ../nbs/55_kernels_trellis.ipynb #1eddb4e8
+# %% ../nbs/55_kernels_trellis.ipynb #ca3c8d5e
 def compile_trellis(
     layout:TrellisLayout,
     group:int=4,        # Query heads a KV head
@@ -309,7 +310,7 @@ def compile_trellis(
     from ndkv.kernels_decode import Tuning
     t, kg, vg, L = tuning or Tuning(), layout.groups("k"), layout.groups("v"), layout.states.bit_length() - 1
     fixed = dict(WORDS=layout.words, PAGE=layout.page, D=32*len(kg), VD=32*len(vg), GROUP=group, NH=max(8, _pow2(group)), KG=kg, KN=layout.count("k"), KW=_chunks(layout.count("k") // 2), VG=vg, VN=layout.count("v"), VW=_chunks(layout.count("v") // 2),
-        L=L, AT=_offsets(kg + vg, L), QB=block, RUN=_tiles(layout, t), ASM=bool(t.table), STAGES=t.stages)
+        L=L, AT=_offsets(kg + vg, L), QB=block, RUN=_tiles(layout, t), ASM=bool(t.table), STAGES=t.stages, EARLY=t.early)
     kinds = dict(store="*i64", norms="*i32", table="*i32", lens="*i32", q="*i32", qscale="*fp32", bias="*fp32", part="*fp32", part_ml="*fp32", pairs="*i32")
     fn = triton.JITFunction(getattr(_trellis_kernel, "fn", _trellis_kernel))
     signature = {a: "constexpr" if a in fixed else kinds.get(a, "i32") for a in fn.arg_names}
