@@ -797,6 +797,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report.open_axes': ('report.html#open_axes', 'ndkv/report.py'),
                              'ndkv.report.p99_kl_ratio_3': ('report.html#p99_kl_ratio_3', 'ndkv/report.py'),
                              'ndkv.report.pairs': ('report.html#pairs', 'ndkv/report.py'),
+                             'ndkv.report.panels': ('report.html#panels', 'ndkv/report.py'),
                              'ndkv.report.plain_log': ('report.html#plain_log', 'ndkv/report.py'),
                              'ndkv.report.quality': ('report.html#quality', 'ndkv/report.py'),
                              'ndkv.report.quality_line': ('report.html#quality_line', 'ndkv/report.py'),

@@ -17,8 +17,8 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
            'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
            'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
-           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'refused',
-           'stress_table', 'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name',
+           'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived',
+           'refused', 'stress_table', 'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name',
            'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit',
            'sweep_cells', 'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown',
            'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
@@ -943,6 +943,14 @@ def all_in(book, cell, data='wiki_val') -> float:
     return bits['value'] + (framed['value'] - bits['value'])*bits['length']/SHARED_TOKENS if framed else bits['value']
 
 # %% ../nbs/90_report.ipynb #2e1f6ef0
+def panels(plt, n, width, height, more):
+    "A figure with a panel a model, at most three in a row; height of a row and what the legend adds, in inches."
+    columns = min(n, 3)
+    rows = -(-n//columns)
+    fig,axes = plt.subplots(rows, columns, figsize=(width, more + height*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax in axes.flat[n:]: ax.set_visible(False)
+    return fig,axes
+
 @figure('zoo')
 def zoo_figure(book, plt):
     "Bits per element against mean KL, every method, one panel a model."
@@ -950,9 +958,7 @@ def zoo_figure(book, plt):
     if not found: return blank(plt)
     models = sorted({m for m, _ in found})
     columns = min(len(models), 3)
-    rows = -(-len(models)//columns)
-    fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
-    for ax in axes.flat[len(models):]: ax.set_visible(False)
+    fig,axes = panels(plt, len(models), 5.6 if columns < 3 else 7., 2.3, .9)
     for ax, model in zip(axes.flat, models):
         points = {}
         for (m, s), cell in found.items():
@@ -1014,8 +1020,8 @@ def tails_figure(book, plt):
     found = swept(book, 'zoo')
     if not found: return blank(plt)
     models = sorted({m for m, _ in found})
-    fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharex=True, sharey=True, squeeze=False, layout='constrained')
-    for ax, model in zip(axes[0], models):
+    fig,axes = panels(plt, len(models), 5.6 if len(models) < 3 else 7., 2., .7)
+    for ax, model in zip(axes.flat, models):
         for s in TAILS:
             if (cell := found.get((model, s))) is None: continue
             rows = [use(book, cell[m, 'wiki_val']) for m in ('kl_p50', 'kl_p99', 'kl_p999', 'kl_max')]
@@ -1025,7 +1031,7 @@ def tails_figure(book, plt):
         else: ax.set(xscale='log', yscale='log', xlabel='KL to exact cache (nats)')
         ax.set_title(model)
         ax.spines[['top', 'right']].set_visible(False)
-    axes[0, 0].set_ylabel('share of tokens above')
+    for row in axes: row[0].set_ylabel('share of tokens above')
     handles,labels = axes[0, 0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2., columnspacing=1., fontsize=6.5)
     return fig
@@ -1083,8 +1089,8 @@ def stress_figure(book, plt):
     if not found: return blank(plt)
     (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
     settings = [s for s in settings if s[1]]
-    fig,axes = plt.subplots(1, len(models), figsize=(1.9 + 2.1*len(models), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
-    for ax, model in zip(axes[0], models):
+    fig,axes = panels(plt, len(models), 1.9 + 2.1*min(len(models), 3), .5 + .22*max(4, len(settings)), .4)
+    for ax, model in zip(axes.flat, models):
         pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
         image = ax.imshow(ratio, norm=plt.matplotlib.colors.LogNorm(.3, 300), cmap='YlOrRd', aspect='auto')
@@ -1094,7 +1100,7 @@ def stress_figure(book, plt):
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
         ax.set_title(model)
-    fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    fig.colorbar(image, ax=axes, label='mean KL over that on the plain model', shrink=.8, pad=.02, extend='both')
     return fig
 
 # %% ../nbs/90_report.ipynb #51d1f6ce
