@@ -94,7 +94,10 @@ class PagedPast:
         return (self.kernel if any(self.pages) and q.is_cuda else self.tiles)(q, scale)
 
     def _arguments(self, q):
-        lens = torch.tensor([[p*self.page for p in self.pages], self.n], dtype=torch.int32).to(q.device, non_blocking=True)
+        if len({*zip(self.n, self.pages)}) == 1: # no copy from the host, so that a graph can hold it
+            lens = torch.full((2, len(q)), self.pages[0]*self.page, dtype=torch.int32, device=q.device)
+            lens[1] = self.n[0]
+        else: lens = torch.tensor([[p*self.page for p in self.pages], self.n], dtype=torch.int32).to(q.device, non_blocking=True)
         return q, self.store, self.table[:, :max(self.pages)], lens[0], (*self.exact, lens[1])
 
     def kernel(self, q, scale=None): return self.pa(*self._arguments(q), scale=scale)
