@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from . import report as reporting
 from .cache import METHODS, NDCache
@@ -474,7 +474,7 @@ def sweep(
     done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
-    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name}.failed.json says why')
+    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
 
 @command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench --out /tmp/results --json')
 def bench(
@@ -498,7 +498,7 @@ def bench(
     path = zoo()/model if (zoo()/model).is_dir() else Path(model)
     with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None) as run: _bench(what, run, path, data, seconds, cases)
     if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal'}
+    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal'}
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'], r.get('batch', r.get('slots')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
 
@@ -512,7 +512,7 @@ def _bench(what, run, path, data, seconds, cases):
     elif what == 'cpu':
         for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
     else:
-        ids = text_windows(existing(data/'wiki_val.txt.xz', 'text'), throughput.AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
+        ids = text_windows(existing(data/'wiki_val.txt.xz', 'text'), AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
         for bits in (4, 3, 2): throughput.serve_bench(run, path, ids, bits=bits)
         throughput.users_bench(run)
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Recent', 'KeyNorm', 'KeyDiff', 'last_attention', 'TOVA', 'SnapKV', 'Kept', 'EvictingLayer', 'observed',
-           'EvictingCache', 'DropCell', 'frontier_cells', 'drop_or_quantize', 'retrieval_after_dropping']
+           'EvictingCache', 'DropCell', 'frontier_cells', 'drop_or_quantize', 'retrieval_after_dropping',
+           'frontier_table']
 
-# %% ../nbs/77_eviction.ipynb #1d4411f0
+# %% ../nbs/77_eviction.ipynb #e2cb04a7
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from .profile import Profile, watching
 from .results import Run
 from .tasks import task_scores
 
-# %% ../nbs/77_eviction.ipynb #8ead4fd8
+# %% ../nbs/77_eviction.ipynb #09556431
 class Recent:
     "Keep the latest tokens."
     queries = 0
@@ -42,7 +43,7 @@ class KeyDiff:
     def score(self, keys, values, positions, queries):
         return -F.cosine_similarity(keys, F.normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)
 
-# %% ../nbs/77_eviction.ipynb #36f68ee8
+# %% ../nbs/77_eviction.ipynb #d7ef4892
 def last_attention(
     queries:Tensor, # `[B, Hq, w, D]`, scaled, of the last `w` tokens
     keys:Tensor,    # `[B, H, n, D]`
@@ -73,7 +74,7 @@ class SnapKV:
 
 POLICIES = dict(recent=Recent(), keynorm=KeyNorm(), keydiff=KeyDiff(), tova=TOVA(), snapkv=SnapKV()) # By name
 
-# %% ../nbs/77_eviction.ipynb #f800f56c
+# %% ../nbs/77_eviction.ipynb #ed872b5b
 def _heads_of(name, index): return index[:, int(h):int(h) + 1] if (h := name.partition(":")[2]) else index # those an entry belongs to
 
 
@@ -85,7 +86,7 @@ def _whole(entries):
     names = dict.fromkeys(name.partition(":")[0] for name in entries)
     return {name: entries[name] if name in entries else torch.cat([t for k, t in entries.items() if k.startswith(name + ":")], -1) for name in names}
 
-# %% ../nbs/77_eviction.ipynb #4d6b4e97
+# %% ../nbs/77_eviction.ipynb #b158a1f6
 class Kept(Packed):
     "Packed tokens of which each head keeps its own."
     n, copy, copied = 0, None, 0 # positions covered; decoded tokens, and the positions that they cover
@@ -114,7 +115,7 @@ class Kept(Packed):
         if self.index is self: self._remember(F.pad(self._map(like, heads), (0, like.shape[2]), value=1))
         self.n += like.shape[2]
 
-# %% ../nbs/77_eviction.ipynb #06331e55
+# %% ../nbs/77_eviction.ipynb #5afd9a3e
 def _by_head(self:Kept, new, heads):
     "Entries with a head axis as they are, rows of all heads cut at the codec's `sizes`."
     split = lambda name, t: {f"{name}:{h}": part for h, part in enumerate(t.split(self.codec.sizes, -1))}
@@ -126,7 +127,7 @@ def _remember(self:Kept, kept): self.entries["map"] = pack(kept, 1)
 
 Kept._by_head, Kept._map, Kept._remember = _by_head, _map, _remember
 
-# %% ../nbs/77_eviction.ipynb #830478e8
+# %% ../nbs/77_eviction.ipynb #bf83d2d7
 def _select(self:Kept, index):
     "Keep the entries `index` `[B, H, m]` of those that are held, ascending."
     if self.index is self:
@@ -161,7 +162,7 @@ def _read(self:Kept, pos, dtype):
 
 Kept.select, Kept._spread, Kept._decoded, Kept._extend, Kept.read = _select, _spread, _decoded, _extend, _read
 
-# %% ../nbs/77_eviction.ipynb #0afb4b44
+# %% ../nbs/77_eviction.ipynb #89869757
 def _apply(self:Kept, f):
     Packed.apply(self, f)
     if self.copy is not None: self.copy = f(self.copy)
@@ -173,7 +174,7 @@ def _last(self:Kept, pos): return self.read(pos, torch.float32)[:, :, -1:]
 
 Kept.apply, Kept.keep, Kept.last = _apply, _keep, _last
 
-# %% ../nbs/77_eviction.ipynb #4264770f
+# %% ../nbs/77_eviction.ipynb #c58f2087
 def _covers(self:Kept, entries, x, n):
     "As `Packed.covers`; the map of the keys is compared with what is there."
     data = {name: t for name, t in entries.items() if name != "map"}
@@ -188,7 +189,7 @@ def _restore(self:Kept, entries, n): self.entries, self.n = dict(entries), n
 
 Kept.covers, Kept.restore = _covers, _restore
 
-# %% ../nbs/77_eviction.ipynb #6061b306
+# %% ../nbs/77_eviction.ipynb #b70093a1
 class EvictingLayer(NDLayer):
     "An attention layer that keeps a part of its packed tokens."
     def __init__(self,
@@ -215,7 +216,7 @@ class EvictingLayer(NDLayer):
         n = max((L - self.window - self.sinks)//self.block*self.block, self.stores[0].packed.n if self.stores else 0, 0)
         return n - self.room(n)
 
-# %% ../nbs/77_eviction.ipynb #27031b8a
+# %% ../nbs/77_eviction.ipynb #1f407d04
 @torch.compiler.disable
 def _update(self:EvictingLayer, key_states, value_states, *args, **kwargs):
     "Take `[B, H, q, D]` keys and values; return what is held and them."
@@ -239,7 +240,7 @@ def _flush(self:EvictingLayer, L, first=0):
 
 EvictingLayer.update, EvictingLayer.flush = _update, _flush
 
-# %% ../nbs/77_eviction.ipynb #061851d7
+# %% ../nbs/77_eviction.ipynb #4e5d9aac
 def _scores(self:EvictingLayer):
     "The policy's scores of all that is held."
     want, L = self.policy.queries, self.get_seq_length()
@@ -264,7 +265,7 @@ def _recall(self:EvictingLayer, queries, seen):
 
 EvictingLayer.scores, EvictingLayer.see, EvictingLayer.recall = _scores, _see, _recall
 
-# %% ../nbs/77_eviction.ipynb #62355d44
+# %% ../nbs/77_eviction.ipynb #81c5d864
 @property
 def _positions(self:EvictingLayer):
     "Where the tokens that are held stood in the text `[B, H, n]`."
@@ -276,7 +277,7 @@ def _positions(self:EvictingLayer):
 
 EvictingLayer.positions = _positions
 
-# %% ../nbs/77_eviction.ipynb #e34098ce
+# %% ../nbs/77_eviction.ipynb #fb890632
 def _crop(self:EvictingLayer, tokens_to_remove):
     n = -int(tokens_to_remove)
     if any(s.packed.n and s.end - n < s.starts[2] for s in self.stores):
@@ -294,7 +295,7 @@ def _reset(self:EvictingLayer):
 
 EvictingLayer.crop, EvictingLayer.apply, EvictingLayer.reset = _crop, _apply_layer, _reset
 
-# %% ../nbs/77_eviction.ipynb #49e3518a
+# %% ../nbs/77_eviction.ipynb #0c7311ee
 def observed(
     model, # A causal language model
 ):
@@ -303,7 +304,7 @@ def observed(
         if layer := getattr(key, "ndkv_layer", None): layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
     return watching(model, see)
 
-# %% ../nbs/77_eviction.ipynb #0d677285
+# %% ../nbs/77_eviction.ipynb #51e464dc
 class EvictingCache(NDCache):
     "An `NDCache` that drops tokens as they leave its window; rows of a batch must be equally long, without padding on the left."
     def __init__(self,
@@ -327,7 +328,7 @@ class EvictingCache(NDCache):
     @property
     def nbytes(self): return super().nbytes + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait
 
-# %% ../nbs/77_eviction.ipynb #70fb9eba
+# %% ../nbs/77_eviction.ipynb #2691a2c4
 @dataclass(frozen=True, eq=False)
 class DropCell(Cell):
     "A cache that drops; `k_bits=v_bits=None` with method \"exact\" keeps what stays in bfloat16."
@@ -342,7 +343,7 @@ class DropCell(Cell):
 
     def __str__(self): return f"{self.policy} {self.keep:.3g} of the tokens, {'bf16' if self.k_bits is None else f'{self.method} {self.k_bits:g} bits'}"
 
-# %% ../nbs/77_eviction.ipynb #c0c6f86f
+# %% ../nbs/77_eviction.ipynb #78e67dfa
 def frontier_cells(
     profile=None,            # From `calibrate`; without one, rotations only
     budgets:tuple=(4, 2, 1), # Bits an original element
@@ -356,7 +357,7 @@ def frontier_cells(
     cells += [Cell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note | whole) for c in spectral]
     return cells + [DropCell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note, **half) for c in spectral[:-1]]
 
-# %% ../nbs/77_eviction.ipynb #2d2e84f3
+# %% ../nbs/77_eviction.ipynb #c4300be0
 def drop_or_quantize(
     name:str,          # Of the zoo
     profile:str,       # File from `ndkv calibrate`
@@ -375,7 +376,7 @@ def drop_or_quantize(
         evaluate(model, text_windows(text, tokenizer, length, windows), cells, run, name, Path(text).name.partition(".")[0], batch=windows, heads=0, dtype="float32")
     return run
 
-# %% ../nbs/77_eviction.ipynb #f3a87e20
+# %% ../nbs/77_eviction.ipynb #50191e09
 def retrieval_after_dropping(
     name:str,          # Of the zoo
     profile:str,       # File from `ndkv calibrate`
@@ -394,3 +395,19 @@ def retrieval_after_dropping(
         for cell in cells:
             for row in task_scores(model, tokenizer, cell, tasks, [length], n=n, batch=n, bar=False): run.row(model=name, dtype="float32", **row)
     return run
+
+# %% ../nbs/77_eviction.ipynb #aa0b04eb
+def frontier_table(
+    rows:list,        # From `load_rows` of `eviction.jsonl`
+    model:str,        # Of the zoo
+) -> list[dict]: # label, bits, kl_mean, kl_p999, flips; a row for each cell, in order
+    "Cells of one model with their all-in bits an original element; spectral frames are counted at the length of the windows."
+    cells = {}
+    for r in rows:
+        if r["model"] != model or r["data"] != "wiki_val": continue
+        drops, coded = r.get("policy", "none") != "none", r["method"] in ("rotation", "spectral")
+        label = "noise floor" if r["method"] == "bf16" else r["policy"] if not coded else f"half {r['policy']} + {r['method']}" if drops else r["method"]
+        cell = cells.setdefault((label, r["k_bits"], r.get("keep")), dict(label=label, k_bits=r["k_bits"], keep=r.get("keep")))
+        cell[r["metric"]] = r["value"]
+    for c in cells.values(): c["bits"] = c.pop("bits_with_frames", c.get("bits"))
+    return [{k: c.get(k) for k in ("label", "k_bits", "keep", "bits", "kl_mean", "kl_p999", "flips")} for c in cells.values()]

@@ -9,7 +9,6 @@ __all__ = ['FILE', 'CARD', 'REPOSITORY', 'card', 'load_profile']
 import re, tempfile
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 

@@ -14,11 +14,13 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table', 'speed_table', 'Claim', 'claim',
            'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'latest', 'architectures_passed',
-           'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in', 'zoo_figure', 'interval',
-           'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table', 'stress_figure',
-           'tasks_table', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
-           'needle_accuracy_drop_2bit', 'sweep_cells', 'claims', 'claims_markdown', 'architectures_markdown',
+           'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
+           'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
+           'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
+           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
+           'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
+           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
+           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
            'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
            'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
            'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
@@ -30,6 +32,7 @@ import filecmp, hashlib, json, logging, operator, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Callable
@@ -449,17 +452,22 @@ def _theory(ax):
     ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound', xticks=(1, 2, 3, 4), ylim=(-.18, 1.3))
     ax.legend(frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03), handlelength=2, labelspacing=.25)
 
-CODES = {'bound': ('Gaussian bound', 'black', '', '-'), 'rotation': ('rotation, Lloyd–Max', STYLES['rotation'].color, 'o', '-'),
-         'lloyd_max': ('frame, Lloyd–Max', '#009E73', 'v', '-'), 'trellis': ('frame, trellis', STYLES['spectral'].color, 's', '-')}
+CODES = ((0, 'frame, Lloyd–Max', '#009E73', 'v'), (256, 'frame, trellis', STYLES['spectral'].color, 's'))
 
 def _reached(ax, book, kind, title):
-    "Distortion over bits on the keys or values of the reference model, mean over layers and heads."
-    lines = series(book, 'bits', ('method',), file='ratedistortion', metric='distortion', model='llama', kind=kind, layer=None)
-    if not lines: not_run(ax)
-    for (method,), rows in lines.items():
-        label,color,marker,ls = CODES.get(method, (method, GREY, 'x', '-'))
-        ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color=color, marker=marker, ls=ls, label=label)
-    if lines: ax.set(yscale='log', xlabel='bits per element')
+    "Weighed distortion over bits of the reference model's keys or values: every layer, geometric means, and the bound."
+    mean = lambda values: exp(sum(map(log, values))/len(values))
+    where = dict(file='ratedistortion', metric='distortion', model='llama', kind=kind)
+    for states, label, color, marker in CODES:
+        layers = list(series(book, 'bits', ('layer',), trellis=states, **where).values())
+        if not layers: continue
+        budgets = list(zip(*layers))
+        bits = [sum(r['bits'] for r in b)/len(b) for b in budgets]
+        if states: ax.plot(bits, [mean([r['bound'] for r in b]) for b in budgets], color='black', label='Gaussian bound')
+        for rows in layers if states else (): ax.plot([r['bits'] for r in rows], [r['value'] for r in rows], color='#F0C9AE', lw=.6, zorder=1)
+        ax.plot(bits, [mean([r['value'] for r in b]) for b in budgets], color=color, marker=marker, label=label)
+    if not ax.lines: not_run(ax)
+    else: ax.set(yscale='log', xlabel='bits per element')
     ax.set_title(title)
 
 @figure('ratedistortion')
@@ -469,21 +477,22 @@ def ratedistortion_figure(book, plt):
     _theory(axes[0])
     axes[2].sharey(axes[1])
     for ax, kind, title in zip(axes[1:], 'kv', ('keys', 'values')): _reached(ax, book, kind, title)
-    if axes[1].lines: axes[1].set_ylabel('price left, as a share')
+    if axes[1].lines: axes[1].set_ylabel('weighed error / energy')
     legend_above(fig, axes[1:2], ncols=4)
     open_axes(axes)
     return fig
 
 # %% ../nbs/90_report.ipynb #d0185b6e
-HOMES = dict(pre='keys, before RoPE', block='keys, block of 64', post='keys, after RoPE', v='values')
+HOMES = (('k', 'pre', 'keys, before RoPE'), ('k', '64', 'keys, block of 64'), ('k', 'post', 'keys, after RoPE'), ('v', '', 'values'))
 
-def _spectra(ax, book, home):
-    "All heads of the reference model in one home, and their median."
-    heads = list(series(book, 'rank', ('layer', 'head'), file='spectra', metric='eigenvalue', model='llama', home=home).values())
-    if not heads: return not_run(ax)
-    for rows in heads: ax.plot([r['rank'] for r in rows], [r['value'] for r in rows], color='#AFC4D6', lw=.6)
-    ranks = [r['rank'] for r in heads[0]]
-    ax.plot(ranks, [median(rows[i]['value'] for rows in heads) for i in range(len(ranks))], color=STYLES['rotation'].color, lw=1.6)
+def _spectra(ax, book, kind, home):
+    "All heads of the reference model in one home, their median, and the median of spectra weighed by prices."
+    for prices, label, color, ls in (('none', 'variances', STYLES['rotation'].color, '-'), ('fisher', 'weighed by price', STYLES['spectral'].color, (0, (4, 2)))):
+        heads = [rows[0]['spectrum'] for rows in series(book, lambda r: 0, ('layer', 'head'), file='spectra', metric='effective_rank', model='llama', kind=kind, home=home, prices=prices).values()]
+        if not heads: return not_run(ax)
+        channels = range(1, len(heads[0]) + 1)
+        for h in heads if prices == 'none' else (): ax.plot(channels, [len(h)*x for x in h], color='#AFC4D6', lw=.5, zorder=1)
+        ax.plot(channels, [len(heads[0])*median(column) for column in zip(*heads)], color=color, ls=ls, lw=1.5, label=label)
     ax.axhline(1, color='black', lw=.6, ls=':')
     ax.set(yscale='log', xlabel='channel')
 
@@ -492,10 +501,11 @@ def spectra_figure(book, plt):
     "Spectra of keys before, within and after RoPE, and of values."
     if not any(r['file'] == 'spectra' for r in book.rows): return blank(plt)
     fig,axes = plt.subplots(1, 4, figsize=(5.5, 1.7), sharey=True, layout='constrained')
-    for ax, (home, title) in zip(axes, HOMES.items()):
-        _spectra(ax, book, home)
+    for ax, (kind, home, title) in zip(axes, HOMES):
+        _spectra(ax, book, kind, home)
         ax.set_title(title)
-    axes[0].set_ylabel('eigenvalue / mean' if axes[0].lines else '')
+    axes[0].set_ylabel('eigenvalue / mean')
+    legend_above(fig, axes[:1])
     open_axes(axes)
     return fig
 
@@ -833,6 +843,34 @@ def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'band
 @claim('encode_bandwidth_fraction', 'Bytes of bfloat16 keys and values that are encoded to 4 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= 0.25')
 def encode_bandwidth_fraction(book): return book.value(file='kernels', metric='bandwidth_fraction', method='encode_4bit', batch=8, length=4096)
 
+# %% ../nbs/90_report.ipynb #35ef7b57
+def at_32k(book, metric, methods):
+    "Largest value of a metric among some methods at 32768 tokens, in the latest run of an 8B model."
+    rows = [r for r in book.rows if r['file'] == 'throughput' and r['model'] == 'llama8b, random' and r['length'] == 32768]
+    last = max((r['run'] for r in rows), key=lambda id: (book.runs[id].get('start', ''), id), default=None)
+    rows = [r for r in rows if r['run'] == last and r['metric'] == metric and r['method'] in methods]
+    best = max(rows, key=lambda r: r['value'], default=None)
+    if best: book.used[best['at']] = best
+    return best and best['value']
+
+def ratio_32k(book, metric):
+    ours,theirs = at_32k(book, metric, ('packed4',)), at_32k(book, metric, ('dynamic', 'static', 'fixed'))
+    return ours and theirs and ours / theirs
+
+@claim('throughput_ratio_32k', 'Tokens a second of an 8B model at 32k tokens of context, each cache at its best batch: 4-bit pages against the fastest bfloat16 cache, same GPU, same run.', 'times as many', '>= 2')
+def throughput_ratio_32k(book): return ratio_32k(book, 'tokens_per_s')
+
+@claim('batch_ratio_32k', 'Largest batch of an 8B model at 32k tokens of context: 4-bit pages against the bfloat16 cache that fits most, same GPU, same run.', 'times as large', '>= 3.5')
+def batch_ratio_32k(book): return ratio_32k(book, 'largest_batch')
+
+@claim('cpu_slowdown_4k', 'Decode step at 4096 tokens on one CPU thread, reference model: packed pages over DynamicCache; worst of 2, 3 and 4 bits, float32 and bfloat16.', 'times the time', '<= 3')
+def cpu_slowdown_4k(book):
+    values = [book.value(file='throughput', metric='slowdown', model='llama', method=f'paged{b}', length=4096, dtype=d) for b in (4, 3, 2) for d in ('float32', 'bfloat16')]
+    return None if None in values else max(values)
+
+@claim('users_ratio_paged', 'Requests of 8192 tokens that a pool of packed pages holds in the memory of one in bfloat16, by allocated bytes: 2-bit codes, window 128, 4 sinks, 8 KV heads of 128.', 'requests', '>= 6')
+def users_ratio_paged(book): return book.value(file='serving', metric='users_ratio', method='paged2', length=8192, window=128)
+
 # %% ../nbs/90_report.ipynb #c84518f5
 def latest(
     book:Book, # Where to look
@@ -909,7 +947,8 @@ def all_in(book, cell, data='wiki_val') -> float:
 def zoo_figure(book, plt):
     "Bits per element against mean KL, every method, one panel a model."
     found = swept(book, 'zoo')
-    models = sorted({m for m, _ in found}) or ['llama']
+    if not found: return blank(plt)
+    models = sorted({m for m, _ in found})
     columns = min(len(models), 3)
     rows = -(-len(models)//columns)
     fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
@@ -973,7 +1012,8 @@ TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2,
 def tails_figure(book, plt):
     "KL against the share of tokens that exceed it, some settings of two to three bits."
     found = swept(book, 'zoo')
-    models = sorted({m for m, _ in found}) or ['llama']
+    if not found: return blank(plt)
+    models = sorted({m for m, _ in found})
     fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         for s in TAILS:
@@ -1033,10 +1073,10 @@ def stress_table(book):
 def stress_figure(book, plt):
     "Mean KL on each twin over that on the plain model, a heat map for each model."
     found = stressed(book)
+    if not found: return blank(plt)
     (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
     settings = [s for s in settings if s[1]]
-    fig,axes = plt.subplots(1, max(1, len(models)), figsize=(1.9 + 2.1*max(1, len(models)), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
-    if not models: axes[0, 0].text(.5, .5, 'not run', transform=axes[0, 0].transAxes, ha='center')
+    fig,axes = plt.subplots(1, len(models), figsize=(1.9 + 2.1*len(models), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
@@ -1047,7 +1087,7 @@ def stress_figure(book, plt):
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
         ax.set_title(model)
-    if models: fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
     return fig
 
 # %% ../nbs/90_report.ipynb #51d1f6ce
@@ -1074,6 +1114,34 @@ def tasks_table(book):
         worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
         lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
     return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #1d65adbb
+def share_of_bits(book, found, model, bits) -> float|None:
+    "All-in bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
+    cells = {s: c for (m, s), c in found.items() if m == model and ('kl_mean', 'wiki_val') in c}
+    goal = cells.get(('rotation', bits, bits, ()))
+    if goal is None: return None
+    good = [all_in(book, c) for s, c in cells.items() if s[0] == 'spectral' and use(book, c['kl_mean', 'wiki_val'])['value'] <= use(book, goal['kl_mean', 'wiki_val'])['value']]
+    return min(good)/all_in(book, goal) if good else None
+
+@figure('ladder')
+def ladder_figure(book, plt):
+    "Share of the rotation's bits against parameters."
+    found = swept(book, 'ladder')
+    sizes = {m: int(re.search(r'_(\d+)m$', m)[1]) for m, _ in found}
+    fig,ax = plt.subplots(figsize=(3.4, 2.2), layout='constrained')
+    for bits, color, marker in zip(BITS, ('#0072B2', '#009E73', '#CC79A7'), 'o^s'):
+        points = [(sizes[m], x) for m in sorted(sizes, key=sizes.get) if (x := share_of_bits(book, found, m, bits)) is not None]
+        if points: ax.plot(*zip(*points), color=color, marker=marker, label=f'as good as {bits} bits')
+    if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
+    else:
+        ax.set(xscale='log', ylim=(0, None))
+        ax.set_xticks(sorted(sizes.values()), [f'{n} M' for n in sorted(sizes.values())], minor=False)
+        ax.minorticks_off()
+        ax.legend(frameon=False)
+    ax.set(xlabel='parameters', ylabel="share of the rotation's bits")
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
 
 # %% ../nbs/90_report.ipynb #2cca136f
 CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)
@@ -1153,6 +1221,22 @@ def sweep_cells(book):
     rows = {r['key']: r for r in book.rows if r['file'].startswith('sweep_') and 'key' in r}
     for r in rows.values(): use(book, r)
     return len(rows) or None
+
+# %% ../nbs/90_report.ipynb #d935ec93
+@claim('drop_kl_ratio_2bit', 'Mean KL of the best policy that keeps an eighth of the tokens in bfloat16, over that of all tokens at 2 bits (rotation, no data), windows of 2048; the model that is kindest to dropping.', 'times the KL', '>= 2')
+def drop_kl_ratio_2bit(book):
+    ratios = []
+    for model in models_of(book, file='eviction', metric='kl_mean'):
+        where = dict(file='eviction', metric='kl_mean', model=model, data='wiki_val', length=2048)
+        dropped = [book.value(**where, method='exact', keep=.125, policy=p) for p in ('recent', 'keynorm', 'keydiff', 'tova', 'snapkv')]
+        coded = book.value(**where, method='rotation', k_bits=2, keep=1.)
+        ratios.append(min((x for x in dropped if x), default=None) and coded and min(x for x in dropped if x) / coded)
+    return min(ratios) if ratios and None not in ratios else None
+
+@claim('speculative_acceptance', 'Proposals that a reading of the upper 2 of 4 bits makes and the reading of all 4 confirms, 4 proposals a round, greedy, 1024 tokens of context; the text is that without drafts.', 'of the proposals', '>= 0.9')
+def speculative_acceptance(book):
+    where = dict(file='speculation', model='llama', method='nested', verify='rotation 4', draft_bits=2, draft_length=4)
+    return book.value(metric='acceptance', **where) if book.value(metric='texts_equal', **where) == 1 else None
 
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(

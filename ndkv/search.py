@@ -180,7 +180,7 @@ def _publish(files, out):
     "Merge what a cell wrote into the results."
     with tempfile.TemporaryDirectory() as tmp:
         for name, text in files.items(): (Path(tmp) / name).write_text(text, "utf8")
-        merge(tmp, out)
+        merge(tmp, out, join=True)
 
 # %% ../nbs/80_search.ipynb #8949639f
 def _one_by_one(todo, where, **kw):

@@ -7,11 +7,13 @@ __all__ = ['PoolLayer', 'PagePool', 'page_of', 'Request', 'Server', 'users']
 
 # %% ../nbs/59_serving.ipynb #a76a132e
 import inspect
-from collections import deque
+from array import array
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import count
+from hashlib import blake2b
+from functools import partial
+from itertools import count, takewhile
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache
@@ -25,7 +27,7 @@ class PoolLayer(DynamicLayer):
         like, # `PagedLayer` with the codes of this layer
     ):
         super().__init__()
-        self.pool, self.like, self.store, self.exact = pool, like, None, []
+        self.pool, self.like, self.store, self.exact, self.tuning = pool, like, None, [], None # `Tuning` of the kernels; None = the default
 
     def lazy_initialization(self, k, v):
         pool = self.pool
@@ -51,10 +53,10 @@ class PoolLayer(DynamicLayer):
 
 # %% ../nbs/59_serving.ipynb #cb3cfaf3
 def _fill(self:PoolLayer, slot, k, v):
-    "Pages and exact tokens of a prompt `[1, H, T, D]`."
+    "Pages and exact tokens of a prompt `[1, H, T, D]`; pages that another request has written stay as they are."
     S, T, p = self.pool.sinks, k.shape[2], self.pool.page
-    pages = self.pool.whole_pages(T)
-    if pages: write_pages(self.pa, k, v, self.store, self.pool.table[slot:slot+1, :pages].to(self.device), S, S)
+    pages, first = self.pool.whole_pages(T), self.pool.found[slot]
+    if pages > first: write_pages(self.pa, k, v, self.store, self.pool.table[slot:slot+1, first:pages].to(self.device), S + first*p, S + first*p)
     for buffer, x in zip(self.exact, (k, v)): buffer[slot, :, :T - pages*p] = torch.cat([x[0, :, :S], x[0, :, S + pages*p:]], 1)
 
 def _flush(self:PoolLayer, at, table, packed):
@@ -71,7 +73,7 @@ def _attend(self:PoolLayer, q, scale=None):
     pool, B = self.pool, len(q)
     exact = [buffer[:B] for buffer in self.exact]
     table, packed, fresh = (t[:B].to(q.device) for t in (pool.table, pool.packed, pool.fresh))
-    attend = self.pa if q.is_cuda else lambda *a, **kw: attend_tiles(self.pa, *a, **kw)
+    attend = partial(self.pa, tuning=self.tuning) if q.is_cuda else partial(attend_tiles, self.pa)
     return attend(q, self.store, table[:, :pool.width], packed, exact=(*exact, fresh + 1), scale=scale)
 
 PoolLayer._fill, PoolLayer.flush, PoolLayer.attend = _fill, _flush, _attend
@@ -98,6 +100,7 @@ class PagePool(PagedCache):
         self.table, self.packed, self.fresh, self.active = make(slots, self.most), make(slots), make(slots), make(slots)
         self.rows, self.filling = torch.arange(slots, device=device), None
         self.free, self.held, self.lengths = list(range(pages))[::-1], {}, {} # page ids; slot -> its pages; slot -> [packed, fresh]
+        self.uses, self.known, self.found = Counter(), {}, {} # page -> requests; key of a prefix -> its last page; slot -> pages that were there
 
     def whole_pages(self, n): return max(n - self.sinks - self.window, 0) // self.page # of a request of `n` tokens
 
@@ -111,24 +114,40 @@ def page_of(layer):
     return layer.layout.page if layer.layout else {4: 64, 3: 80, 2: 128}[layer.bits]
 
 # %% ../nbs/59_serving.ipynb #e671f6e2
-def _admit(self:PagePool, prompt, total) -> int|None:
-    "A slot for a request of `prompt` tokens that may grow to `total`, with its pages; None = there is no room now."
-    slot, n = next((s for s in range(self.slots) if s not in self.held), None), self.whole_pages(total)
-    if slot is None or n > len(self.free): return None
-    self.held[slot] = [self.free.pop() for _ in range(n)]
-    packed = self.whole_pages(prompt) * self.page
-    self.table[slot, :n] = torch.tensor(self.held[slot], dtype=torch.int32)
-    self.lengths[slot] = [packed, prompt - packed]
-    self.packed[slot], self.fresh[slot], self.active[slot] = packed, prompt - packed, 1
+def _keys(self:PagePool, ids) -> list:
+    "A key for each whole page of a prompt."
+    h, out, at = blake2b(digest_size=16), [], 0
+    for i in range(self.whole_pages(len(ids))):
+        end = self.sinks + (i + 1)*self.page
+        h.update(array("q", ids[at:end]).tobytes())
+        out, at = [*out, h.digest()], end
+    return out
+
+def _admit(self:PagePool, ids, total) -> int|None:
+    "A slot for a request with prompt `ids` that may grow to `total` tokens, with its pages; None = there is no room now."
+    slot, n, keys = next((s for s in range(self.slots) if s not in self.held), None), self.whole_pages(total), self.keys(ids)
+    found = [self.known[k] for k in takewhile(self.known.__contains__, keys)]
+    if slot is None or n - len(found) > len(self.free): return None
+    pages = self.held[slot] = found + [self.free.pop() for _ in range(n - len(found))]
+    self.uses.update(pages)
+    self.known.update(zip(keys, pages))
+    packed = len(keys) * self.page
+    self.table[slot, :n] = torch.tensor(pages, dtype=torch.int32)
+    self.found[slot], self.lengths[slot] = len(found), [packed, len(ids) - packed]
+    self.packed[slot], self.fresh[slot], self.active[slot] = packed, len(ids) - packed, 1
     return slot
 
 def _release(self:PagePool, slot):
-    "A request is done: its slot and pages are free."
-    self.free += self.held.pop(slot)
-    del self.lengths[slot]
+    "A request is done: its slot is free, and its pages that nobody else uses."
+    pages = self.held.pop(slot)
+    self.uses.subtract(pages)
+    gone = {p for p in pages if not self.uses[p]}
+    self.known = {k: p for k, p in self.known.items() if p not in gone}
+    self.free += gone
+    del self.lengths[slot], self.found[slot]
     self.packed[slot] = self.fresh[slot] = self.active[slot] = 0
 
-PagePool.admit, PagePool.release = _admit, _release
+PagePool.keys, PagePool.admit, PagePool.release = _keys, _admit, _release
 
 # %% ../nbs/59_serving.ipynb #182e0501
 def _make_room(self:PagePool):
@@ -275,10 +294,13 @@ def _step(self:Server) -> list: # Requests that are finished
     done = []
     while self.waiting:
         request = self.waiting[0]
-        slot = self.pool.admit(len(request.prompt_ids), len(request.prompt_ids) + request.max_new_tokens)
+        slot = self.pool.admit(request.prompt_ids, len(request.prompt_ids) + request.max_new_tokens)
         if slot is None: break
+        try: self._prefill(request, slot)
+        except BaseException: # say, out of memory: the request stays first in the queue
+            self.pool.release(slot)
+            raise
         request.slot, self.running[slot] = slot, self.waiting.popleft()
-        self._prefill(request, slot)
         done += self._take([slot])
     if self.running:
         self.forward()

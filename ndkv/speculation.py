@@ -6,7 +6,7 @@
 __all__ = ['Reading', 'TwoMemos', 'coarse_levels', 'Nested', 'nested_method', 'Twin', 'twin_method', 'next_packing', 'Spoken',
            'speculate', 'bytes_read', 'reading_ratio', 'drafts', 'measure_speculation']
 
-# %% ../nbs/78_speculation.ipynb #7994a95d
+# %% ../nbs/78_speculation.ipynb #fe26c824
 import copy, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .profile import Profile
 from .results import Run
 from .spectral import plan
 
-# %% ../nbs/78_speculation.ipynb #ca1ba3dd
+# %% ../nbs/78_speculation.ipynb #ed423d26
 @dataclass
 class Reading:
     "Who reads a cache now?"
@@ -39,7 +39,7 @@ class Reading:
         try: yield
         finally: self.draft = False
 
-# %% ../nbs/78_speculation.ipynb #a5c7c6ef
+# %% ../nbs/78_speculation.ipynb #40d1cfa7
 class TwoMemos(MemoPacked):
     "`MemoPacked` with a copy for each reading."
     def __init__(self, codec):
@@ -64,7 +64,7 @@ class TwoMemos(MemoPacked):
         self.entries = {name: f(t) for name, t in self.entries.items()}
         self.both = {draft: (copy if copy is None else f(copy), n) for draft, (copy, n) in self.both.items()}
 
-# %% ../nbs/78_speculation.ipynb #10f11d7b
+# %% ../nbs/78_speculation.ipynb #a1e48b63
 def coarse_levels(
     bits:int,  # Of the code
     draft:int, # Upper bits that are read
@@ -76,7 +76,7 @@ def coarse_levels(
     density, below = torch.exp(-t*t/2) / (2*torch.pi)**.5, torch.special.ndtr(t)
     return (-density.diff() / below.diff()).float()
 
-# %% ../nbs/78_speculation.ipynb #a173a11b
+# %% ../nbs/78_speculation.ipynb #6871845a
 class Nested(NormDirectionCodec):
     "Norm and direction whose upper bits are a code by themselves."
     memo = TwoMemos
@@ -113,7 +113,7 @@ class Nested(NormDirectionCodec):
     @staticmethod
     def drafts(name): return name != "low" # does the draft read this entry?
 
-# %% ../nbs/78_speculation.ipynb #cc34cb13
+# %% ../nbs/78_speculation.ipynb #34677097
 @method("nested")
 def nested_method(
     d:int,           # head_dim
@@ -129,7 +129,7 @@ def nested_method(
     "The rotation's codes, upper bits first."
     return Nested(d, bits, draft, reading, frame=rotation(d, seed=2*(4096*seed + layer) + (kind == "v")))
 
-# %% ../nbs/78_speculation.ipynb #5f4eb1df
+# %% ../nbs/78_speculation.ipynb #32011896
 class Twin:
     "Two codecs, each with its bytes; one is read to draft, the other to verify."
     group, memo = 1, TwoMemos
@@ -151,7 +151,7 @@ class Twin:
     @staticmethod
     def drafts(name): return name.startswith("draft.")
 
-# %% ../nbs/78_speculation.ipynb #82545a42
+# %% ../nbs/78_speculation.ipynb #f0a3f015
 @method("twin")
 def twin_method(
     d:int,           # head_dim
@@ -172,7 +172,7 @@ def twin_method(
     where = dict(layer=layer, kind=kind, heads=heads, seed=seed)
     return Twin(METHODS[verify](d, bits, **where, **verify_kw) or Sixteen(d), METHODS[draft](d, draft_bits, **where, **draft_kw), reading)
 
-# %% ../nbs/78_speculation.ipynb #9da32d9a
+# %% ../nbs/78_speculation.ipynb #3292ef4c
 def next_packing(
     cache:NDCache, # Of the model
     L:int,         # Tokens it holds
@@ -194,7 +194,7 @@ class Spoken:
     @property
     def tokens_a_pass(self): return 1 + sum(self.accepted) / max(len(self.accepted), 1) # of the verifying reading
 
-# %% ../nbs/78_speculation.ipynb #6087e14b
+# %% ../nbs/78_speculation.ipynb #6bd3b2dd
 @torch.inference_mode()
 def speculate(
     model,            # A causal language model, in eval mode
@@ -228,7 +228,7 @@ def _draft(step, token, n, cache, reading):
     if n: cache.crop(-n)
     return out
 
-# %% ../nbs/78_speculation.ipynb #f3bcc931
+# %% ../nbs/78_speculation.ipynb #fda7c2ac
 def bytes_read(
     cache:NDCache, # Filled, of a method with a `reading`
 ) -> dict: # "draft", "verify": read by one token of each; "stored"; "exact": in all of them, sinks and window at 16 bits; bytes
@@ -256,7 +256,7 @@ def reading_ratio(
     "Bytes that the verifying reading alone moves for a token, over those with drafts."
     return tokens * (weights + verify) / (length * (weights + draft) + weights + verify)
 
-# %% ../nbs/78_speculation.ipynb #318799f5
+# %% ../nbs/78_speculation.ipynb #65886ac1
 def drafts(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[dict]: # name, verify, draft_bits, and arguments of `NDCache`
@@ -266,7 +266,7 @@ def drafts(
     return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256))))
                   for b in (1.,) if profile]
 
-# %% ../nbs/78_speculation.ipynb #3dbe1283
+# %% ../nbs/78_speculation.ipynb #32c55ce7
 def measure_speculation(
     name:str,          # Of the zoo
     profile:str|None=None, # File from `ndkv calibrate`
@@ -275,12 +275,14 @@ def measure_speculation(
     prompt:int=1024,   # Tokens
     new_tokens:int=64, # To say
     windows:int=2,     # Prompts
+    only:tuple|None=None, # Name and bits of one draft
     out:str="results", # Results folder
 ) -> Run: # Its rows are in `speculation.jsonl`
     "Acceptance, bytes and time of a cache that drafts for itself."
     model, tokenizer = load_model(name, dtype=torch.float32)
     pairs, prompts = drafts(profile and Profile.load(profile, model, ("dtype",))), text_windows(text, tokenizer, prompt, windows)
-    more = f", lengths={lengths}, prompt={prompt}, new_tokens={new_tokens}, windows={windows}"
+    pairs = [p for p in pairs if only in (None, (p["name"], p["draft_bits"]))]
+    more = f", lengths={lengths}, prompt={prompt}, new_tokens={new_tokens}, windows={windows}" + (f", only={only}" if only else "")
     command = f"python -c \"from ndkv.speculation import *; measure_speculation('{name}', {profile and Path(profile).name!r}{more})\""
     with Run(out, command=command, model=f"results/zoo/{name}", data=[text, *[profile]*bool(profile)], name="speculation") as run:
         for pair in pairs:

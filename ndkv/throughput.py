@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Callable
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, QuantizedCache, StaticCache
+from transformers import AutoModelForCausalLM, cache_utils, DynamicCache, LlamaConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache
 from .cache import NDCache, _nbytes, _tensors_in
+from .kernels_bench import Case, read_tuning
 from .results import Run
 from .serving import Server, users
 
@@ -104,10 +105,11 @@ def packed(model, batch, length, bits=4, **kw):
     server = Server(model, slots=batch, length=length + 64, graph=torch.cuda.is_available(), bits=bits, **kw)
     pool = server.pool
     random.Random(0).shuffle(pool.free)
-    for _ in range(batch): pool.admit(length, length + 64)
+    for s in range(batch): pool.admit([s] * length, length + 64) # no two share pages
     for layer, (_, k, v) in zip(pool.layers, random_tokens(model, 1, pool.page)):
         layer.lazy_initialization(k, v)
         layer.store.copy_(layer.pa.encode(k, v)[0].transpose(0, 1).expand_as(layer.store))
+        layer.tuning = read_tuning(Case(f"packed{bits}", layer.pa.layout, batch, length, heads=k.shape[1], d=k.shape[3])) # of the same layout, if it was measured
         for x in layer.exact: x.normal_()
     return Filled(server.forward, pool, pool.nbytes, lambda: _page_time(pool))
 
@@ -140,6 +142,7 @@ def time_steps(
 
 METHODS = {"dynamic": dynamic, "static": static, "fixed": fixed, **{f"packed{b}": (lambda m, n, t, b=b: packed(m, n, t, bits=b)) for b in (4, 3, 2)}}
 if find_spec("optimum"): METHODS["quanto4"] = lambda m, n, t: quantized(m, n, t, backend="quanto", nbits=4)
+if hasattr(cache_utils, "Fp8QuantizedLayer"): METHODS["fp8"] = lambda m, n, t: quantized(m, n, t, backend="fp8") # transformers 5.23
 BF16, PACKED = ("dynamic", "static", "fixed"), ("packed4", "packed3", "packed2")
 
 # %% ../nbs/78_throughput.ipynb #26ddc002
@@ -157,7 +160,8 @@ def measure_cell(
         filled = METHODS[method](model, batch, length)
         s = time_steps(filled.step, n) + filled.extra()
         out = dict(step_ms=1e3*s, tokens_per_s=batch / s, cache_bytes=filled.nbytes, peak_bytes=torch.cuda.max_memory_allocated() if gpu else filled.nbytes)
-    except torch.OutOfMemoryError: pass
+    except RuntimeError as e: # an OutOfMemoryError, or what a capture makes of it
+        if not isinstance(e, torch.OutOfMemoryError) and "captur" not in str(e): raise
     del filled
     gc.collect()
     if gpu: torch.cuda.empty_cache()
@@ -175,12 +179,12 @@ def largest_batch(
     "The largest batch that runs, by extrapolation and trial."
     (a, x), (b, y) = sorted((n, c["peak_bytes"]) for n, c in seen.items() if c)[-2:]
     each = (y - x) / (b - a)
-    for batch in range(min(int((total - x) / each) + a, most), b, -1):
+    for batch in range(min(int((.96*total - x) / each) + a, most), b, -1):
         if cell := measure_cell(model, method, batch, length, n=5): return batch, cell
     return b, seen[b]
 
 # %% ../nbs/78_throughput.ipynb #c2031043
-ORDER = ("fixed", "packed4", "dynamic", "packed2", "packed3", "static", "quanto4")
+ORDER = ("fixed", "packed4", "dynamic", "packed2", "packed3", "static", "quanto4", "fp8")
 
 def generate_bench(
     run:Run,              # Takes the rows
@@ -194,8 +198,8 @@ def generate_bench(
     "Tokens a second and memory of every contestant; see the notebook's first section."
     start, model, left = time.monotonic(), random_model(shape, device, dtype), []
     total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
-    def note(method, length, batch, cell, **kw):
-        for metric, value in cell.items(): run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:], **kw)
+    def note(method, length, batch, cell):
+        for metric, value in cell.items(): run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:])
         run.save()
     for length in lengths:
         for method in [m for m in ORDER if m in METHODS]:
@@ -205,9 +209,9 @@ def generate_bench(
                 seen[batch] = measure_cell(model, method, batch, length)
                 if seen[batch] is None: break
                 note(method, length, batch, seen[batch])
-            if total and sum(map(bool, seen.values())) > 1 and method not in ("packed3", "static", "quanto4") and time.monotonic() - start < seconds:
+            if total and sum(map(bool, seen.values())) > 1 and method not in ("packed3", "static", "quanto4", "fp8") and time.monotonic() - start < seconds:
                 batch, cell = largest_batch(model, method, length, seen, total)
-                note(method, length, batch, cell, largest=True)
+                note(method, length, batch, dict(cell if batch not in seen else {}, largest_batch=batch))
     return left
 
 # %% ../nbs/78_throughput.ipynb #6ce2114d
@@ -255,7 +259,7 @@ def serve_bench(
     t = time.perf_counter()
     server = Server(model, slots=slots, length=max(lengths) + new, **kw)
     answers = server.generate_batch(queue, max_new_tokens=new, eos_token_id=-1).values()
-    served, same, most = time.perf_counter() - t, 0, 0
+    served, same = time.perf_counter() - t, 0
     t = time.perf_counter()
     for request in answers:
         cache = PagedCache(model.config, **kw)

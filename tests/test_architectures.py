@@ -38,9 +38,21 @@ FAMILIES = {
     "Granite":     ("Granite", TEXT),
     "SmolLM3":     ("SmolLM3", TEXT),
     "gpt-oss":     ("GptOss", TEXT | SLIDES | dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2)),
+    "OPT":         ("OPT", TEXT | dict(ffn_dim=64, word_embed_proj_dim=64)),
+    "BLOOM":       ("Bloom", dict(vocab_size=61, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=None)),
+    "Phi":         ("Phi", MHA | dict(partial_rotary_factor=.5)),
+    "GLM-4":       ("Glm4", TEXT | dict(head_dim=16)),
+    "Cohere 2":    ("Cohere2", TEXT | SLIDES | dict(head_dim=16)),
+    "Llama 4":     ("Llama4", TEXT | dict(head_dim=16, intermediate_size_mlp=64, num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=24, interleave_moe_layer_step=1,
+                                          layer_types=["chunked_attention", "full_attention"])),
+    "Gemma 3n":    ("Gemma3n", TEXT | dict(head_dim=16, num_hidden_layers=4, num_kv_shared_layers=2, sliding_window=24, layer_types=["sliding_attention", "full_attention"]*2, hidden_size_per_layer_input=16,
+                                           vocab_size_per_layer_input=61, altup_num_inputs=2, laurel_rank=8, activation_sparsity_pattern=[0.]*4)),
+    "DeepSeek-V2": ("DeepseekV2", MLA | dict(topk_method="greedy")),
     "DeepSeek-V3": ("DeepseekV3", MLA),
     "Qwen3-Next":  ("Qwen3Next", TEXT | EXPERTS | dict(head_dim=16, layer_types=HALF_LINEAR, num_experts=4, shared_expert_intermediate_size=32, linear_num_value_heads=4,
                                                        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)),
+    "Jamba":       ("Jamba", TEXT | dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, mamba_d_state=8,
+                                         mamba_d_conv=4, mamba_dt_rank=8, use_mamba_kernels=False)),
     "Falcon-H1":   ("FalconH1", TEXT | dict(head_dim=16, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8)),
     "LFM2":        ("Lfm2", TEXT | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
     "BART":        ("Bart", CODER | dict(encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
@@ -54,7 +66,8 @@ FAMILIES = {
 KINDS = {"BART": "ForConditionalGeneration", "T5": "ForConditionalGeneration", "LLaVA": "ForConditionalGeneration", "Gemma 3 VLM": "ForConditionalGeneration", "GPT-2": "LMHeadModel"}
 NOTES = {
     "DeepSeek-V3": "latents at 4 bits or more, rotary keys exact", "Mistral": "sliding layers", "Gemma 2": "sliding and full layers", "Gemma 3": "sliding and full layers",
-    "gpt-oss": "sliding and full layers", "Qwen3-Next": "linear-attention layers passed through", "LFM2": "convolutions passed through",
+    "gpt-oss": "sliding and full layers", "Qwen3-Next": "linear-attention layers passed through", "Jamba": "state-space layers passed through", "Cohere 2": "sliding and full layers", "DeepSeek-V2": "latents at 4 bits or more, rotary keys exact",
+    "Llama 4": "chunked and full layers", "Gemma 3n": "layers that share keys and values", "LFM2": "convolutions passed through",
     "Falcon-H1": "state-space part of each layer passed through", "BART": "decoder's own and cross-attention cache", "T5": "decoder's own and cross-attention cache",
     "LLaVA": "text decoder, with an image in the prompt", "Gemma 3 VLM": "text decoder, with an image in the prompt",
 }
@@ -64,7 +77,7 @@ QUANTIZED = dict(bits=4, window=8, sinks=2, block=8)
 def load(family, folder):
     "A random model of the family, weights enlarged so that what it says depends on its cache, saved and loaded."
     prefix, fields = FAMILIES[family]
-    config_class = getattr(tf, prefix + ("TextConfig" if family == "Gemma 3" else "Config"))
+    config_class = getattr(tf, prefix + ("TextConfig" if family in ("Gemma 3", "Gemma 3n", "Llama 4") else "Config"))
     cls = getattr(tf, prefix + KINDS.get(family, "ForCausalLM"))
     torch.manual_seed(0)
     model = cls(config_class(**fields))
@@ -129,7 +142,7 @@ def test_family(family, tmp_path, note):
                 bits=first.report()["bits_packed"], reference_identical=True)
 
 
-@pytest.mark.parametrize("family", ["Falcon-H1", "Qwen3-Next", "LFM2", "BART", "T5", "DeepSeek-V3", "Gemma 2"])
+@pytest.mark.parametrize("family", ["Falcon-H1", "Qwen3-Next", "LFM2", "BART", "T5", "DeepSeek-V3", "Gemma 2", "Gemma 3n", "Llama 4", "Jamba"])
 def test_beams(family, tmp_path):
     "Beams reorder every kind of memory: states, latents, cross-attention."
     model = load(family, tmp_path)

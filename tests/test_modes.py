@@ -1,5 +1,6 @@
 "Every way to generate, with quantized keys and values; `--record results` writes what was found."
 import copy
+import pickle
 import threading
 
 import pytest
@@ -271,6 +272,40 @@ def test_streaming(models, note):
     job.join()
     ids = model.generate(prompt(), do_sample=False, max_new_tokens=20, past_key_values=NDCache(model.config, **KW))
     assert len(pieces) > 5 and "".join(pieces).split() == [str(i) for i in ids[0, 40:].tolist()]
+
+
+class Words(Numbers):
+    "What a pipeline wants of a tokenizer, and no more."
+    pad_token_id, eos_token_id, padding_side, chat_template, is_fast, init_kwargs = 0, None, "left", None, False, {}
+
+    def __call__(self, text, **kw):
+        ids = torch.tensor([[int(w) for w in text.split()]])
+        return tf.BatchEncoding(dict(input_ids=ids, attention_mask=torch.ones_like(ids)))
+
+
+def test_pipeline(models, note):
+    "The library's text-generation pipeline hands the cache on."
+    note("modes", model="llama", method="rotation", mode="text-generation pipeline", **KW)
+    model = models["llama"]
+    pipe = tf.TextGenerationPipeline(model=model, tokenizer=(words := Words()))
+    said = lambda c: pipe(words.decode(prompt()[0]), past_key_values=c, do_sample=False, max_new_tokens=20, return_full_text=False, clean_up_tokenization_spaces=False)[0]["generated_text"]
+    cache = NDCache(model.config, **KW)
+    ids = model.generate(prompt(), do_sample=False, max_new_tokens=20, past_key_values=plain(NDCache(model.config, **KW)))
+    assert said(cache).split() == [str(i) for i in ids[0, 40:].tolist()] and cache.report()["packed_tokens"] >= 12
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_copies(models, name, note):
+    "A copy of a prompt's cache, and one that went through pickle, go on as the cache itself does, and leave it alone."
+    note("modes", model=name, method="rotation", mode="deep copies and pickles of a cache", **KW)
+    model, cache = models[name], NDCache(models[name].config, **KW)
+    with torch.no_grad(): model(prompt(), past_key_values=cache)
+    ids = torch.cat([prompt(), prompt(repeat=1)], 1)
+    go_on = lambda c: model.generate(ids, do_sample=False, max_new_tokens=20, past_key_values=c)
+    reference = plain(NDCache(model.config, **KW))
+    with torch.no_grad(): model(prompt(), past_key_values=reference)
+    expected = go_on(reference)
+    for c in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache): assert torch.equal(go_on(c), expected)
 
 
 def test_compiled(models, note):

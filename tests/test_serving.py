@@ -1,4 +1,5 @@
 "Continuous batching: whatever the queue, every request gets what it would get alone."
+import contextlib
 import inspect
 
 import pytest
@@ -42,17 +43,17 @@ def prompts(*lengths, vocab=97): return [torch.randint(1, vocab, (n,), generator
 
 
 @settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(1, 260), st.integers(1, 90)), min_size=1, max_size=5), st.integers(1, 4), st.sampled_from([4, 3, 2]), st.integers(1, 40), st.integers(0, 4), st.data())
+@given(st.lists(st.tuples(st.integers(1, 260), st.integers(1, 90), st.booleans()), min_size=1, max_size=5), st.integers(1, 4), st.sampled_from([4, 3, 2]), st.integers(1, 40), st.integers(0, 4), st.data())
 def test_any_queue_gives_each_request_its_own_tokens(model, requests, slots, bits, window, sinks, data):
     kw = dict(bits=bits, window=window, sinks=sinks)
     server, arrive = Server(model, slots=slots, length=360, **kw), data.draw(st.lists(st.integers(0, 5), min_size=len(requests), max_size=len(requests)))
-    done, queue = {}, [(prompts(n)[0], new) for n, new in requests]
+    done, queue = {}, [(prompts(260)[0][:n] if alike else prompts(n)[0], new) for n, new, alike in requests] # some begin alike, and share pages
     for (ids, new), wait in zip(queue, arrive): # some come while others are running
         server.add_request(ids, max_new_tokens=new)
         for _ in range(wait): done |= {r.request_id: r for r in server.step()}
     while server.waiting or server.running: done |= {r.request_id: r for r in server.step()}
     for i, (ids, new) in enumerate(queue): assert done[f"req_{i}"].generated_tokens == alone(model, ids, new, **kw)
-    assert sorted(server.pool.free) == list(range(server.pool.pages)) and not server.pool.held and not server.pool.packed.any() and not server.pool.fresh.any()
+    assert sorted(server.pool.free) == list(range(server.pool.pages)) and not server.pool.held and not server.pool.known and not server.pool.packed.any() and not server.pool.fresh.any()
 
 
 def test_few_pages_make_requests_wait_and_change_nothing(model):
@@ -76,6 +77,23 @@ def test_tokens_of_an_exact_pool_are_those_of_the_library(model):
     theirs = stock.generate_batch(queue, continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=256, **{size: 64}))
     ours = Server(model, slots=2, length=200, window=256).generate_batch(queue, max_new_tokens=20)
     assert [r.generated_tokens for r in ours.values()] == [r.generated_tokens for r in theirs.values()]
+
+
+def test_a_prompt_that_fails_loses_nothing(model, monkeypatch):
+    "Out of memory in a prompt: the others go on, and the request is tried again."
+    queue, kw = prompts(200, 90, 40), dict(bits=4, window=8)
+    want = [r.generated_tokens for r in Server(model, slots=2, length=300, **kw).generate_batch(queue, max_new_tokens=40).values()]
+    server, prefill, failed = Server(model, slots=2, length=300, **kw), Server._prefill, []
+    def fails_once(self, request, slot):
+        if len(request.prompt_ids) == 90 and not failed:
+            failed.append(request)
+            raise torch.OutOfMemoryError("no memory")
+        prefill(self, request, slot)
+    monkeypatch.setattr(Server, "_prefill", fails_once)
+    with pytest.raises(torch.OutOfMemoryError): server.generate_batch(queue, max_new_tokens=40)
+    done = {}
+    while server.waiting or server.running: done |= {r.request_id: r.generated_tokens for r in server.step()}
+    assert [done[f"req_{i}"] for i in range(3)] == want and len(server.pool.free) == server.pool.pages
 
 
 def test_models_with_other_frames_and_biases():
@@ -114,6 +132,25 @@ def test_trained_model_answers_as_through_ndcache():
         cache = NDCache(plain.config, bits=bits, window=window - 1, codebook="uniform", block=64) # encodes before a step what a pool encodes before it
         out = plain.generate(torch.tensor([request.prompt_ids]), past_key_values=cache, max_new_tokens=50, do_sample=False, eos_token_id=-1, pad_token_id=0)
         assert out[0, len(request.prompt_ids):].tolist() == request.generated_tokens
+
+
+def test_bookkeeping_of_graphs(model, monkeypatch):
+    "Without a GPU: a stand-in for a CUDA graph, which computes when it is captured and again at each replay but the first."
+    class Graph:
+        def __init__(self): self.fresh = True
+        def replay(self):
+            if not self.fresh: self.server._decode(self.rows)
+            self.fresh = False
+    stream = type("Stream", (), dict(wait_stream=lambda self, other: None))
+    for name, what in dict(Stream=stream, current_stream=stream, CUDAGraph=Graph, stream=lambda s: contextlib.nullcontext(), graph=lambda g: contextlib.nullcontext()).items(): monkeypatch.setattr(torch.cuda, name, what)
+    queue, kw = prompts(5, 200, 130, 64, 17), dict(slots=3, length=300, bits=4, window=16)
+    server, decode = Server(model, graph=True, **kw), Server._decode
+    def note(self, B):
+        decode(self, B)
+        for rows, g in self.graphs.items(): g.server, g.rows = self, rows
+    monkeypatch.setattr(Server, "_decode", note)
+    got = [r.generated_tokens for r in server.generate_batch(queue, max_new_tokens=90).values()]
+    assert got == [r.generated_tokens for r in Server(model, **kw).generate_batch(queue, max_new_tokens=90).values()] and set(server.graphs) <= {1, 2, 3}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
