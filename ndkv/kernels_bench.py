@@ -212,7 +212,7 @@ def tune(
         put("kernel_tuning.json", tried, lambda r: json.dumps({k: v for k, v in r.items() if k not in ("time_us", "error")}, sort_keys=True))
         put("kernel_table.json", found, lambda r: (r["arch"], r["d"], r["layout"], r["batch"], r["length"]))
         print(f"{case.name} {case.batch} x {case.length}: {least and round(least, 1)} us, {best}, {len(tried)} tried, {time.time() - start:.0f} s", flush=True)
-        del data
+        data = None
         torch.cuda.empty_cache()
     return found
 
