@@ -92,7 +92,7 @@ class Kept(Packed):
     n, copy, copied = 0, None, 0 # positions covered; decoded tokens, and the positions that they cover
 
     def __init__(self, codec, memo=False, index=None): # `index`: whose map it is, its own if None
-        super().__init__(codec)
+        super().__init__(codec.by_head() if hasattr(codec, "by_head") else codec)
         if self.group > 1: raise ValueError(f"this method shares an entry among {self.group} tokens, which cannot be dropped one by one; use one that codes tokens singly, such as 'rotation'")
         self.memo, self.index = memo, index or self
 
@@ -353,7 +353,7 @@ def frontier_cells(
     whole, half = dict(policy="none", keep=1.), dict(policy="snapkv", keep=.5)
     drop = [DropCell("exact", None, None, policy=p, keep=b / 16) for b in budgets for p in policies if p in ("recent", "snapkv") or b == 2]
     cells = [Cell("bf16", None, None), *(Cell(k_bits=b, v_bits=b, note=whole) for b in budgets), *drop, *(DropCell(k_bits=2*b, v_bits=2*b, **half) for b in budgets)]
-    spectral = [spectral_cell(profile, b) for b in (*budgets, budgets[-1] / 2)] if profile else []
+    spectral = [spectral_cell(profile, b, classes=False) for b in (*budgets, budgets[-1] / 2)] if profile else []
     cells += [Cell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note | whole) for c in spectral]
     return cells + [DropCell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note, **half) for c in spectral[:-1]]
 

@@ -7,6 +7,7 @@ __all__ = ['bytes_by_device', 'own_heads', 'rank_heads', 'local_cache']
 
 # %% ../nbs/44_parallel.ipynb #aa4a1f79
 import copy
+from dataclasses import replace
 from collections import Counter
 import torch
 from transformers import PreTrainedConfig
@@ -37,7 +38,8 @@ def own_heads(
     for name in ("on", "rows", "columns", "scale", "mean"): setattr(small, name, getattr(small, name)[heads])
     f = codec.frame
     out.small, out.frame, out._at = small, Frame(f.A[heads], f.A_inv[heads], f.mean[heads], f.scale[heads]), {}
-    for name in ("widths", "heads", "sizes"): setattr(out, name, getattr(codec, name)[heads])
+    out.widths, out.strings = codec.widths[heads], [s.of(heads) for s in codec.strings]
+    if codec.classes: out.classes = replace(codec.classes, direction=codec.classes.direction[heads])
     return out
 
 # %% ../nbs/44_parallel.ipynb #3dd2992f
@@ -67,5 +69,5 @@ def local_cache(
     if profile is None: return NDCache(config, bits=bits, block=block, sinks=sinks, **kw)
     if rank is None: rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
-    codecs = {key: own_heads(c, rank_heads(len(c.sizes), rank, world)) for key, c in plan(profile, bits, block, sinks, trellis).items()}
+    codecs = {key: own_heads(c, rank_heads(len(c.widths), rank, world)) for key, c in plan(profile, bits, block, sinks, trellis).items()}
     return NDCache(config, method="spectral", codecs=codecs, block=block, sinks=sinks, **kw)

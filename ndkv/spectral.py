@@ -10,6 +10,7 @@ __all__ = ['OCTAVES', 'NORM_BITS', 'CHANNEL_BYTES', 'HEAD_BYTES', 'SHARES', 'klt
 
 # %% ../nbs/34_spectral.ipynb #1b83395b
 import math
+from copy import copy
 from functools import cache
 from dataclasses import dataclass, replace
 
@@ -31,14 +32,13 @@ def klt(
 ) -> Frame:  # One frame a head; `scale` is √λ, largest first
     "Karhunen–Loève frame of vectors whose errors are weighed."
     eye = torch.eye(cov.shape[-1], dtype=torch.float64)
-    cost = weight.double().diagonal(dim1=-2, dim2=-1).mean(-1)
-    if not torch.isfinite(cov).all() or not torch.isfinite(cost).all(): raise ValueError("klt: a covariance or weight is not finite; collect the profile from more text, or in float32")
-    W = weight.double() + cost.clamp_min(max(1e-6 * cost.amax().item(), 1e-30))[..., None, None] * ridge * eye  # errors of a head that nothing reads are almost free
+    W = weight.double() + ridge * weight.double().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
     w, U = torch.linalg.eigh(W)
-    w = w.clamp_min(1e-12 * w.amax(-1, keepdim=True))
+    if not torch.isfinite(cov).all() or (w <= 0).any():
+        raise ValueError("klt: a covariance or weight is not finite, or the weight is zero; collect the profile from more text")
     root, back = (U * w.sqrt()[..., None, :]) @ U.mT, (U / w.sqrt()[..., None, :]) @ U.mT
     lam, P = torch.linalg.eigh(root @ cov.double() @ root)
-    lam = lam.flip(-1).clamp_min(max(lam.amax().item() * 1e-10, 1e-30))
+    lam = lam.flip(-1).clamp_min(lam.amax() * 1e-10)
     P = P.flip(-1)
     return Frame((P.mT @ root).float(), (back @ P).float(), None if mean is None else mean.float(), lam.sqrt().float())
 
@@ -187,7 +187,8 @@ class Strings:
     ):
         self.widths, self.lam = widths.long(), lam
         self.wide, self.live = _wide(self.widths, trellis), (self.widths > 0).any(1)
-        self.norm = torch.as_tensor(norm).expand(len(widths))[self.live]
+        self.trellis, self.norms = trellis, torch.as_tensor(norm).expand(len(widths))
+        self.norm = self.norms[self.live]
         ring = (self.widths > 0) & ~self.wide
         self.rings = {h: Trellis(self.widths[h, on].tolist(), trellis) for h, on in enumerate(ring) if on.any()}
         self.woven = {h: ring[h].nonzero()[:, 0] for h in self.rings}
@@ -197,6 +198,10 @@ class Strings:
 
     @property
     def nbytes(self): return sum(self.sizes)  # of a token
+
+    def of(self, heads: slice):
+        "Strings of some heads alone."
+        return Strings(self.widths[heads], self.lam[heads], self.trellis, self.norms[heads])
 
     def encode(self, u: Tensor) -> Tensor:
         "Vectors [B, H, N, D] over √λ -> uint8 [B, 1, N, nbytes]."
@@ -328,9 +333,31 @@ class SpectralCodec:
         frame, positions = self._on(u.device), torch.arange(pos, pos + u.shape[2], device=u.device)
         return self.home.leave((u * head_rows(frame.scale)) @ frame.A_inv.mT, positions, frame.mean).to(dtype)
 
+    def by_head(self):
+        "The same codec with a string a head, of `sizes` bytes, for caches that keep other tokens of every head; tokens must be of one class."
+        out = copy(self)
+        out.strings = [_ByHead(s) for s in self.strings]
+        out.sizes = out.strings[0].sizes
+        return out
+
     def _on(self, device):
         if device not in self._at: self._at[device] = self.frame.to(device)
         return self._at[device]
+
+
+class _ByHead:
+    "`Strings` whose heads share no byte."
+
+    def __init__(self, strings):
+        self.parts, self.widths, self.norm = [strings.of(slice(h, h + 1)) for h in range(len(strings.widths))], strings.widths, strings.norm
+        self.sizes = [p.nbytes for p in self.parts]
+
+    @property
+    def nbytes(self): return sum(self.sizes)
+
+    def encode(self, u): return torch.cat([p.encode(u[:, h : h + 1]) for h, p in enumerate(self.parts)], -1)
+
+    def decode(self, strings): return torch.cat([p.decode(s) for p, s in zip(self.parts, strings.split(self.sizes, -1))], 1)
 
 
 @cache

@@ -89,7 +89,8 @@ def test_ranks_write_the_tokens_of_one_process(folder):
     ranks = start_ranks(folder)
     for name in ("exact", "rotation", "spectral", "server"):
         for r in ranks: assert r[name] == one[name], name
-    for name in ("rotation bytes", "spectral bytes"): assert sum(r[name] for r in ranks) == one[name]
+    assert sum(r["rotation bytes"] for r in ranks) == one["rotation bytes"]
+    assert one["spectral bytes"] <= sum(r["spectral bytes"] for r in ranks) < 1.1 * one["spectral bytes"] # the last byte of a row may be two
     assert one["server heads"] == 2 and all(r["server heads"] == 1 for r in ranks)
     assert one["spectral"] != one["exact"] != one["rotation"]
 

@@ -355,3 +355,12 @@ def test_ropes_read_off_the_configuration():
     for other in (dict(rope_type='linear', factor=2., rope_theta=1e4), dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.5)):
         config = LlamaConfig(**CONFIG.to_dict() | dict(rope_parameters=other))
         assert plain_rope(config) is None and NDCache(config, bits=2, method='prompt').layers[0].method_kw['home'] == Home()
+
+
+def test_strings_by_head(profile):
+    "Heads that share no byte read as those that do."
+    for codec in plan(profile, 2, classes=None, trellis=256).values():
+        x = torch.randn(1, 2, 32, 16, generator=generator(0))
+        one, cut = codec, codec.by_head()
+        a, b = one.encode(x, 4), cut.encode(x, 4)
+        assert b['codes'].shape[-1] == sum(cut.sizes) >= one.nbytes and torch.allclose(one.decode(a, 4), cut.decode(b, 4), atol=1e-5)
