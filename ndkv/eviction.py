@@ -110,7 +110,7 @@ class Kept(Packed):
 
     def append(self, new):
         "Entries of the next positions, all of them kept for now."
-        like, heads = next(iter(new.values())), max(t.shape[1] for t in new.values())
+        like, heads = next(iter(new.values())), max(max(t.shape[1] for t in new.values()), len(getattr(self.codec, "sizes", ())))
         for name, t in self._by_head(new, heads).items(): self.entries[name] = torch.cat([self.entries[name], t], 2) if name in self.entries else t
         if self.index is self: self._remember(F.pad(self._map(like, heads), (0, like.shape[2]), value=1))
         self.n += like.shape[2]
