@@ -1063,7 +1063,7 @@ def refused(book, kind) -> dict: # (model, setting) -> error
 def _stress_settings(found):
     "Settings in order of method, and twins."
     order = ['bf16', 'rotation', 'spectral', *OTHERS]
-    return sorted({s for c in found.values() for s in c}, key=lambda s: (order.index(s[0]), s[1] or 16)),sorted({t for _, t in found})
+    return sorted({s for c in found.values() for s in c}, key=lambda s: (order.index(s[0]), s[1] or 16, str(s))),sorted({t for _, t in found})
 
 @table('stress')
 def stress_table(book):
@@ -1113,7 +1113,7 @@ def tasks_table(book):
     "Mean accuracy of every setting in every task, and the largest loss."
     found = swept(book, 'tasks', None, PROTOCOL[1:])
     for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
-    order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16))
+    order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16), str(s))
     settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
     names = ['exact' if s[1] is None else setting_name(s) for s in settings]
     lines = [r'\begin{tabular}{@{}l' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
@@ -1223,7 +1223,7 @@ for _bits, _most in ((2, 2.5), (3, 3.25)): _worst_ratio_claim(_bits, _most)
 @claim('needle_accuracy_drop_2bit', 'Accuracy lost in finding a needle through spectral codes of 2 bits; worst model.', 'of the questions', '<= 0.05')
 def needle_accuracy_drop_2bit(book):
     found,drops = swept(book, 'tasks', 'needle'),[]
-    for model in {m for m, _ in found}:
+    for model in sorted({m for m, _ in found}):
         pair = [next((c['accuracy', 'needle'] for (m, s), c in found.items() if m == model and s[:2] == want), None) for want in (('bf16', None), ('spectral', 2))]
         if None in pair: return None
         drops.append(use(book, pair[0])['value'] - use(book, pair[1])['value'])
