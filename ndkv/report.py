@@ -1405,6 +1405,18 @@ def _spectral_number(id, metric, budget, scale=1):
 for _name, _budget in (('one', 1), ('one_and_half', 1.5)):
     for _id, _metric, _scale in (('kl', 'kl_mean', 1), ('tail', 'kl_p999', 1), ('flips', 'flips', 100)): _spectral_number(f'{_id}_spectral_{_name}', _metric, _budget, _scale)
 
+# %% ../nbs/90_report.ipynb #40746e55
+def _least_number(id, **where): number(id)(lambda book: among(_rows(book, **where), min))
+
+_least_number('kl_drop_quarter', file='eviction', metric='kl_mean', method='exact', keep=.25)
+_least_number('kl_drop_half', file='eviction', metric='kl_mean', policy='snapkv', keep=.5)
+_row_number('kl_keep_half_bit', file='eviction', metric='kl_mean', method='spectral', policy='none', k_bits=.5, model='llama')
+_row_number('users_ratio_paged', file='serving', metric='users_ratio', bits=4, length=8192)
+_row_number('users_ratio_paged_2bit', file='serving', metric='users_ratio', bits=2, length=8192)
+_row_number('speculative_acceptance', 2, 100, file='speculation', metric='acceptance', method='nested', draft_bits=2, draft_length=4)
+_row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
+_row_number('cpu_slowdown_decoded', file='throughput', metric='slowdown', method='ndcache4', dtype='float32', model='llama', length=4096)
+
 # %% ../nbs/90_report.ipynb #2173b87b
 def derived(value:float, notebook:str, digits:int=2) -> str:
     "A number that a notebook derives, with its address."
