@@ -322,10 +322,10 @@ def blank(plt):
     for spine in ax.spines.values(): spine.set(color=GREY, lw=.5, ls=(0, (4, 3)))
     return fig
 
-def legend_above(fig, axes, ncols=3):
-    "One legend for all panels, every label once."
+def legend_above(fig, axes, ncols=3, loc='outside upper center'):
+    "One legend for all panels, above them or where `loc` says, every label once."
     found = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
-    if found: fig.legend(found.values(), found.keys(), loc='outside upper center', ncols=ncols, frameon=False, handlelength=2.2, columnspacing=1.4)
+    if found: fig.legend(found.values(), found.keys(), loc=loc, ncols=ncols, frameon=False, handlelength=2.2, columnspacing=1.4)
 
 def open_axes(axes):
     "No frame on the right and above; no numbers at the small ticks of a logarithmic axis."
@@ -617,7 +617,7 @@ def eviction_figure(book, plt):
         ax.set(xscale='log', yscale='log', xlabel='bits per element of the text', title=model)
         plain_log(ax.xaxis)
     axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
-    legend_above(fig, axes[0])
+    legend_above(fig, axes[0], loc='outside right center', ncols=1)
     open_axes(axes[0])
     return fig
 
