@@ -69,6 +69,9 @@ def test_attention_policies_by_loops(n, w, seed):
     assert torch.allclose(SnapKV(w, 5).score(k, k, None, q), smooth, atol=1e-12)
     if w == 1: assert torch.allclose(POLICIES["tova"].score(k, k, None, q), votes.mean(1, keepdim=True).expand_as(votes), atol=1e-12)
     assert torch.equal(KeyNorm().score(k, k, None, None).argmin(-1), k.square().sum(-1).argmax(-1))
+    unit = k / k.square().sum(-1, keepdim=True).sqrt()
+    like = (unit * unit.sum(2, keepdim=True)).sum(-1)            # cosine with the mean, times what all keys of a head share
+    assert torch.equal(POLICIES["keydiff"].score(k, k, None, None).argsort(-1), (-like).argsort(-1))
 
 
 def test_as_kvpress():
