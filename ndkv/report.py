@@ -1411,9 +1411,7 @@ def _least_number(id, **where): number(id)(lambda book: among(_rows(book, **wher
 _least_number('kl_drop_quarter', file='eviction', metric='kl_mean', method='exact', keep=.25)
 _least_number('kl_drop_half', file='eviction', metric='kl_mean', policy='snapkv', keep=.5)
 _row_number('kl_keep_half_bit', file='eviction', metric='kl_mean', method='spectral', policy='none', k_bits=.5, model='llama')
-_row_number('users_ratio_paged', file='serving', metric='users_ratio', bits=4, length=8192)
-_row_number('users_ratio_paged_2bit', file='serving', metric='users_ratio', bits=2, length=8192)
-_row_number('speculative_acceptance', 2, 100, file='speculation', metric='acceptance', method='nested', draft_bits=2, draft_length=4)
+_row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
 _row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
 _row_number('cpu_slowdown_decoded', file='throughput', metric='slowdown', method='ndcache4', dtype='float32', model='llama', length=4096)
 
@@ -1450,10 +1448,12 @@ def numbers_tex(book) -> str:
     for c in found:
         at = tex_escape(c['rows'][0]) if c['rows'] else ''
         macros[c['id']] = rf"\res{{{tex_number(shown(c['value']))}}}{{{at}}}" if at else NOT_RUN
+    if taken := macros.keys() & NUMBERS.keys(): raise ValueError(f'{sorted(taken)[0]} is a claim and a number; give the number another name')
     macros |= {id: f(book) for id, f in NUMBERS.items()}
     run = [c['met'] for c in found if c['value'] is not None]
-    macros |= dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
-    return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in sorted(macros.items()))
+    counts = dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
+    macros = sorted(macros.items()) + list(counts.items()) # counts last, so that the first line that differs names a row
+    return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in macros)
 
 # %% ../nbs/90_report.ipynb #a9005552
 @table('claims')
