@@ -1487,12 +1487,14 @@ def letters(book) -> dict:
     order = sorted(book.runs, key=lambda id: (book.runs[id].get('start', ''), id))
     return {id: ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26) for i, id in enumerate(order)}
 
-NOTEBOOKS = dict(evaluate='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
+NOTEBOOKS = dict(evaluate='76_evaluate', spectra='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
 
 def measured_in(command:str) -> str:
     "The notebook, or the tests, that explain what a run's command measures."
     words = command.split()
     if words[:1] == ['pytest']: return ', '.join(Path(w).stem for w in words if w.endswith('.py'))
+    if module := re.search(r'from ndkv\.(\w+) import', command): return f'ndkv.{module[1]}'
+    if words[:2] == ['ndkv', 'bench'] and len(words) > 2: return '78_throughput'
     return next((n for w in words for n in [NOTEBOOKS.get(w), Path(w).stem if w.endswith('.ipynb') else None] if n), '–')
 
 # %% ../nbs/90_report.ipynb #48a5ad79
