@@ -45,7 +45,7 @@ def read_tuning(
     arch:str="sm_90",                 # Rows are for one kind of GPU
 ) -> Tuning:
     "Launch choices for a case from the table of measured ones: the row of the same layout whose batch × length is nearest."
-    start = Tuning(warps=4, run=8, stages=2, per_sm=2) if case.block == 1 else Tuning()
+    start = Tuning(warps=4, run=8, stages=2, per_sm=2) if case.block == 1 else Tuning(per_sm=6) if isinstance(case.layout, TrellisLayout) else Tuning() # tables fill shared memory
     if not Path(path).exists(): return start
     rows = [r for r in json.loads(Path(path).read_text()) if r["arch"] == arch and r["d"] == case.d and r["layout"] == layout_name(case)]
     size = lambda r: (abs(r["batch"] / case.batch - 1) + abs(r["length"] / case.length - 1), r["batch"])
@@ -212,7 +212,7 @@ def tune(
         put("kernel_tuning.json", tried, lambda r: json.dumps({k: v for k, v in r.items() if k not in ("time_us", "error")}, sort_keys=True))
         put("kernel_table.json", found, lambda r: (r["arch"], r["d"], r["layout"], r["batch"], r["length"]))
         print(f"{case.name} {case.batch} x {case.length}: {least and round(least, 1)} us, {best}, {len(tried)} tried, {time.time() - start:.0f} s", flush=True)
-        del data
+        data = None
         torch.cuda.empty_cache()
     return found
 

@@ -13,63 +13,70 @@ from .kernels_decode import CUBIC, PackedAttention, _on, _plan, _pow2
 
 # %% ../nbs/53_kernels_encode.ipynb #af8e6b8f
 @triton.jit
-def _code(u, BITS: tl.constexpr, STEP: tl.constexpr, A: tl.constexpr):
-    "Codes (int32) of coordinates in units of the standard deviation, and their levels in units of the kernel."
+def _code(y, by, BITS: tl.constexpr, STEP: tl.constexpr, A: tl.constexpr):
+    "Codes (int32) of coordinates `y by` in units of the standard deviation, and their levels in units of the kernel."
     HALF: tl.constexpr = 2**(BITS-1)
-    if A == 0: c = tl.minimum(tl.maximum(tl.floor(u / STEP) + HALF, 0.), 2*HALF - 1.).to(tl.int32)
-    else:
-        c = tl.zeros_like(u).to(tl.int32)
-        for i in tl.static_range(1 - HALF, HALF): c += (u > STEP * (i * (i*i + A + .75))).to(tl.int32)
-    s = c.to(tl.float32) - (HALF - .5)
-    if A > 0: s = s * (s*s + A)
+    if A == 0:
+        t = tl.minimum(tl.maximum(y * (by * (1 / STEP)) + (HALF - .5), 0.), 2*HALF - 1.) + 12582912. # 1.5 · 2^23: rounds, and the last bits are the code
+        c = t.to(tl.int32, bitcast=True) & (2*HALF - 1)
+        s = t - 12582912. - (HALF - .5)
+    else: # levels are symmetric
+        a, k = tl.abs(y) * by, tl.zeros_like(y)
+        for i in tl.static_range(1, HALF): k += tl.where(a > STEP * (i * (i*i + A + .75)), 1., 0.)
+        c = tl.where(y > 0, HALF + k, HALF - 1 - k).to(tl.int32)
+        s = (k + .5) * ((k + .5)*(k + .5) + A)
+        s = tl.where(y > 0, s, -s)
     return c, s
 
 # %% ../nbs/53_kernels_encode.ipynb #67abd481
 @triton.jit
-def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride_b, stride_h, stride_t, pages,
+def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride_b, stride_h, stride_t, pages, each,
                    WORDS: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORD0: tl.constexpr, VALUE: tl.constexpr,
-                   STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr):
-    "Page `program_id(1)` of sequence and head `program_id(0)`."
-    bh, p = tl.program_id(0), tl.program_id(1)
+                   STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr):
+    "`each` pages of sequence and head `program_id(0)`; the frame stays where it is."
+    bh = tl.program_id(0)
     b, kvh = bh // H, bh % H
     T: tl.constexpr = PAGE // FIELDS
     j, d, c = tl.arange(0, T), tl.arange(0, DP), tl.arange(0, DP)
-    page = tl.load(table + b*pages + p).to(tl.int64)*H + kvh
     M = tl.load(frame + kvh*D*D + d[:, None]*D + c[None, :], mask=(d[:, None] < D) & (c[None, :] < D), other=0.)
     g = tl.load(weight + kvh*D + c, mask=c < D, other=0.) # variance of a channel, for the least squares
-    lanes, low = tl.full([T, DP], 0, tl.int32), tl.full([T, DP], 0, tl.int32)
-    for f in tl.static_range(FIELDS):
-        at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + p*PAGE + f*T + j[:, None]).to(tl.int64)*stride_t + d[None, :]
-        v = tl.load(at, mask=d[None, :] < D, other=0.).to(tl.float32)
-        if MEAN: v -= tl.load(mean + kvh*D + d, mask=d < D, other=0.)[None, :]
-        top = tl.maximum(tl.max(tl.abs(v), 1), 1e-30)
-        y = tl.dot((v / top[:, None]).to(tl.float16), M)
-        rms = tl.maximum(tl.sqrt(tl.sum(y*y, 1) / D), 1e-20)
-        u = y / rms[:, None]
-        code, level = _code(u, BITS, STEP, A)
-        level = tl.where(c[None, :] < D, level, 0.)
-        gain = tl.sum(g[None, :]*u*level, 1) / tl.maximum(tl.sum(g[None, :]*level*level, 1), 1e-30) / STEP
-        norm = tl.where(top > 1e-30, top*rms*gain, 0.)
-        tl.store(norms + page*WORDS + WORDS - 2*PAGE + 2*(f*T + j) + VALUE, norm.to(tl.bfloat16))
+    for p in range(tl.program_id(1)*each, tl.minimum((tl.program_id(1) + 1)*each, pages)):
+        page = tl.load(table + b*pages + p).to(tl.int64)*H + kvh
+        lanes, low = tl.full([T, DP], 0, tl.int32), tl.full([T, DP], 0, tl.int32)
+        for f in tl.static_range(FIELDS):
+            at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + p*PAGE + f*T + j[:, None]).to(tl.int64)*stride_t + d[None, :]
+            v = tl.load(at, mask=d[None, :] < D, other=0.).to(tl.float32)
+            if MEAN: v -= tl.load(mean + kvh*D + d, mask=d < D, other=0.)[None, :]
+            top = tl.maximum(tl.max(tl.abs(v), 1), 1e-30)
+            y = tl.dot((v * (1 / top)[:, None]).to(tl.float16), M)
+            rms = tl.maximum(tl.sqrt(tl.sum(y*y, 1) / D), 1e-20)
+            by = 1 / rms
+            code, level = _code(y, by[:, None], BITS, STEP, A)
+            if D < DP: level = tl.where(c[None, :] < D, level, 0.)
+            weighed = level
+            if WEIGHTED: weighed = g[None, :] * level
+            gain = tl.sum(y*weighed, 1) * by / tl.maximum(tl.sum(weighed*level, 1), 1e-30) / STEP
+            norm = tl.where(top > 1e-30, top*rms*gain, 0.)
+            tl.store(norms + page*WORDS + WORDS - 2*PAGE + 2*(f*T + j) + VALUE, norm.to(tl.bfloat16))
+            if SPLIT3:
+                lanes += (code >> 1) << (2*f)
+                low += (code & 1) << f
+            else: lanes += code << (BITS*f)
         if SPLIT3:
-            lanes += (code >> 1) << (2*f)
-            low += (code & 1) << f
-        else: lanes += code << (BITS*f)
-    if SPLIT3:
-        half = (c[None, :] >= D//2)
-        lo = tl.where(half, c[None, :] - D//2, c[None, :])
-        if VALUE: to = WORD0 + tl.where(half, T*(D//2), 0) + lo*T + j[:, None]
-        else: to = WORD0 + tl.where(half, T*(D//2), 0) + j[:, None]*(D//2) + lo
-        tl.store(store + page*WORDS + to, lanes.to(tl.int16), mask=c[None, :] < D)
-        both = tl.reshape(low, [T, 2, DP//2]) # D = DP here: the low bits of the two halves share a lane
-        both = tl.sum(both << (8*tl.arange(0, 2))[None, :, None], 1)
-        k = tl.arange(0, DP//2)
-        if VALUE: tl.store(store + page*WORDS + WORD0 + T*D + k[None, :]*T + j[:, None], both.to(tl.int16))
-        else: tl.store(store + page*WORDS + WORD0 + T*D + j[:, None]*(D//2) + k[None, :], both.to(tl.int16))
-    else:
-        if VALUE: to = WORD0 + c[None, :]*T + j[:, None]
-        else: to = WORD0 + j[:, None]*D + c[None, :]
-        tl.store(store + page*WORDS + to, lanes.to(tl.int16), mask=c[None, :] < D)
+            half = (c[None, :] >= D//2)
+            lo = tl.where(half, c[None, :] - D//2, c[None, :])
+            if VALUE: to = WORD0 + tl.where(half, T*(D//2), 0) + lo*T + j[:, None]
+            else: to = WORD0 + tl.where(half, T*(D//2), 0) + j[:, None]*(D//2) + lo
+            tl.store(store + page*WORDS + to, lanes.to(tl.int16), mask=c[None, :] < D)
+            both = tl.reshape(low, [T, 2, DP//2]) # D = DP here: the low bits of the two halves share a lane
+            both = tl.sum(both << (8*tl.arange(0, 2))[None, :, None], 1)
+            k = tl.arange(0, DP//2)
+            if VALUE: tl.store(store + page*WORDS + WORD0 + T*D + k[None, :]*T + j[:, None], both.to(tl.int16))
+            else: tl.store(store + page*WORDS + WORD0 + T*D + j[:, None]*(D//2) + k[None, :], both.to(tl.int16))
+        else:
+            if VALUE: to = WORD0 + c[None, :]*T + j[:, None]
+            else: to = WORD0 + j[:, None]*D + c[None, :]
+            tl.store(store + page*WORDS + to, lanes.to(tl.int16), mask=c[None, :] < D)
 
 # %% ../nbs/53_kernels_encode.ipynb #0da04a51
 @torch.no_grad()
@@ -89,14 +96,15 @@ def encode_pages(
     if first + n*L.page > T: raise ValueError(f"{n} pages of {L.page} tokens from token {first} do not fit {T} tokens; give a shorter table")
     if any(b == 3 and not L.five and D & (D-1) for (_, b), in (L.k, L.v)): raise ValueError(f"dense 3-bit pages are coded at head_dim 64, 128, 256, not {D}; use page=80")
     c, table = _frames(pa, k.device), table.contiguous()
+    each = max(1, B*H*n // (16*torch.cuda.get_device_properties(k.device).multi_processor_count)) if k.is_cuda else 2 # pages a program
     for x, kind, value in ((k, "k", 0), (v, "v", 1)):
         if x.stride(3) != 1: raise ValueError("encode_pages: the channels of a vector must be contiguous; call .contiguous()")
         bits = getattr(L, kind)[0][1]
         fields = 5 if L.five else {4: 4, 3: 8, 2: 8}[bits]
         word = 0 if not value else _plan(L, "v")[0][0][0]
         frame, mean, weight = c[kind]
-        _encode_kernel[(B*H, n)](x, frame, weight if mean is None else mean, weight, store, store.view(torch.bfloat16), table, first, H, x.stride(0), x.stride(1), x.stride(2), n,
-            WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, num_warps=4)
+        _encode_kernel[(B*H, -(-n // each))](x, frame, weight if mean is None else mean, weight, store, store.view(torch.bfloat16), table, first, H, x.stride(0), x.stride(1), x.stride(2), n, each,
+            WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, WEIGHTED=(pa.v_frame if value else pa.k_frame).scale is not None, num_warps=4)
     return store
 
 def _frames(pa, device):

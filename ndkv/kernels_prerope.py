@@ -7,7 +7,6 @@ __all__ = ['PreRopeAttention', 'compile_prerope']
 
 # %% ../nbs/56_kernels_prerope.ipynb #1c934e79
 import torch
-from torch import Tensor
 import triton, triton.language as tl
 from .frames import rope_tables
 from .kernels_decode import LOG2E, Layout, PackedAttention, Tuning, _curves, _early, _fast, _interpreted, _levels, _on, _plan, _pow2, _registers, _run

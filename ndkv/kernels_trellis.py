@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrellisLayout', 'string_words', 'string_bytes', 'pair_table', 'TrellisAttention', 'compile_trellis']
 
-# %% ../nbs/55_kernels_trellis.ipynb #6c3e1c3b
+# %% ../nbs/55_kernels_trellis.ipynb #a348d8d3
 from dataclasses import dataclass
 from functools import cache
 import torch
@@ -15,7 +15,7 @@ from .codec import ls_gain
 from .kernels_decode import PackedAttention, _early, _fast, _interpreted, _on, _pow2, _registers
 from .trellis import Trellis, tables
 
-# %% ../nbs/55_kernels_trellis.ipynb #a244a10f
+# %% ../nbs/55_kernels_trellis.ipynb #20b1d975
 @dataclass(frozen=True)
 class TrellisLayout:
     "Where the strings and norms of one page of one head lie."
@@ -48,7 +48,7 @@ class TrellisLayout:
             for _ in range(n // 32): out.append((b, word)); word += b
         return tuple(out)
 
-# %% ../nbs/55_kernels_trellis.ipynb #c7681194
+# %% ../nbs/55_kernels_trellis.ipynb #0ddda513
 @cache
 def _trellis(segments, states): return Trellis([b for n, b in segments for _ in range(n)], states)
 
@@ -64,7 +64,7 @@ def string_words(
     page:int,      # Tokens
 ) -> Tensor: # int32 `[..., T/page, words * page]`
     "Bytes of trellis strings in the order of a page."
-    w = packed.unflatten(-1, (-1, 4)).long() @ (256 ** torch.arange(3, -1, -1, device=packed.device))
+    w = (packed.unflatten(-1, (-1, 4)).long() << (8 * torch.arange(3, -1, -1, device=packed.device))).sum(-1)
     w = ((w << 2) & 0xffffffff) | (w.roll(-1, -1) >> 30) # the circle, two bits to the left
     w = torch.where(w >= 2**31, w - 2**32, w).int().unflatten(-2, (-1, page))
     return torch.cat([w[..., 2*first:2*(first + size)].flatten(-2) for first, size in _chunks(w.shape[-1] // 2)], -1)
@@ -80,7 +80,7 @@ def string_bytes(
     w = (w >> 2) | ((w.roll(1, -1) & 3) << 30)
     return ((w[..., None] >> (8 * torch.arange(3, -1, -1, device=w.device))) & 255).byte().flatten(-2)
 
-# %% ../nbs/55_kernels_trellis.ipynb #2b4176d0
+# %% ../nbs/55_kernels_trellis.ipynb #25d84fcc
 def pair_table(
     bits:int,   # 1 to 4
     table:Tensor, # `[5, states]`
@@ -99,7 +99,7 @@ def _offsets(groups, L):
         if any(g[0] == b for g in groups): at[b], end = end, end + (1 << (L + b))
     return tuple(at.get(b, 0) for b in range(5)) + (end,)
 
-# %% ../nbs/55_kernels_trellis.ipynb #086470d8
+# %% ../nbs/55_kernels_trellis.ipynb #1893ed68
 @triton.constexpr_function
 def _declare(words): return f".shared .align 16 .b32 ndkv_pairs[{words}]; mov.u32 $0, ndkv_pairs;"
 
@@ -173,7 +173,7 @@ def _word(words, i: tl.constexpr, AXIS: tl.constexpr):
     else: y = (x >> 32).to(tl.int32)
     return tl.expand_dims(y, 1 - AXIS)
 
-# %% ../nbs/55_kernels_trellis.ipynb #60d4e894
+# %% ../nbs/55_kernels_trellis.ipynb #04056b2a
 @triton.jit
 def _trellis_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                     H, table_stride, NB, splits, pairs,
@@ -246,7 +246,7 @@ def _trellis_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
         tl.store(at_out, even[s], mask=live)
         tl.store(at_out + 1, odd[s], mask=live)
 
-# %% ../nbs/55_kernels_trellis.ipynb #b6a778cc
+# %% ../nbs/55_kernels_trellis.ipynb #1d298aca
 class TrellisAttention(PackedAttention):
     "`PackedAttention` over pages of trellis strings; `layout` is a `TrellisLayout`."
     @torch.no_grad()
@@ -296,7 +296,7 @@ def _tiles(L, t):
     "Tiles of 16 tokens an update of the softmax, as many as divide a page."
     return max(r for r in (1, 2, 4, 8) if r <= max(1, t.run) and L.page // 16 % r == 0)
 
-# %% ../nbs/55_kernels_trellis.ipynb #ca3c8d5e
+# %% ../nbs/55_kernels_trellis.ipynb #9498b811
 def compile_trellis(
     layout:TrellisLayout,
     group:int=4,        # Query heads a KV head

@@ -17,15 +17,15 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
            'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
            'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
-           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'stress_table',
-           'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
-           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
-           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
-           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
-           'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'derived',
-           'numbers_tex', 'claims_table', 'drawn_from', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
-           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
-           'verify', 'lint_text', 'lint_paper', 'report']
+           'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived',
+           'refused', 'stress_table', 'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name',
+           'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit',
+           'sweep_cells', 'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown',
+           'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
+           'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
+           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
+           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
+           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -901,14 +901,14 @@ SHARED_TOKENS = 4096 # Tokens of the text that carries the frames
 
 def setting(row) -> tuple: # method, key bits, value bits, options
     "What of a row says how it was quantized."
-    return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k) not in (None, False))
+    return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k))
 
 def setting_name(s) -> str:
     "A setting in words."
     method,k,v,options = s
     if k is None: return 'exact again'
     words = dict(span='g{}', scale='{} scale', rotate='rotated', boundary='{} exact layers', first='{} finer layers')
-    more = [words[o].format(2*x if o == 'boundary' else x) for o, x in options if (o, x) != ('boundary', 0)]
+    more = [words[o].format(2*x if o == 'boundary' else x) for o, x in options]
     name = OTHERS[method][0] if method in OTHERS else style_of(method).label
     return ', '.join([f'{name} ' + (f'{k:g}' if k == v else f'{k:g}/{v:g}'), *more])
 
@@ -943,6 +943,14 @@ def all_in(book, cell, data='wiki_val') -> float:
     return bits['value'] + (framed['value'] - bits['value'])*bits['length']/SHARED_TOKENS if framed else bits['value']
 
 # %% ../nbs/90_report.ipynb #2e1f6ef0
+def panels(plt, n, width, height, more):
+    "A figure with a panel a model, at most three in a row; height of a row and what the legend adds, in inches."
+    columns = min(n, 3)
+    rows = -(-n//columns)
+    fig,axes = plt.subplots(rows, columns, figsize=(width, more + height*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax in axes.flat[n:]: ax.set_visible(False)
+    return fig,axes
+
 @figure('zoo')
 def zoo_figure(book, plt):
     "Bits per element against mean KL, every method, one panel a model."
@@ -950,9 +958,7 @@ def zoo_figure(book, plt):
     if not found: return blank(plt)
     models = sorted({m for m, _ in found})
     columns = min(len(models), 3)
-    rows = -(-len(models)//columns)
-    fig,axes = plt.subplots(rows, columns, figsize=(5.6 if columns < 3 else 7., .9 + 2.3*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
-    for ax in axes.flat[len(models):]: ax.set_visible(False)
+    fig,axes = panels(plt, len(models), 5.6 if columns < 3 else 7., 2.3, .9)
     for ax, model in zip(axes.flat, models):
         points = {}
         for (m, s), cell in found.items():
@@ -1006,7 +1012,7 @@ def worst_table(book):
     return '\n'.join(head + (lines or [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #cd0d1a82
-TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2, 2, ()), ('oscar', 2, 2, ()), ('turboquant', 3, 3, (('boundary', 0),)), ('kvarn', 4, 2, ()), ('spectral', 1.5, 1.5, ()), ('spectral', 2, 2, ()))
+TAILS = (('rotation', 2, 2, ()), ('kivi', 2, 2, (('span', 32),)), ('kvquant', 2, 2, ()), ('oscar', 2, 2, ()), ('turboquant', 3, 3, ()), ('kvarn', 4, 2, ()), ('spectral', 1.5, 1.5, ()), ('spectral', 2, 2, ()))
 
 @figure('tails')
 def tails_figure(book, plt):
@@ -1014,8 +1020,8 @@ def tails_figure(book, plt):
     found = swept(book, 'zoo')
     if not found: return blank(plt)
     models = sorted({m for m, _ in found})
-    fig,axes = plt.subplots(1, len(models), figsize=(max(5.6, 2.3*len(models)), 2.7), sharey=True, squeeze=False, layout='constrained')
-    for ax, model in zip(axes[0], models):
+    fig,axes = panels(plt, len(models), 5.6 if len(models) < 3 else 7., 2., .7)
+    for ax, model in zip(axes.flat, models):
         for s in TAILS:
             if (cell := found.get((model, s))) is None: continue
             rows = [use(book, cell[m, 'wiki_val']) for m in ('kl_p50', 'kl_p99', 'kl_p999', 'kl_max')]
@@ -1025,7 +1031,7 @@ def tails_figure(book, plt):
         else: ax.set(xscale='log', yscale='log', xlabel='KL to exact cache (nats)')
         ax.set_title(model)
         ax.spines[['top', 'right']].set_visible(False)
-    axes[0, 0].set_ylabel('share of tokens above')
+    for row in axes: row[0].set_ylabel('share of tokens above')
     handles,labels = axes[0, 0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2., columnspacing=1., fontsize=6.5)
     return fig
@@ -1047,6 +1053,13 @@ def survived(pair) -> bool|None:
     "Is the divergence on a twin within the factor? None where the plain model was not measured."
     return None if pair[1] is None else pair[0]['value'] <= SURVIVED*pair[1]['value']
 
+def refused(book, kind) -> dict: # (model, setting) -> error
+    "What a sweep could not measure because the method said no."
+    found = {}
+    for path in sorted(book.folder.glob(f'sweep_{kind}*.failed.json')):
+        for f in json.loads(path.read_text('utf8')).values(): found[f['cell']['model'], setting(f['cell'] | f['cell']['options'])] = f['error']
+    return found
+
 def _stress_settings(found):
     "Settings in order of method, and twins."
     order = ['bf16', 'rotation', 'spectral', *OTHERS]
@@ -1054,8 +1067,8 @@ def _stress_settings(found):
 
 @table('stress')
 def stress_table(book):
-    "Mean KL of every setting on every twin, the worse of the models; bold where the twin is not survived."
-    found = stressed(book)
+    "Mean KL of every setting on every twin, the worse of the models; bold where the twin is not survived, *refuses* where the method's number formats do not hold what it carries."
+    found,no = stressed(book),{(m.partition('+')[2], s) for m, s in refused(book, 'stress')}
     settings,twins = _stress_settings(found)
     lines = [r'\begin{tabular}{@{}l' + 'r'*len(twins) + '@{}}', r'\toprule', ' & '.join(['setting', *(tex_escape(t.replace('_', ' ')) for t in twins)]) + r' \\', r'\midrule']
     for s in settings:
@@ -1063,7 +1076,7 @@ def stress_table(book):
         for t in twins:
             pairs = [c[s] for (m, u), c in found.items() if u == t and s in c]
             worst = max(pairs, key=lambda p: p[0]['value'], default=None)
-            text = res(worst and worst[0], 2)
+            text = r'\emph{refuses}' if (t, s) in no else res(worst and worst[0], 2)
             cells.append(rf'\textbf{{{text}}}' if s[1] and any(survived(p) is False for p in pairs) else text)
         lines.append(' & '.join([tex_escape(setting_name(s)), *cells]) + r' \\')
     return '\n'.join(lines + ([] if settings else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
@@ -1072,22 +1085,22 @@ def stress_table(book):
 @figure('stress')
 def stress_figure(book, plt):
     "Mean KL on each twin over that on the plain model, a heat map for each model."
-    found = stressed(book)
+    found,no = stressed(book),refused(book, 'stress')
     if not found: return blank(plt)
     (settings,twins),models = _stress_settings(found),sorted({m for m, _ in found})
     settings = [s for s in settings if s[1]]
-    fig,axes = plt.subplots(1, len(models), figsize=(1.9 + 2.1*len(models), .9 + .22*max(4, len(settings))), sharey=True, squeeze=False, layout='constrained')
-    for ax, model in zip(axes[0], models):
+    fig,axes = panels(plt, len(models), 1.9 + 2.1*min(len(models), 3), .5 + .22*max(4, len(settings)), .4)
+    for ax, model in zip(axes.flat, models):
         pair = lambda s, t: found.get((model, t), {}).get(s) or (None, None)
         ratio = [[p[0]['value']/p[1]['value'] if None not in (p := pair(s, t)) else float('nan') for t in twins] for s in settings]
         image = ax.imshow(ratio, norm=plt.matplotlib.colors.LogNorm(.3, 300), cmap='YlOrRd', aspect='auto')
         for i, row in enumerate(ratio):
-            for j, x in enumerate(row): ax.text(j, i, '–' if x != x else f'{x:.1f}' if x < 10 else f'{x:.0f}' if x < 1000 else f'{x:.0e}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
+            for j, x in enumerate(row): ax.text(j, i, 'refuses' if (f'{model}+{twins[j]}', settings[i]) in no else '–' if x != x else f'{x:.1f}' if x < 10 else f'{float(f"{x:.2g}"):.0f}', ha='center', va='center', fontsize=5.5, color='white' if x > 30 else 'black')
         ax.set_xticks(range(len(twins)), [t.replace('_', '\n') for t in twins], fontsize=5.5)
         ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings], fontsize=6.5)
         ax.tick_params(length=0)
         ax.set_title(model)
-    fig.colorbar(image, ax=axes[0], label='mean KL over that\non the plain model', shrink=.8, pad=.02, extend='both')
+    fig.colorbar(image, ax=axes, label='mean KL over that on the plain model', shrink=.8, pad=.02, extend='both')
     return fig
 
 # %% ../nbs/90_report.ipynb #51d1f6ce

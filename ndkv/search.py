@@ -215,6 +215,7 @@ class _Worker:
 
     def stop(self):
         self.pipe.close()
+        if self.key is None: self.process.join(5)  # an idle worker sees that its pipe is closed, and ends
         self.process.kill()
         self.process.join()
 

@@ -224,8 +224,9 @@ def test_calibration_goes_on_after_a_kill(place):
     assert not list(place.glob('*.part*'))
 
 
-def test_exit_codes(place, profile):
+def test_exit_codes(place, profile, monkeypatch):
     "0 is fine, 1 a line about what a user can mend, 2 usage; never a traceback."
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     (place / 'damaged.safetensors').write_bytes((place / profile).read_bytes()[:-7] + b'garbage')
     (place / 'other').mkdir(exist_ok=True)
     save(LlamaForCausalLM(LlamaConfig(**BODY, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=32)), place / 'other')

@@ -1,6 +1,8 @@
 """Pages and kernels beyond the sizes that the notebooks show."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,7 +101,7 @@ def _frame(H, D):
     return Frame(A, A.mT.contiguous(), mean=torch.randn(H, D), scale=torch.linspace(1, .3, D).expand(H, D))
 
 
-def _run(pa, H, D, group, pages=3, B=2, splits=2):
+def _run(pa, H, D, group, pages=3, B=2, splits=2, device='cpu'):
     "Attention over random content, and its relative error."
     T = pages * pa.layout.page
     pages_of = pa.encode(torch.randn(B, H, T, D), torch.randn(B, H, T, D), 4)
@@ -107,7 +109,7 @@ def _run(pa, H, D, group, pages=3, B=2, splits=2):
     store[table.long()] = pages_of.transpose(1, 2)
     lens, q = torch.tensor([T - 7, 5], dtype=torch.int32), torch.randn(B, H*group, D)
     exact = (torch.randn(B, H, 9, D), torch.randn(B, H, 9, D), torch.tensor([9, 2], dtype=torch.int32))
-    got = pa(q, store, table, lens, exact=exact, splits=splits).double()
+    got = pa(*(t.to(device) for t in (q, store, table, lens)), exact=[t.to(device) for t in exact], splits=splits).cpu().double()
     k, v = (torch.cat([a, e.double()], 2) for a, e in zip(pa.decode(pages_of, 4), exact))
     live = torch.cat([torch.arange(T) < lens[:, None], torch.arange(9) < exact[2][:, None]], 1)
     want = attend_ref(q, k, v, live, D**-.5)
@@ -183,3 +185,20 @@ def test_tuning_keeps_what_helps_and_bench_finds_it(monkeypatch, tmp_path):
         m.undo()
     assert {r['method'] for r in rows} == {c.name for c in kb.CASES} - {'2bit'}
     assert {r['metric'] for r in rows if r['method'] == 'encode_4bit'} == {'time_us', 'bandwidth_fraction', 'time_token_us'}
+
+
+@pytest.mark.skipif(DEVICE != 'cuda', reason='needs a GPU')
+@pytest.mark.parametrize('group', [3, 4])
+@pytest.mark.parametrize('block', [16, 32])
+def test_short_blocks_on_a_gpu(group, block):
+    "In a process of its own, because a fault takes the GPU's context with it."
+    script = f"""
+import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_kernels import *; from test_kernels import _run, _frame
+PackedAttention.short, H, D = True, 2, 64
+home = Home(Rope(1e4**(-torch.arange(0, D, 2)/D)), {block}, 4)
+assert _run(PackedAttention(Layout(((32, 4), (16, 2)), ((64, 2),)), _frame(H, D), _frame(H, D), H, home), H, D, {group}, device='cuda') < 3e-3
+assert _run(PackedAttention(Layout(((64, 3),), ((64, 2),)), _frame(H, D), _frame(H, D), H, home), H, D, {group}, device='cuda') < 3e-3
+"""
+    run = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -4,8 +4,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ndkv.cache import NDCache
+from ndkv.fisher import calibrate
 from ndkv.models import ZOO, zoo_config
 from ndkv.profile import find_rope, fingerprint
+from ndkv.spectral import plan
 from ndkv.stress import TWINS, sites, stress
 
 SIZE = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, intermediate_size=64, max_position_embeddings=256, num_attention_heads=4)
@@ -58,6 +60,15 @@ def test_a_twin_generates_through_a_quantized_cache(model, twin):
     cache = NDCache(twin.config, bits=8, window=8, sinks=2, block=4)
     out = twin.generate(IDS[:1], past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert out.shape == (1, 52) and cache.report()['packed_tokens'] > 20
+
+
+@pytest.mark.parametrize('twin', list(TWINS))
+def test_spectral_codes_take_every_twin(model, twin):
+    "Heads that hold nothing, or that nothing reads, have frames too, and cost hardly any bits."
+    twin = stress(model, twin)
+    profile = calibrate(twin, torch.randint(0, 97, (8, 96), generator=torch.Generator().manual_seed(1)), window=8, sinks=2, block=8, enough=1, bar=False)
+    cache = NDCache(twin.config, method='spectral', window=8, sinks=2, block=8, codecs=plan(profile, 3, 8, 2))
+    with torch.no_grad(): assert torch.isfinite(twin(IDS, past_key_values=cache).logits).all() and torch.isfinite(twin(IDS[:, :1], past_key_values=cache).logits).all()
 
 
 def test_seeds_differ_and_repeat():
