@@ -609,7 +609,7 @@ def eviction_figure(book, plt):
     "Bits an element of the text against mean KL: fewer tokens, fewer bits, and both."
     models = models_of(book, file='eviction', metric='kl_mean')
     if not models: return blank(plt)
-    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharey=True, squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         for mix, points in pairs(book, 'bits', 'kl_mean', ('policy', 'method'), file='eviction', model=model).items():
             label,color,marker,ls = MIXES.get(mix, ('other policies, exact', '#CC79A7', 'x', ''))
@@ -1421,8 +1421,8 @@ for _name, _budget in (('one', 1), ('one_and_half', 1.5)):
 # %% ../nbs/90_report.ipynb #40746e55
 def _least_number(id, **where): number(id)(lambda book: among(_rows(book, **where), min))
 
-_least_number('kl_drop_quarter', file='eviction', metric='kl_mean', method='exact', keep=.25)
-_least_number('kl_drop_half', file='eviction', metric='kl_mean', policy='snapkv', keep=.5)
+_least_number('kl_drop_quarter', file='eviction', metric='kl_mean', method='exact', keep=.25, model='llama')
+_least_number('kl_drop_half', file='eviction', metric='kl_mean', policy='snapkv', keep=.5, model='llama')
 _row_number('kl_keep_half_bit', file='eviction', metric='kl_mean', method='spectral', policy='none', k_bits=.5, model='llama')
 _row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
 _row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
