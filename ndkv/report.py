@@ -322,10 +322,10 @@ def blank(plt):
     for spine in ax.spines.values(): spine.set(color=GREY, lw=.5, ls=(0, (4, 3)))
     return fig
 
-def legend_above(fig, axes, ncols=3):
-    "One legend for all panels, every label once."
+def legend_above(fig, axes, ncols=3, loc='outside upper center'):
+    "One legend for all panels, above them or where `loc` says, every label once."
     found = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
-    if found: fig.legend(found.values(), found.keys(), loc='outside upper center', ncols=ncols, frameon=False, handlelength=2.2, columnspacing=1.4)
+    if found: fig.legend(found.values(), found.keys(), loc=loc, ncols=ncols, frameon=False, handlelength=2.2, columnspacing=1.4)
 
 def open_axes(axes):
     "No frame on the right and above; no numbers at the small ticks of a logarithmic axis."
@@ -609,7 +609,7 @@ def eviction_figure(book, plt):
     "Bits an element of the text against mean KL: fewer tokens, fewer bits, and both."
     models = models_of(book, file='eviction', metric='kl_mean')
     if not models: return blank(plt)
-    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharey=True, squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
         for mix, points in pairs(book, 'bits', 'kl_mean', ('policy', 'method'), file='eviction', model=model).items():
             label,color,marker,ls = MIXES.get(mix, ('other policies, exact', '#CC79A7', 'x', ''))
@@ -617,7 +617,7 @@ def eviction_figure(book, plt):
         ax.set(xscale='log', yscale='log', xlabel='bits per element of the text', title=model)
         plain_log(ax.xaxis)
     axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
-    legend_above(fig, axes[0])
+    legend_above(fig, axes[0], loc='outside right center', ncols=1)
     open_axes(axes[0])
     return fig
 
@@ -1418,6 +1418,16 @@ def _spectral_number(id, metric, budget, scale=1):
 for _name, _budget in (('one', 1), ('one_and_half', 1.5)):
     for _id, _metric, _scale in (('kl', 'kl_mean', 1), ('tail', 'kl_p999', 1), ('flips', 'flips', 100)): _spectral_number(f'{_id}_spectral_{_name}', _metric, _budget, _scale)
 
+# %% ../nbs/90_report.ipynb #40746e55
+def _least_number(id, **where): number(id)(lambda book: among(_rows(book, **where), min))
+
+_least_number('kl_drop_quarter', file='eviction', metric='kl_mean', method='exact', keep=.25, model='llama')
+_least_number('kl_drop_half', file='eviction', metric='kl_mean', policy='snapkv', keep=.5, model='llama')
+_row_number('kl_keep_half_bit', file='eviction', metric='kl_mean', method='spectral', policy='none', k_bits=.5, model='llama')
+_row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
+_row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
+_row_number('cpu_slowdown_decoded', file='throughput', metric='slowdown', method='ndcache4', dtype='float32', model='llama', length=4096)
+
 # %% ../nbs/90_report.ipynb #2173b87b
 def derived(value:float, notebook:str, digits:int=2) -> str:
     "A number that a notebook derives, with its address."
@@ -1451,10 +1461,12 @@ def numbers_tex(book) -> str:
     for c in found:
         at = tex_escape(c['rows'][0]) if c['rows'] else ''
         macros[c['id']] = rf"\res{{{tex_number(shown(c['value']))}}}{{{at}}}" if at else NOT_RUN
+    if taken := macros.keys() & NUMBERS.keys(): raise ValueError(f'{sorted(taken)[0]} is a claim and a number; give the number another name')
     macros |= {id: f(book) for id, f in NUMBERS.items()}
     run = [c['met'] for c in found if c['value'] is not None]
-    macros |= dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
-    return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in sorted(macros.items()))
+    counts = dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
+    macros = sorted(macros.items()) + list(counts.items()) # counts last, so that the first line that differs names a row
+    return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in macros)
 
 # %% ../nbs/90_report.ipynb #a9005552
 @table('claims')
@@ -1488,12 +1500,14 @@ def letters(book) -> dict:
     order = sorted(book.runs, key=lambda id: (book.runs[id].get('start', ''), id))
     return {id: ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26) for i, id in enumerate(order)}
 
-NOTEBOOKS = dict(evaluate='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
+NOTEBOOKS = dict(evaluate='76_evaluate', spectra='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
 
 def measured_in(command:str) -> str:
     "The notebook, or the tests, that explain what a run's command measures."
     words = command.split()
     if words[:1] == ['pytest']: return ', '.join(Path(w).stem for w in words if w.endswith('.py'))
+    if module := re.search(r'from ndkv\.(\w+) import', command): return f'ndkv.{module[1]}'
+    if words[:2] == ['ndkv', 'bench'] and len(words) > 2: return '78_throughput'
     return next((n for w in words for n in [NOTEBOOKS.get(w), Path(w).stem if w.endswith('.ipynb') else None] if n), '–')
 
 # %% ../nbs/90_report.ipynb #48a5ad79
