@@ -501,7 +501,7 @@ def sweep(
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
 
-@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench --out /tmp/results --json')
+@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench kernels --out elsewhere --json')
 def bench(
     what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one.')]='kernels',
     model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or a folder.')]='llama',

@@ -65,7 +65,8 @@ def test_notebooks_start_and_end_as_they_should():
         assert re.match(r'# .+', source[0]), path.name
         if path.stem == 'index': continue
         assert re.search(r'^> .+', source[0] + '\n' + source[1], re.M), f'{path.name}: no subtitle'
-        assert any(s.startswith('#| default_exp ') for s in source), f'{path.name}: no module'
+        exports = any(s.startswith(('#| export', '#| exporti')) for s in source)
+        assert any(s.startswith('#| default_exp ') for s in source) or not exports, f'{path.name}: no module'
         assert 'nbdev_export()' in source[-1] and source[-1].startswith('#| hide'), f'{path.name}: last cell'
 
 
