@@ -1157,12 +1157,13 @@ def ladder_figure(book, plt):
     return fig
 
 # %% ../nbs/90_report.ipynb #2cca136f
-CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0)
+CHOICES = dict(home='64', prices='fisher', allocation='global', trellis=0, norm='level', ridge=.01, classes=4, window=128)
 
 def choice_name(row) -> str:
     "What of a cell differs from the default, in words."
     words = dict(home={'post': 'keys after RoPE', 'pre': 'keys before RoPE'}.get(row['home'], f"block of {row['home']}"), trellis=f"trellis, {row['trellis']} states",
-                 prices={'reading': 'prices of queries and output projection', 'none': 'no prices'}.get(row['prices']), allocation='the same bits in every layer')
+                 prices={'reading': 'prices of queries and output projection', 'none': 'no prices'}.get(row['prices']), allocation='the same bits in every layer', norm=f"norms of {row['norm']} bits",
+                 ridge=f"ridge {row['ridge']:g}", classes='one class of tokens', window=f"window {row['window']}")
     return ', '.join(words[k] for k, v in CHOICES.items() if row[k] != v) or 'default, Lloyd–Max'
 
 @table('ablation')
@@ -1424,6 +1425,11 @@ def _least_number(id, **where): number(id)(lambda book: among(_rows(book, **wher
 _least_number('kl_drop_quarter', file='eviction', metric='kl_mean', method='exact', keep=.25, model='llama')
 _least_number('kl_drop_half', file='eviction', metric='kl_mean', policy='snapkv', keep=.5, model='llama')
 _row_number('kl_keep_half_bit', file='eviction', metric='kl_mean', method='spectral', policy='none', k_bits=.5, model='llama')
+for _model in ('llama', 'qwen2'):
+    for _classes, _word in ((1, 'one'), (4, 'four')): _row_number(f'kl_{_word}_class_{_model}', file='adaptive', metric='kl_mean', method='spectral', prices='fisher', trellis=0, k_bits=1.25, classes=_classes, model=_model)
+    for _on, _word in ((0., 'plain'), (1., 'debiased')): _row_number(f'kl_{_word}_{_model}', file='debias', metric='kl_mean', k_bits=1., debias=_on, model=_model)
+_row_number('kl_prompt_frames', file='adaptive', metric='kl_mean', method='prompt', k_bits=2.5, model='llama')
+_row_number('kl_prompt_rotation', file='adaptive', metric='kl_mean', method='rotation', k_bits=3, model='llama')
 _row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
 _row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
 _row_number('cpu_slowdown_decoded', file='throughput', metric='slowdown', method='ndcache4', dtype='float32', model='llama', length=4096)
