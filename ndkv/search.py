@@ -130,6 +130,7 @@ def make_cell(
         note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global")
         if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis")
         options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"]))
+        note["classes"] = len(next(iter(options["codecs"].values())).counts)
     return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
 
 
