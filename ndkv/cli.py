@@ -615,7 +615,7 @@ def recommend(
     show_frontier(rows, choice, line)
 
 # %% ../nbs/95_cli.ipynb #d1f6a442
-@command('ndkv train llama --data data', 'ndkv train qwen2 --tokens 1e6 --out /tmp/qwen2')
+@command('ndkv train llama --data data', 'ndkv train qwen2 --tokens 1e6 --out my-qwen2')
 def train(
     model:Annotated[str, typer.Argument(help='A design of the zoo.')]='llama',
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),

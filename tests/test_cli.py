@@ -93,7 +93,7 @@ def test_evaluate_and_train_ask_for_their_text(tmp_path):
 
 # --- as processes, in a folder that holds nothing but a model and a text ---------------------------------------------------------------
 
-COMMANDS = ['demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'sweep', 'bench', 'inspect', 'recommend', 'train']
+COMMANDS = ['demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'spectra', 'sweep', 'bench', 'inspect', 'recommend', 'train']
 
 
 def start(*args, cwd, **kw):

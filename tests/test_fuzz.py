@@ -27,12 +27,12 @@ def cache_content(c):
 
 def profile_content(p):
     stats = lambda s: (s.n, s.weighted, s.rope.scaling, s.rope.pairing, s.rope.start, s.rope.max_length, s.rope.inv_freq.tolist(), [getattr(s, f).tolist() for f in MEANS + MATRICES])
-    return [p.model, p.data, p.skip, {i: stats(s) for i, s in p.layers.items()}, {i: [t.tolist() for t in pair] for i, pair in p.prices.items()}]
+    return [p.model, p.data, p.skip, {i: stats(s) for i, s in p.layers.items()}, *({i: [t.tolist() for t in some] for i, some in kept.items()} for kept in (p.prices, p.forecasts))]
 
 
 def sums_content(x):
-    done, sums, state = x
-    return done, {i: [t.tolist() for t in pair] for i, pair in sums.items()}, state.tolist()
+    done, sums, state, more = x
+    return done, {i: [t.tolist() for t in pair] for i, pair in sums.items()}, state.tolist(), {k: t.tolist() for k, t in more.items()}
 
 
 class Targets(dict):
