@@ -21,7 +21,7 @@ from .spectral import key_frame, norm_value, plan
 # %% ../nbs/78_debias.ipynb #10014c68
 def _logit_variance(codec, frame, q, norms, start, positions, scale):
     "Variance of the logits [B, Hq, T, n] of queries after RoPE with packed keys of norms [B, H, n]."
-    D = torch.tensor(distortion_table(8))[codec.strings[0].widths].to(frame.scale)
+    frame, D = frame.to(q.device), torch.tensor(distortion_table(8))[codec.strings[0].widths].to(q.device)
     B, groups = frame.A_inv * (frame.scale * D.sqrt())[:, None], q.shape[1] // norms.shape[1]
     out = q.new_empty(*q.shape[:3], len(positions))
     starts = codec.home.starts(positions)
@@ -43,9 +43,9 @@ def debiased_logits(
     block: int = 64,
 ) -> list[Tensor]:  # Logits [B, T, V] for each share
     "Predictions of a text whose past is read from packed keys and values, packed logits corrected."
-    T, packed = ids.shape[1], packed_mask(ids.shape[1], window, sinks, block)
+    T, packed = ids.shape[1], packed_mask(ids.shape[1], window, sinks, block).to(ids.device)
     last, now = int(packed[-1].sum()) + sinks, {}
-    pos, causal = torch.arange(sinks, last), torch.ones(T, T, dtype=torch.bool).tril()
+    pos, causal = torch.arange(sinks, last, device=ids.device), torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
     frames = {i: key_frame(s, profile.prices[i][0], block) for i, s in profile.layers.items()}
     def attend(module, q, k, v, mask, **kw):
         i, scale, G = module.layer_idx, kw.get("scaling") or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]

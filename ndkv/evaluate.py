@@ -376,7 +376,7 @@ def rates(
             x = x[:, :, 4:]
             for (b, t), codecs in plans.items():
                 c, home = codecs[i, kind], codecs[i, kind].home
-                full, pos = (key_frame(profile.layers[i], profile.prices[i][0]) if kind == "k" else klt(profile.layers[i].v_cov, profile.prices[i][1], profile.layers[i].v_mean)), torch.arange(4, 4 + x.shape[2])
+                full, pos = (key_frame(profile.layers[i], profile.prices[i][0]) if kind == "k" else klt(profile.layers[i].v_cov, profile.prices[i][1], profile.layers[i].v_mean)).to(x.device), torch.arange(4, 4 + x.shape[2])
                 y, y_hat = ((home.enter(z.float(), pos, full.mean) @ full.A.mT).double() for z in (x, c.decode(c.encode(x, 4), 4)))
                 lam = full.scale.double().square().flatten()
                 level = water_level(lam, c.bits_per_element * len(lam))

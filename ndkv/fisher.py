@@ -181,7 +181,7 @@ class _Forecast:
     def rank(self, x, price):
         "Add up prices by rank, over whole groups of tokens."
         groups = lambda t: t[..., : t.shape[-1] // RANKS * RANKS].unflatten(-1, (-1, RANKS))
-        order = groups(torch.einsum("bhnd,hd->bhn", x.double(), self.direction)).argsort(-1, descending=True)
+        order = groups(torch.einsum("bhnd,hd->bhn", x.double(), self.direction.to(x.device))).argsort(-1, descending=True)
         self.ranks = _add(self.ranks, groups(price.double()).gather(-1, order).sum((0, 2)))
 
 

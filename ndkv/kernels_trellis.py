@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 import triton, triton.language as tl
 from .codec import ls_gain
-from .kernels_decode import PackedAttention, _early, _fast, _interpreted, _on, _pow2, _registers
+from .kernels_decode import PackedAttention, Tuning, _early, _fast, _interpreted, _on, _pow2, _registers
 from .trellis import Trellis, tables
 
 # %% ../nbs/55_kernels_trellis.ipynb #20b1d975
@@ -307,7 +307,6 @@ def compile_trellis(
     "The kernel, compiled without a GPU."
     from triton.compiler import ASTSource
     from triton.backends.compiler import GPUTarget
-    from ndkv.kernels_decode import Tuning
     t, kg, vg, L = tuning or Tuning(), layout.groups("k"), layout.groups("v"), layout.states.bit_length() - 1
     fixed = dict(WORDS=layout.words, PAGE=layout.page, D=32*len(kg), VD=32*len(vg), GROUP=group, NH=max(8, _pow2(group)), KG=kg, KN=layout.count("k"), KW=_chunks(layout.count("k") // 2), VG=vg, VN=layout.count("v"), VW=_chunks(layout.count("v") // 2),
         L=L, AT=_offsets(kg + vg, L), QB=block, RUN=_tiles(layout, t), ASM=bool(t.table), STAGES=t.stages, EARLY=t.early)

@@ -139,4 +139,4 @@ def compile_search(
     fixed = dict(L=states.bit_length() - 1, BYTES=32)
     fn = triton.JITFunction(getattr(_viterbi_kernel, "fn", _viterbi_kernel))
     signature = {a: "constexpr" if a in fixed else kinds.get(a, "i32") for a in fn.arg_names}
-    return triton.compile(ASTSource(fn, signature, constexprs=fixed), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=max(1, states // 256), num_stages=1))
+    return triton.compile(ASTSource(fn, signature, constexprs=fixed), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=max(1, min(8, states // 256)), num_stages=1))

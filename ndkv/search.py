@@ -101,7 +101,7 @@ def find_text(
     return found[0]
 
 
-def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"]), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
+def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"], cell.get("revision")), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
 
 
 def _profile(cell, where):
@@ -111,7 +111,7 @@ def _profile(cell, where):
         model, tokenizer = _load(cell, where)
         tokens = text_windows(find_text(cell["calibration"], where["data"]), tokenizer, min(1024, model.config.get_text_config().max_position_embeddings), cell["calibration_windows"])
         return calibrate(model, tokens, cell["window"], cell["sinks"], cell["block"], data=cell["calibration"], bar=False)
-    return _keep("profile", tuple(cell[k] for k in ("model", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")), make)
+    return _keep("profile", tuple(cell.get(k) for k in ("model", "revision", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")), make)
 
 # %% ../nbs/80_search.ipynb #ce26896f
 def make_cell(
@@ -130,6 +130,7 @@ def make_cell(
         note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global")
         if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis")
         options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"]))
+        note["classes"] = len(next(iter(options["codecs"].values())).counts)
     return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
 
 
@@ -150,8 +151,8 @@ def measure(
         for row in rows: run.row(model=name, **row, **fields)
     else:
         path = find_text(cell["task"], data)
-        tokens = _keep("tokens", (cell["model"], str(path), cell["length"], cell["n"]), lambda: text_windows(path, tokenizer, cell["length"], cell["n"]))
-        exact = _keep("exact", tuple(cell[k] for k in ("model", "dtype", "length", "n", "batch", "window", "sinks", "block")) + (str(path),), dict)
+        tokens = _keep("tokens", (cell["model"], cell.get("revision"), str(path), cell["length"], cell["n"]), lambda: text_windows(path, tokenizer, cell["length"], cell["n"]))
+        exact = _keep("exact", tuple(cell.get(k) for k in ("model", "revision", "dtype", "length", "n", "batch", "window", "sinks", "block")) + (str(path),), dict)
         if tokens.numel() * model.config.get_text_config().vocab_size > 2**31: exact = None
         evaluate(model, tokens, [make_cell(cell, where)], run, name, path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
 

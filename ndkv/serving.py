@@ -189,7 +189,10 @@ def _choose(config):
     if config.temperature not in (None, 1.): warp.append(TemperatureLogitsWarper(config.temperature))
     if config.top_k: warp.append(TopKLogitsWarper(config.top_k))
     if config.top_p not in (None, 1.): warp.append(TopPLogitsWarper(config.top_p))
-    return lambda logits: torch.multinomial(warp(None, logits.float()).softmax(-1), 1)[:, 0]
+    def sample(logits): # as torch.multinomial, which waits for the GPU and so cannot be part of a graph
+        p = warp(None, logits.float()).softmax(-1)
+        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+    return sample
 
 # %% ../nbs/59_serving.ipynb #ffc6f5f0
 class Server:

@@ -32,13 +32,14 @@ def klt(
 ) -> Frame:  # One frame a head; `scale` is √λ, largest first
     "Karhunen–Loève frame of vectors whose errors are weighed."
     eye = torch.eye(cov.shape[-1], dtype=torch.float64)
-    W = weight.double() + ridge * weight.double().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+    cost = weight.double().diagonal(dim1=-2, dim2=-1).mean(-1)
+    if not torch.isfinite(cov).all() or not torch.isfinite(cost).all(): raise ValueError("klt: a covariance or weight is not finite; collect the profile from more text, or in float32")
+    W = weight.double() + cost.clamp_min(max(1e-6 * cost.amax().item(), 1e-30))[..., None, None] * ridge * eye  # errors of a head that nothing reads are almost free
     w, U = torch.linalg.eigh(W)
-    if not torch.isfinite(cov).all() or (w <= 0).any():
-        raise ValueError("klt: a covariance or weight is not finite, or the weight is zero; collect the profile from more text")
+    w = w.clamp_min(1e-12 * w.amax(-1, keepdim=True))
     root, back = (U * w.sqrt()[..., None, :]) @ U.mT, (U / w.sqrt()[..., None, :]) @ U.mT
     lam, P = torch.linalg.eigh(root @ cov.double() @ root)
-    lam = lam.flip(-1).clamp_min(lam.amax() * 1e-10)
+    lam = lam.flip(-1).clamp_min(max(lam.amax().item() * 1e-10, 1e-30))
     P = P.flip(-1)
     return Frame((P.mT @ root).float(), (back @ P).float(), None if mean is None else mean.float(), lam.sqrt().float())
 

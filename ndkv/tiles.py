@@ -161,6 +161,6 @@ def write_pages(
 ) -> Tensor: # `store`
     "Encode whole pages into a paged store, on any device."
     L, end = pa.layout, first + table.shape[1]*pa.layout.page
-    if k.is_cuda and pa.home is None and all(s == ((pa.d, b),) for s in (L.k, L.v) for b in (s[0][1],)): return encode_pages(pa, k, v, store, table, first)
+    if k.is_cuda and pa.home is None and L.curve != "trellis" and all(s == ((pa.d, b),) for s in (L.k, L.v) for b in (s[0][1],)): return encode_pages(pa, k, v, store, table, first)
     store[table.long()] = pa.encode(k[:, :, first:end], v[:, :, first:end], pos).transpose(1, 2)
     return store
