@@ -789,7 +789,7 @@ def bits_ratio(book, model, bits, profile='wiki_cal', tokens=4096):
     return (plain + (framed - plain)*length/tokens) / book.value(metric='bits', model=model, method='rotation', k_bits=bits, **DEFAULTS)
 
 def _ratio_claim(bits, target):
-    sentence = f'Bits of spectral codes that reach the mean KL of rotation + Lloyd–Max at {bits} bits, as a share of its bits, frames counted at 4096 tokens; worst model.'
+    sentence = f'Bits of spectral codes (of one class of tokens) that reach the mean KL of rotation + Lloyd–Max at {bits} bits, as a share of its bits, frames counted at 4096 tokens; worst of the models trained so far.'
     @claim(f'bits_ratio_{bits}', sentence, 'of the bits', target)
     def ratio(book): return worst(book, lambda m: bits_ratio(book, m, bits))
 
