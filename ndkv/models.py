@@ -123,6 +123,7 @@ def causal_attention(module, query, key, value, attention_mask, scaling=None, sl
     else:
         cap = (lambda s, b, h, q, k: softcap * torch.tanh(s / softcap)) if softcap else None
         mask = _window_mask(T, min(sliding_window or T, T), query.device)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
         out = flex_attention(query, key, value, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=gqa)
     return out.transpose(1, 2), None
 
@@ -254,6 +255,8 @@ def load_model(
         raise ValueError(f"cannot load {name!r} ({str(e).splitlines()[0][:200]}): give a complete model folder or a Hub id") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
         raise ValueError(f"{name!r} holds no tokenizer: give a complete model folder or a Hub id")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # some versions of transformers take SDPA for Gemma 2 and leave its soft cap out
     if "device_map" not in kw:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
