@@ -31,7 +31,11 @@ class Codebook:
 
     def encode(self, u): return torch.bucketize(u.float(), self.thresholds, out_int32=True).to(torch.uint8)
     def decode(self, codes): return self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
-    def to(self, device): return Codebook(self.levels.to(device))
+    def to(self, device):
+        "Kept after the first time: a copy to a GPU makes the host wait."
+        self.__dict__.setdefault('_moved', {})
+        if device not in self._moved: self._moved[device] = self if self.levels.device == torch.device(device) else Codebook(self.levels.to(device))
+        return self._moved[device]
 
 # %% ../nbs/10_codebooks.ipynb #c1ea5bef
 def _density(t): return torch.exp(-t*t/2) / math.sqrt(2*math.pi)

@@ -41,6 +41,10 @@ def pack(
     parts = _parts(bits)
     if codes.dtype != torch.uint8 or codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"pack: codes must be uint8 below {2**bits} to fit {bits} bits; encode with a codebook of {bits} bits")
+    return _pack(codes, parts)
+
+def _pack(codes, parts):
+    "Without the check, for which a GPU would be waited for."
     codes, out = F.pad(codes, (0, -codes.shape[-1] % 8)), []
     for c, low in parts:
         part = ((codes >> low) & (2**c - 1)).unflatten(-1, (8//c, -1))
@@ -156,7 +160,7 @@ class NormDirectionCodec:
         if self.norm == "ls": norm = norm * ls_gain(u, book.decode(codes), scale)
         norm = norm.to(torch.bfloat16)
         if not torch.isfinite(norm).all(): _refuse(x, norm)
-        return {"codes": pack(codes, self.bits), "norm": norm}
+        return {"codes": _pack(codes, _parts(self.bits)), "norm": norm}
 
     @torch.no_grad()
     def decode(self,

@@ -12,11 +12,13 @@ __all__ = ['MEANS', 'MATRICES', 'PRICES', 'FORECASTS', 'RANKS', 'FORMAT', 'watch
 import hashlib, json, os, struct, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -80,6 +82,23 @@ def probe(
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
     if not calls: raise ValueError(f"{type(model).__name__} does not use the attention interface of transformers, so its keys cannot be seen; use a model that does (Llama, Qwen, Gemma, GPT-NeoX, ...)")
 
+# %% ../nbs/30_profile.ipynb #7d1f20aa
+_there = WeakTensorKeyDictionary()
+
+def _moved(x, device):
+    "`x` on a device, moved there once: a copy to a GPU makes the host wait."
+    known = _there.setdefault(x, {})
+    if device not in known: known[device] = x.to(device)
+    return known[device]
+
+@cache
+def _orders(start, rotary_dim, pairing, d, device):
+    "Channels in half-split order, rotary ones first `[d]`, and the way back."
+    r, rest = torch.arange(start, start + rotary_dim), torch.arange(d)
+    if pairing == "interleaved": r = r.view(-1, 2).T.flatten()
+    order = torch.cat([r, rest[:start], rest[start + rotary_dim:]])
+    return order.to(device), order.argsort().to(device)
+
 # %% ../nbs/30_profile.ipynb #3070bf82
 @dataclass(eq=False)
 class Rope:
@@ -95,10 +114,7 @@ class Rope:
 
     def order(self, d):
         "Channels in half-split order, rotary ones first `[d]`."
-        r = torch.arange(self.start, self.start + self.rotary_dim)
-        if self.pairing == "interleaved": r = r.view(-1, 2).T.flatten()
-        rest = torch.arange(d)
-        return torch.cat([r, rest[:self.start], rest[self.start + self.rotary_dim:]])
+        return _orders(self.start, self.rotary_dim, self.pairing, d, torch.device("cpu"))[0]
 
     def check(self, length):
         "Refuse positions at which the model's tables depend on the length of the text."
@@ -107,13 +123,13 @@ class Rope:
 
     def tables(self, positions, dtype=torch.float32):
         "cos, sin `[T, rotary_dim/2]`, rounded to `dtype` as the model rounds them."
-        self.check(int(positions.max()) + 1)
-        return tuple(t.to(dtype).float() for t in rope_tables(self.inv_freq.to(positions.device), positions, self.scaling))
+        if self.max_length: self.check(int(positions.max()) + 1) # which waits for a GPU
+        return tuple(t.to(dtype).float() for t in rope_tables(_moved(self.inv_freq, positions.device), positions, self.scaling))
 
     def _turn(self, f, x, positions, dtype, sign=1):
         cos, sin = self.tables(positions.to(x.device), dtype)
-        order = self.order(x.shape[-1]).to(x.device)
-        return f(x[..., order].to(torch.promote_types(x.dtype, torch.float32)), cos, sign*sin)[..., order.argsort()]
+        order, back = _orders(self.start, self.rotary_dim, self.pairing, x.shape[-1], x.device)
+        return f(x[..., order].to(torch.promote_types(x.dtype, torch.float32)), cos, sign*sin)[..., back]
 
     def apply(self, x, positions, dtype=torch.float32):
         "`[..., T, D]` turned to `positions` `[T]`, float32."

@@ -12,7 +12,7 @@ __all__ = ['OCTAVES', 'NORM_BITS', 'CHANNEL_BYTES', 'HEAD_BYTES', 'SHARES', 'klt
 import math
 from copy import copy
 from functools import cache
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,20 +57,29 @@ class BitRow:
         self.nbytes = -(-self.bits // 8)
         self.channel = torch.repeat_interleave(torch.arange(len(widths)), self.widths)
         self.place = torch.arange(self.bits) - (self.end - self.widths)[self.channel]
+        self._at = {}
 
     def pack(self, codes: Tensor) -> Tensor:
         "Integer codes [..., n] -> uint8 [..., nbytes]."
-        channel, place = self.channel.to(codes.device), self.place.to(codes.device)
-        bits = (codes[..., channel] >> place) & 1
+        at = self._on(codes.device)
+        bits = (codes[..., at["channel"]] >> at["place"]) & 1
         bits = F.pad(bits, (0, 8 * self.nbytes - self.bits)).unflatten(-1, (-1, 8))
-        return (bits << torch.arange(8, device=codes.device)).sum(-1, dtype=torch.uint8)
+        return (bits << at["eight"]).sum(-1, dtype=torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
         "uint8 [..., nbytes] -> int32 codes [..., n]."
-        start = (self.end - self.widths).to(packed.device)
+        at = self._on(packed.device)
         x = F.pad(packed, (0, 2)).int()
         three = x[..., :-2] + (x[..., 1:-1] << 8) + (x[..., 2:] << 16)
-        return (three[..., start // 8] >> (start % 8)) & ((1 << self.widths.to(packed.device)) - 1)
+        return (three[..., at["byte"]] >> at["shift"]) & at["mask"]
+
+    def _on(self, device):
+        "Its tables on a device, moved there once."
+        if device not in self._at:
+            start = self.end - self.widths
+            at = dict(channel=self.channel, place=self.place, eight=torch.arange(8), byte=start // 8, shift=start % 8, mask=(1 << self.widths) - 1)
+            self._at[device] = {k: v.to(device) for k, v in at.items()}
+        return self._at[device]
 
 # %% ../nbs/34_spectral.ipynb #09081f44
 OCTAVES = 8  # Range of norms
@@ -196,6 +205,7 @@ class Strings:
         self.row = BitRow(self.norm.tolist() + self.widths[self.wide].tolist())
         self.books = {b: (lloyd_max(b), (self.widths[self.wide] == b).nonzero()[:, 0]) for b in self.widths[self.wide].unique().tolist()}
         self.sizes = [r.nbytes for r in self.rings.values()] + [self.row.nbytes]
+        self._at = {}
 
     @property
     def nbytes(self): return sum(self.sizes)  # of a token
@@ -206,14 +216,14 @@ class Strings:
 
     def encode(self, u: Tensor) -> Tensor:
         "Vectors [B, H, N, D] over √λ -> uint8 [B, 1, N, nbytes]."
-        coded = (self.widths > 0).sum(-1).clamp_min(1).to(u.device)
-        rho = ((u.square() * (self.widths > 0).to(u)[:, None]).sum(-1) / coded[:, None]).sqrt()  # RMS of the channels that are coded
+        at = self._on(u.device)
+        rho = ((u.square() * at["coded"][:, None]).sum(-1) / at["count"][:, None]).sqrt()  # RMS of the channels that are coded
         u = u / rho.clamp_min(1e-30)[..., None]
-        strings = [ring.encode(u[:, h][..., self.woven[h]], weight=self.lam[h, self.woven[h]]) for h, ring in self.rings.items()]
-        wide = u.movedim(1, 2)[:, :, self.wide]
+        strings = [ring.find(u[:, h][..., at["woven"][h]], at["roots"][h]) for h, ring in self.rings.items()]
+        wide = u.movedim(1, 2).flatten(2)[..., at["wide"]]
         codes = torch.zeros(wide.shape, dtype=torch.long, device=u.device)
-        for book, at in self.books.values(): codes[..., at] = book.to(u.device).encode(wide[..., at]).long()
-        norm = norm_code((rho * self._gain(u, self._directions(strings, codes)))[:, self.live].mT, self.norm)
+        for book, i in at["books"]: codes[..., i] = book.encode(wide[..., i]).long()
+        norm = norm_code((rho * self._gain(u, self._directions(strings, codes)))[:, at["live"]].mT, at["norm"])
         return torch.cat([*strings, self.row.pack(torch.cat([norm, codes], -1))], -1)[:, None]
 
     def decode(self, strings: Tensor) -> Tensor:
@@ -221,21 +231,32 @@ class Strings:
         *strings, row = strings[:, 0].split(self.sizes, -1)
         n, codes = len(self.norm), self.row.unpack(row)
         u = self._directions(strings, codes[..., n:])
-        u[:, self.live] *= norm_value(codes[..., :n], self.norm).mT[..., None]
+        at = self._on(u.device)
+        u[:, at["live"]] *= norm_value(codes[..., :n], at["norm"]).mT[..., None]
         return u
 
     def _directions(self, strings, codes):
         "What the bytes of rings and the codes of wide channels stand for, [B, H, N, D]."
-        wide = torch.zeros(codes.shape, device=codes.device)
-        for book, at in self.books.values(): wide[..., at] = book.to(codes.device).levels[codes[..., at].long()]
+        at, wide = self._on(codes.device), torch.zeros(codes.shape, device=codes.device)
+        for book, i in at["books"]: wide[..., i] = book.levels[codes[..., i].long()]
         u = torch.zeros(*codes.shape[:2], *self.widths.shape, device=codes.device)
-        u[:, :, self.wide] = wide
-        for (h, ring), s in zip(self.rings.items(), strings): u[:, :, h, self.woven[h]] = ring.decode(s.contiguous())
+        u.flatten(2)[..., at["wide"]] = wide
+        for (h, ring), s in zip(self.rings.items(), strings): u[:, :, h, at["woven"][h]] = ring.decode(s.contiguous())
         return u.movedim(2, 1).contiguous()
+
+    def _on(self, device):
+        "Indices and tables on a device, moved there once: a copy to a GPU makes the host wait."
+        if device not in self._at:
+            on = self.widths > 0
+            at = dict(coded=on.float(), count=on.sum(-1).clamp_min(1), wide=self.wide.flatten().nonzero()[:, 0], live=self.live.nonzero()[:, 0], norm=self.norm, lam=self.lam.double())
+            at = {k: v.to(device) for k, v in at.items()} | dict(books=[(book.to(device), i.to(device)) for book, i in self.books.values()])
+            root = lambda lam: (lam.float() / lam.max()).sqrt().to(device)
+            self._at[device] = at | dict(woven={h: i.to(device) for h, i in self.woven.items()}, roots={h: root(self.lam[h, i]) for h, i in self.woven.items()})
+        return self._at[device]
 
     def _gain(self, u, u_hat):
         "Least-squares factor on the norm, errors weighed by λ; one where nothing is coded."
-        u, u_hat, lam = u.double(), u_hat.double(), head_rows(self.lam.double().to(u.device))
+        u, u_hat, lam = u.double(), u_hat.double(), head_rows(self._on(u.device)["lam"])
         top, bottom = (lam * u * u_hat).sum(-1), (lam * u_hat * u_hat).sum(-1)
         return torch.where(bottom > 0, top / bottom.clamp_min(1e-300), torch.ones_like(top))
 
@@ -248,17 +269,24 @@ class Classes:
     "Tokens of a group by their forecast price."
     direction: Tensor  # [H, D], of the forecast
     counts: tuple[int, ...]  # Tokens of each class in a group
+    moved: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # Both, by device
 
     @property
     def group(self): return sum(self.counts)
 
     def pick(self, x: Tensor) -> Tensor:
         "Vectors [B, H, T, D] -> class of each token [B, H, T / group, group], int64."
-        score = torch.einsum("bhtd,hd->bht", x.float(), self.direction.to(x.device).float()).unflatten(-1, (-1, self.group))
+        direction, ends = self._on(x.device)
+        score = torch.einsum("bhtd,hd->bht", x.float(), direction).unflatten(-1, (-1, self.group))
         score = score - score.mean(-1, keepdim=True)
         score = (1000 * score / score.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).round()  # equal up to rounding errors: the earlier token first
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        return torch.bucketize(rank.contiguous(), torch.tensor(self.counts, device=x.device).cumsum(0), right=True)
+        return torch.bucketize(rank.contiguous(), ends, right=True)
+
+    def _on(self, device):
+        "Direction, and where the classes end, on a device, moved there once."
+        if device not in self.moved: self.moved[device] = self.direction.to(device).float(), torch.tensor(self.counts, device=device).cumsum(0)
+        return self.moved[device]
 
     def part(self, u: Tensor, which: Tensor) -> list[Tensor]:
         "Vectors [B, H, T, D] and their classes -> those of each class in order, [B, H, T / group * count, D]."

@@ -147,9 +147,15 @@ class Trellis:
         "Bytes of (nearly) the least `Σ weight (u - gain decode(bytes))²`. Refuses NaN and Inf."
         self._check(u, weight, gain)
         x = u.float() if gain is None else u.float() / torch.as_tensor(gain, device=u.device)[..., None]
-        x = x.clamp(-100, 100).float() # far beyond the tables' reach, and safe to square
-        root = x.new_ones(self.d) if weight is None else (weight.to(x) / weight.max()).sqrt()
-        x, n = x.reshape(-1, self.d) * root, self._chunk(u.device)
+        return self.find(x, x.new_ones(self.d) if weight is None else (weight.to(x) / weight.max()).sqrt())
+
+    @torch.no_grad()
+    def find(self,
+        u:Tensor,    # float32 `[..., d]`, finite
+        root:Tensor, # `[d]`, roots of the weights, the largest 1
+    ) -> Tensor: # uint8 `[..., nbytes]`
+        "`encode` of what is known to be good: nothing here waits for a GPU."
+        x, n = u.clamp(-100, 100).reshape(-1, self.d) * root, self._chunk(u.device) # far beyond the tables' reach, and safe to square
         if x.is_cuda and self.nbytes > 1 and (kernel := _kernel()): return kernel(self, x, root).view(*u.shape[:-1], self.nbytes)
         search, room = (self._search, x.new_empty(self._rows * min(n, len(x)))) if self.nbytes > 1 else (self._try_all, None)
         parts = [search(x[i:i+n], root, room) for i in range(0, max(len(x), 1), n)]
