@@ -32,19 +32,20 @@ def _code(y, by, BITS: tl.constexpr, STEP: tl.constexpr, A: tl.constexpr):
 @triton.jit
 def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride_b, stride_h, stride_t, pages, each,
                    WORDS: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORD0: tl.constexpr, VALUE: tl.constexpr,
-                   STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr):
+                   STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr):
     "`each` pages of sequence and head `program_id(0)`; the frame stays where it is."
     bh = tl.program_id(0)
     b, kvh = bh // H, bh % H
     T: tl.constexpr = PAGE // FIELDS
-    j, d, c = tl.arange(0, T), tl.arange(0, DP), tl.arange(0, DP)
+    R: tl.constexpr = PAGE if WHOLE else T # rows of one product
+    r, j, d, c = tl.arange(0, R), tl.arange(0, T), tl.arange(0, DP), tl.arange(0, DP)
     M = tl.load(frame + kvh*D*D + d[:, None]*D + c[None, :], mask=(d[:, None] < D) & (c[None, :] < D), other=0.)
     g = tl.load(weight + kvh*D + c, mask=c < D, other=0.) # variance of a channel, for the least squares
     for p in range(tl.program_id(1)*each, tl.minimum((tl.program_id(1) + 1)*each, pages)):
         page = tl.load(table + b*pages + p).to(tl.int64)*H + kvh
         lanes, low = tl.full([T, DP], 0, tl.int32), tl.full([T, DP], 0, tl.int32)
-        for f in tl.static_range(FIELDS):
-            at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + p*PAGE + f*T + j[:, None]).to(tl.int64)*stride_t + d[None, :]
+        for f in tl.static_range(1 if WHOLE else FIELDS):
+            at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + p*PAGE + f*T + r[:, None]).to(tl.int64)*stride_t + d[None, :]
             v = tl.load(at, mask=d[None, :] < D, other=0.).to(tl.float32)
             if MEAN: v -= tl.load(mean + kvh*D + d, mask=d < D, other=0.)[None, :]
             top = tl.maximum(tl.max(tl.abs(v), 1), 1e-30)
@@ -57,8 +58,9 @@ def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride
             if WEIGHTED: weighed = g[None, :] * level
             gain = tl.sum(y*weighed, 1) * by / tl.maximum(tl.sum(weighed*level, 1), 1e-30) / STEP
             norm = tl.where(top > 1e-30, top*rms*gain, 0.)
-            tl.store(norms + page*WORDS + WORDS - 2*PAGE + 2*(f*T + j) + VALUE, norm.to(tl.bfloat16))
-            if SPLIT3:
+            tl.store(norms + page*WORDS + WORDS - 2*PAGE + 2*(f*T + r) + VALUE, norm.to(tl.bfloat16))
+            if WHOLE: lanes = tl.sum(tl.reshape(code, [FIELDS, T, DP]) << (BITS*tl.arange(0, FIELDS))[:, None, None], 0)
+            elif SPLIT3:
                 lanes += (code >> 1) << (2*f)
                 low += (code & 1) << f
             else: lanes += code << (BITS*f)
@@ -87,6 +89,9 @@ def encode_pages(
     store:Tensor,  # int16 `[pages, H, words]`, written at the rows of `table`
     table:Tensor,  # int32 `[B, pages of T]`
     first:int=0,   # Tokens of k and v to skip
+    each:int|None=None, # Pages a program; None = what leaves 16 programs for every multiprocessor
+    warps:int=4,   # Of a program
+    whole:bool=False, # A page in one product, where its tokens are a power of two and its codes are not split
 ) -> Tensor: # `store`
     "Encode whole pages into a paged store."
     L, (B, H, T, D) = pa.layout, k.shape
@@ -96,7 +101,7 @@ def encode_pages(
     if first + n*L.page > T: raise ValueError(f"{n} pages of {L.page} tokens from token {first} do not fit {T} tokens; give a shorter table")
     if any(b == 3 and not L.five and D & (D-1) for (_, b), in (L.k, L.v)): raise ValueError(f"dense 3-bit pages are coded at head_dim 64, 128, 256, not {D}; use page=80")
     c, table = _frames(pa, k.device), table.contiguous()
-    each = max(1, B*H*n // (16*torch.cuda.get_device_properties(k.device).multi_processor_count)) if k.is_cuda else 2 # pages a program
+    each = each or max(1, B*H*n // (16*torch.cuda.get_device_properties(k.device).multi_processor_count)) if k.is_cuda else 2 # pages a program
     for x, kind, value in ((k, "k", 0), (v, "v", 1)):
         if x.stride(3) != 1: raise ValueError("encode_pages: the channels of a vector must be contiguous; call .contiguous()")
         bits = getattr(L, kind)[0][1]
@@ -104,7 +109,7 @@ def encode_pages(
         word = 0 if not value else _plan(L, "v")[0][0][0]
         frame, mean, weight = c[kind]
         _encode_kernel[(B*H, -(-n // each))](x, frame, weight if mean is None else mean, weight, store, store.view(torch.bfloat16), table, first, H, x.stride(0), x.stride(1), x.stride(2), n, each,
-            WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, WEIGHTED=(pa.v_frame if value else pa.k_frame).scale is not None, num_warps=4)
+            WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, WEIGHTED=(pa.v_frame if value else pa.k_frame).scale is not None, WHOLE=whole and bits != 3, num_warps=warps)
     return store
 
 def _frames(pa, device):
