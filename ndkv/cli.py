@@ -383,7 +383,7 @@ def calibrate(
 # %% ../nbs/95_cli.ipynb #781df503
 GRIDS = dict( # name -> f(profile or None, number of layers, budgets if given)
     rotation=lambda profile, layers: first_grid(),
-    bits=lambda profile, layers, *bits: bits_grid(profile, *bits),
+    bits=lambda profile, layers, *bits, tokens=4096: bits_grid(profile, *bits, tokens=tokens),
     adaptive=lambda profile, layers, *bits: adaptive_grid(profile, *bits),
     ablation=lambda profile, layers, *bits: ablation_grid(profile, *(b[0] for b in bits)),
     baselines=lambda profile, layers: [NOISE, *ROTATIONS, *(Cell(**c) for c in baseline_grid(layers, profile, third_party=find_spec('optimum') is not None))],
@@ -425,6 +425,7 @@ def evaluate(
     batch:Annotated[int, typer.Option(min=1, help='Windows at a time.')]=8,
     dtype:Annotated[str, typer.Option(help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]='float32',
     prompt:Annotated[int, typer.Option(min=0, help='Tokens of each window that come at once, before the stream.')]=0,
+    tokens_:Annotated[int, typer.Option('--shared', min=1, help='Tokens that share the frames, which the budgets of the grid bits pay.')]=4096,
     window:Annotated[int, typer.Option(min=0, help='Recent tokens kept exact, of --method.')]=128,
     sinks:Annotated[int, typer.Option(min=0, help='First tokens kept exact, of --method.')]=4,
     revision:Annotated[Optional[str], typer.Option(help='Branch, tag or commit of a Hub model; its commit is noted in the rows.')]=None,
@@ -445,10 +446,10 @@ def evaluate(
     name = name or dict(rotation='frontier').get(grid, grid)
     layers,loaded = lm.config.get_text_config().num_hidden_layers,profile and load_profile(profile, lm, ('dtype',))
     if method: cells = [Cell('bf16', None, None, window, sinks)] + make_cells(method, numbers(bits or '4,3,2'), layers, loaded, window=window, sinks=sinks)
-    else: cells = GRIDS[grid](loaded, layers, *([tuple(numbers(bits))] if bits and grid in ('bits', 'adaptive', 'ablation') else []))
+    else: cells = GRIDS[grid](loaded, layers, *([tuple(numbers(bits))] if bits and grid in ('bits', 'adaptive', 'ablation') else []), **(dict(tokens=tokens_) if grid == 'bits' else {}))
     tokens = text_windows(path, tokenizer, length, windows)
     folder = zoo()/model if (zoo()/model).is_dir() else model
-    options = dict(grid=None if method else grid, bits=bits, profile=profile and Path(profile).name, data=path.name if data.is_file() else None, text=None if data.is_file() else path.name.split('.')[0], length=length, windows=windows, batch=batch, dtype=dtype, prompt=prompt or None, name=name)
+    options = dict(grid=None if method else grid, bits=bits, profile=profile and Path(profile).name, data=path.name if data.is_file() else None, text=None if data.is_file() else path.name.split('.')[0], length=length, windows=windows, batch=batch, dtype=dtype, prompt=prompt or None, shared=tokens_ if grid == 'bits' and tokens_ != 4096 else None, name=name)
     said = [f'ndkv evaluate {Path(model).name}', *(f'--method {m}' for m in method or ()), *(f'--{k} {v}' for k, v in options.items() if v is not None)]
     out = out or (None if method else Path('results'))
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder_:

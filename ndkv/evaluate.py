@@ -295,10 +295,11 @@ def spectral_cell(
 
 def bits_grid(
     profile: Profile,  # From `calibrate`
-    bits: tuple = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0),  # Budgets
+    bits: tuple = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5),  # Budgets, frames included
+    tokens: int = 4096,  # That share the frames
 ) -> list[Cell]:
     "How few bits are enough? The rotation, and spectral codes from very few bits on."
-    return [NOISE, *ROTATIONS, *(spectral_cell(profile, b) for b in bits)]
+    return [NOISE, *ROTATIONS, *(spectral_cell(profile, b, tokens=tokens) for b in bits)]
 
 
 def adaptive_grid(

@@ -127,9 +127,9 @@ def make_cell(
     note = dict(profile=cell["calibration"]) if "profile" in options or name == "spectral" else {}
     if name == "spectral":
         if cell["k_bits"] != cell["v_bits"]: raise ValueError("spectral spends one budget on keys and values; give one number of bits")
-        note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global")
-        if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis")
-        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"]))
+        note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global", tokens=options.pop("tokens", 0))
+        if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis or tokens")
+        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"], tokens=note["tokens"] or None))
         note["classes"] = len(next(iter(options["codecs"].values())).counts)
     return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
 
