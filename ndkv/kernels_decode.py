@@ -219,6 +219,32 @@ def _early(GO: tl.constexpr, WAIT: tl.constexpr):
     if WAIT: tl.extra.cuda.gdc_wait()
 
 @triton.jit
+def _values(xs, rs, m, top, l, acc, vt, FIRST: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, ASM: tl.constexpr):
+    "Weights of scores `xs` (tiles FIRST on) below their maximum `top`, before which it was `m`: the sum of weights over norms, and of values."
+    keep, scaled = _fast(m - top, "ex2", ASM), ()
+    l = l * keep[None, :]
+    for s in tl.static_range(len(VU)): scaled = scaled + (acc[s] * keep[None, :],)
+    acc = scaled
+    for g in tl.static_range(FIRST, FIRST + len(xs)):
+        w = _fast(xs[g - FIRST] - top[None, :], "ex2", ASM)
+        l += w * rs[g - FIRST][:, None]
+        w, new = w.to(tl.float16), ()
+        for s in tl.static_range(len(VU)):
+            new = new + (tl.dot(_levels(vt[VU[s][4] + g % VU[s][5]], vt[VU[s][6]], g // VU[s][5], VU[s][3], VU[s][7], VC[s], ASM), w, acc[s]),)
+        acc = new
+    return l, acc
+
+@triton.jit
+def _put(part, part_ml, split, h, m, l, acc, GROUP: tl.constexpr, VD: tl.constexpr, VU: tl.constexpr):
+    "What a split has found: maximum, sum, values."
+    l, at = tl.sum(l, 0), split.to(tl.int64)*GROUP + h
+    tl.store(part_ml + 2*at, m, mask=h < GROUP)
+    tl.store(part_ml + 2*at + 1, l, mask=h < GROUP)
+    for s in tl.static_range(len(VU)):
+        c = tl.arange(0, VU[s][2])
+        tl.store(part + at[None, :]*VD + VU[s][0] + c[:, None], acc[s], mask=(h[None, :] < GROUP) & (c[:, None] < VU[s][1]))
+
+@triton.jit
 def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                   H, table_stride, NB, splits,
                   WORDS: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr,
@@ -273,24 +299,9 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                 if QB > 0: x += tl.load(bias + ((bh*NB + i*(PAGE//QB) + g*T//QB).to(tl.int64)*GROUP + h[None, :])*QB + (g*T) % QB + j[:, None], mask=h[None, :] < GROUP, other=0.)
                 top = tl.maximum(top, tl.max(x, 0) - 8)
                 xs, rs = xs + (x,), rs + (_fast(nv, "rcp", ASM),)
-            keep, m, scaled = _fast(m - top, "ex2", ASM), top, ()
-            l = l * keep[None, :]
-            for s in tl.static_range(len(VU)): scaled = scaled + (acc[s] * keep[None, :],)
-            acc = scaled
-            for g in tl.static_range(run*RUN, run*RUN + RUN):
-                w = _fast(xs[g - run*RUN] - top[None, :], "ex2", ASM)
-                l += w * rs[g - run*RUN][:, None]
-                w, new = w.to(tl.float16), ()
-                for s in tl.static_range(len(VU)):
-                    new = new + (tl.dot(_levels(vt[VU[s][4] + g % VU[s][5]], vt[VU[s][6]], g // VU[s][5], VU[s][3], VU[s][7], VC[s], ASM), w, acc[s]),)
-                acc = new
-    l = tl.sum(l, 0)
-    at = (bh*splits + sp).to(tl.int64)*GROUP + h
-    tl.store(part_ml + 2*at, m, mask=h < GROUP)
-    tl.store(part_ml + 2*at + 1, l, mask=h < GROUP)
-    for s in tl.static_range(len(VU)):
-        c = tl.arange(0, VU[s][2])
-        tl.store(part + at[None, :]*VD + VU[s][0] + c[:, None], acc[s], mask=(h[None, :] < GROUP) & (c[:, None] < VU[s][1]))
+            l, acc = _values(xs, rs, m, top, l, acc, vt, run*RUN, VU, VC, ASM)
+            m = top
+    _put(part, part_ml, bh*splits + sp, h, m, l, acc, GROUP, VD, VU)
 
 # %% ../nbs/52_kernels_decode.ipynb #2eb2c2e8
 LOG2E = tl.constexpr(1.4426950408889634)

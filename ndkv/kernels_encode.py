@@ -101,7 +101,7 @@ def encode_pages(
     if first + n*L.page > T: raise ValueError(f"{n} pages of {L.page} tokens from token {first} do not fit {T} tokens; give a shorter table")
     if any(b == 3 and not L.five and D & (D-1) for (_, b), in (L.k, L.v)): raise ValueError(f"dense 3-bit pages are coded at head_dim 64, 128, 256, not {D}; use page=80")
     c, table = _frames(pa, k.device), table.contiguous()
-    each = each or max(1, B*H*n // (16*torch.cuda.get_device_properties(k.device).multi_processor_count)) if k.is_cuda else 2 # pages a program
+    each = each or (max(1, B*H*n // (16*torch.cuda.get_device_properties(k.device).multi_processor_count)) if k.is_cuda else 2)
     for x, kind, value in ((k, "k", 0), (v, "v", 1)):
         if x.stride(3) != 1: raise ValueError("encode_pages: the channels of a vector must be contiguous; call .contiguous()")
         bits = getattr(L, kind)[0][1]

@@ -9,7 +9,7 @@ __all__ = ['PreRopeAttention', 'compile_prerope']
 import torch
 import triton, triton.language as tl
 from .frames import rope_tables
-from .kernels_decode import LOG2E, Layout, PackedAttention, Tuning, _curves, _early, _fast, _interpreted, _levels, _on, _plan, _pow2, _registers, _run
+from .kernels_decode import LOG2E, Layout, PackedAttention, Tuning, _curves, _early, _fast, _interpreted, _levels, _on, _plan, _pow2, _put, _registers, _run, _values
 
 # %% ../nbs/56_kernels_prerope.ipynb #a878fc9c
 @triton.jit
@@ -92,24 +92,9 @@ def _prerope_kernel(store, norms, table, lens, q, part, part_ml, frame, mean, un
                 x = x*scale + lv[:, None]
                 top = tl.maximum(top, tl.max(x, 0) - 8)
                 xs, rs = xs + (x,), rs + (_fast(nv, "rcp", ASM),)
-            keep, m, scaled = _fast(m - top, "ex2", ASM), top, ()
-            l = l * keep[None, :]
-            for s in tl.static_range(len(VU)): scaled = scaled + (acc[s] * keep[None, :],)
-            acc = scaled
-            for g in tl.static_range(run*RUN, run*RUN + RUN):
-                w = _fast(xs[g - run*RUN] - top[None, :], "ex2", ASM)
-                l += w * rs[g - run*RUN][:, None]
-                w, new = w.to(tl.float16), ()
-                for s in tl.static_range(len(VU)):
-                    new = new + (tl.dot(_levels(vt[VU[s][4] + g % VU[s][5]], vt[VU[s][6]], g // VU[s][5], VU[s][3], VU[s][7], VC[s], ASM), w, acc[s]),)
-                acc = new
-    l = tl.sum(l, 0)
-    row = (bh*splits + sp).to(tl.int64)*GROUP + h
-    tl.store(part_ml + 2*row, m, mask=h < GROUP)
-    tl.store(part_ml + 2*row + 1, l, mask=h < GROUP)
-    for s in tl.static_range(len(VU)):
-        c = tl.arange(0, VU[s][2])
-        tl.store(part + row[None, :]*VD + VU[s][0] + c[:, None], acc[s], mask=(h[None, :] < GROUP) & (c[:, None] < VU[s][1]))
+            l, acc = _values(xs, rs, m, top, l, acc, vt, run*RUN, VU, VC, ASM)
+            m = top
+    _put(part, part_ml, bh*splits + sp, h, m, l, acc, GROUP, VD, VU)
 
 # %% ../nbs/56_kernels_prerope.ipynb #f22e33a0
 class PreRopeAttention(PackedAttention):
