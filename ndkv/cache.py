@@ -564,7 +564,7 @@ class NDCache(_Accounts, DynamicCache):
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
         method:str|None=None,     # One of `METHODS`; None = "spectral" with a profile, else "rotation"
-        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all layers
+        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all layers, in which the frames are not counted
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
         block:int=64,             # Tokens encoded together as they leave the window

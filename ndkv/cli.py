@@ -266,7 +266,7 @@ def show_demo(rows, n, new_tokens, window, sinks):
     out.print(grid(out, [r['cache'] for r in rows], [[r['text'].strip() for r in rows]], left=len(rows)))
     out.print()
     out.print(grid(out, CACHE_COLUMNS, map(demo_line, rows)))
-    out.print('\nbits/element: packed part, norms included; bytes/token: all that the cache allocated; KL in nats and flips: against the ordinary cache, tokens that read packed keys', style='dim')
+    out.print('\nbits/element: packed part, norms included, frames of a profile not; bytes/token: all that the cache allocated; KL in nats and flips: against the ordinary cache, tokens that read packed keys', style='dim')
 
 # %% ../nbs/95_cli.ipynb #d00a8578
 CLAIM_KEYS = ('id', 'value', 'unit', 'target', 'met', 'rows')
@@ -417,7 +417,7 @@ def evaluate(
     method:Annotated[Optional[list[str]], typer.Option(help='Measure this method (repeat for more) with each of --bits.')]=None,
     grid:Annotated[Optional[str], typer.Option(help='Or one of our grids. rotation: 2, 3, 4 bits with and without window; bits: spectral codes of many sizes; ablation: one choice changed at a time; adaptive: classes of tokens, frames from the prompt; baselines: other methods.', show_default='rotation')]=None,
     profile:PROFILE=None,
-    bits:Annotated[Optional[str], typer.Option(help='Bits of --method, or budgets of the grids bits, adaptive and ablation, such as 0.8,1,1.25.', show_default='4,3,2')]=None,
+    bits:Annotated[Optional[str], typer.Option(help='Bits of --method (with a profile a budget without frames), or budgets of the grids bits, adaptive (frames included) and ablation (without), such as 0.8,1,1.25.', show_default='4,3,2')]=None,
     data:DATA=Path('data'),
     text:Annotated[str, typer.Option(help='Text file in that folder.')]='wiki_val',
     length:Annotated[int, typer.Option(min=2, help='Tokens a window.')]=2048,
@@ -550,14 +550,14 @@ def show_anatomy(rows, bits):
     out, text = console(), lambda r, k: {'k': 'keys', 'v': 'values'}[r[k]] if k == 'kind' else r[k] if k == 'layer' else reporting.significant(r[k])
     out.print(grid(out, ANATOMY.values(), [[text(r, k) for k in ANATOMY] for r in rows], left=2))
     out.print('\nsink: norm of the first token over the median norm; outlier: largest channel over the median channel; mean: share of the energy in the mean; rank: channels that matter; '
-              f'cost: nats if all of it were forgotten but its mean; bits: of a budget of {bits:g} an element, norms included', style='dim')
+              f'cost: nats if all of it were forgotten but its mean; bits: of a budget of {bits:g} an element, norms included, frames not', style='dim')
 
 @command('ndkv inspect', 'ndkv inspect ./my-model --data my-text.txt --picture my-model.svg', 'ndkv inspect llama --profile llama.safetensors --bits 1.5 --json')
 def inspect(
     model:MODEL=None,
     model_:OPTION=None,
     profile:PROFILE=None,
-    bits:Annotated[float, typer.Option(min=.2, max=8, help='Budget to divide, bits an element.')]=2.,
+    bits:Annotated[float, typer.Option(min=.2, max=8, help='Budget to divide, bits an element, frames not counted.')]=2.,
     data:DATA=Path('data'),
     text:Annotated[Optional[str], typer.Option(help='Text file in that folder; none = the model writes its own.')]=None,
     length:Annotated[int, typer.Option(min=256, help='Tokens a window.')]=512,
@@ -591,7 +591,7 @@ def show_frontier(rows, choice, line):
 def recommend(
     model:MODEL=None,
     model_:OPTION=None,
-    budget:Annotated[Optional[float], typer.Option(min=.2, help='Bits an element at most, all included; or')]=None,
+    budget:Annotated[Optional[float], typer.Option(min=.2, help='Bits an element at most, of packed tokens: codes, norms, classes; the frames of a profile not counted; or')]=None,
     max_kl:Annotated[Optional[float], typer.Option(min=0, help='mean divergence in nats at most.')]=None,
     profile:PROFILE=None,
     data:DATA=Path('data'),

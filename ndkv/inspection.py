@@ -43,7 +43,7 @@ def anatomy(
     model,              # A causal language model
     ids:Tensor,         # Some text `[B, T]` from its beginning, for the sinks
     profile:Profile,    # From `calibrate`
-    bits:float=2.,      # Budget to divide, bits an element
+    bits:float=2.,      # Budget to divide, bits an element, frames apart
     block:int=64,       # Of the cache
     sinks:int=4,        # Of the cache
 ) -> list[dict]: # One row a layer and kind ("k", "v"): sink, outlier, mean, rank, cost, bits, head_bits, spectrum
@@ -107,11 +107,11 @@ def frontier(
     model,                # A causal language model
     tokens:Tensor,        # Windows of text `[N, T]` that the profile has not seen
     profile:Profile|None=None, # From `calibrate`; None = the rotation alone
-    bits:tuple=BUDGETS,   # Budgets of spectral codes
+    bits:tuple=BUDGETS,   # Budgets of spectral codes, frames apart
     batch:int=8,          # Windows at a time
     bar:bool=True,        # Show progress
     **shape               # window, sinks, block
-) -> list[dict]: # method, budget, bits (all-in, of what is packed), kl, stderr, p999, flips; cheapest first
+) -> list[dict]: # method, budget, bits (of what is packed: codes, norms, classes; frames apart), kl, stderr, p999, flips; cheapest first
     "Divergence of several budgets, measured side by side."
     block, sinks = shape.get("block", Cell.block), shape.get("sinks", Cell.sinks)
     cells = [Cell(k_bits=c.k_bits, v_bits=c.v_bits, **shape) for c in ROTATIONS] + [Cell("bf16", None, None, **shape)]

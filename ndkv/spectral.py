@@ -542,7 +542,7 @@ def classes_of(
 
 def plan(
     profile: Profile,  # Covariances, and prices
-    bits: float,  # All-in bits an element, norms included
+    bits: float,  # Budget, bits an element: codes, norms and classes; and frames, if `tokens` is given
     block: int | None = 64,  # Of the cache; 1 = pre-RoPE keys, None = post-RoPE keys
     first: int = 4,  # Position where blocks start: the cache's sinks
     trellis: int = 0,  # States of the trellis; 0 = Lloyd–Max
@@ -553,7 +553,7 @@ def plan(
     norm: int | None = None,  # Bits of every norm; None = as the water level says
     classes: tuple | None = SHARES,  # Of the tokens, where the profile has forecasts and `group` can be cut so; None = all tokens alike
     group: int | None = None,  # Tokens ranked together, a divisor of the cache's block; None = the largest that also divides 64
-    tokens: int | None = None,  # That share the frames, which are then paid from the budget; None = so many that frames are free
+    tokens: int | None = None,  # That share the frames, which are then paid from the budget; None = frames are not in the budget
 ) -> dict[tuple[int, str], SpectralCodec]:  # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget of bits."
     prices, group = prices or profile.prices, group or math.gcd(block or 64, 64)

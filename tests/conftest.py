@@ -1,10 +1,12 @@
-"What several test files share: a small repository with results by formula."
+"What several test files share: a small model, and a small repository with results by formula."
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from reference import CONFIG
 from ndkv import report
 from ndkv.results import Run
 
@@ -15,6 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def one_thread():
     "The tensors of these tests are small: a second thread would only wait."
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='module')
+def model():
+    "Two layers of random weights, in float64, large enough that attention is no mere mean."
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(CONFIG).double().eval()
+    for p in m.parameters(): p.data *= 4 if p.dim() > 1 else 1
+    return m
 
 
 def write_synthetic(folder, name='frontier'):

@@ -1,8 +1,12 @@
 "A cache as plainly as it can be said, to compare NDCache with: lists of tokens, no counting backwards, nothing in place."
 import torch
+from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ndkv.cache import METHODS, NDCache, NDHybridLayer, NDLayer, NDSlidingLayer, method
+
+CONFIG = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                     max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
 
 class Absmax:

@@ -8,22 +8,12 @@ import torch
 import transformers as tf
 from hypothesis import given, settings, strategies as st
 
-from reference import Absmax  # registers "test-absmax"
+from reference import CONFIG, Absmax  # registers "test-absmax"
 from ndkv.cache import NDCache, NDLayer
 from ndkv.eviction import POLICIES, DropCell, EvictingCache, EvictingLayer, KeyNorm, SnapKV, observed
 from ndkv.store import fork, load_cache, save_cache
 
 D, H, G = 8, 2, 2
-CONFIG = tf.LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                        max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    m = tf.LlamaForCausalLM(CONFIG).double().eval()
-    for p in m.parameters(): p.data *= 4 if p.dim() > 1 else 1
-    return m
 
 
 class First:

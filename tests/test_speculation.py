@@ -4,26 +4,16 @@ import pickle
 
 import pytest
 import torch
-import transformers as tf
 from hypothesis import given, settings, strategies as st
 
+from reference import CONFIG
 from ndkv.cache import NDCache, NDLayer, Packed
 from ndkv.frames import rotation
 from ndkv.codec import NormDirectionCodec
 from ndkv.speculation import Nested, Reading, TwoMemos, bytes_read, next_packing, reading_ratio, speculate
 from ndkv.store import fork, load_cache, save_cache
 
-CONFIG = tf.LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                        max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 METHODS = dict(nested=dict(bits=4, method="nested", draft=2), narrow=dict(bits=3, method="nested", draft=1), exact=dict(bits=8, method="twin"), twin=dict(bits=5, method="twin", verify="rotation", draft_bits=1))
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    m = tf.LlamaForCausalLM(CONFIG).double().eval()
-    for p in m.parameters(): p.data *= 4 if p.dim() > 1 else 1
-    return m
 
 
 def fresh(kind, **kw): return NDCache(CONFIG, reading=Reading(), **METHODS[kind], **(dict(window=12, sinks=2, block=8, memo=True) | kw))
