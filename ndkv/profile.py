@@ -193,6 +193,9 @@ def find_rope(
     for layer, k in keys.items():
         tables = _rope_candidates(model)
         tables += [replace(r, start=k.shape[-1] - r.rotary_dim) for r in tables if 0 < r.rotary_dim < k.shape[-1]]
+        if not k.any(): # dead keys turn like any others
+            ropes[layer] = tables[0]
+            continue
         best = min(tables, key=lambda r: _spread(r, k))
         if not _spread(best, k) < max(1e-5, torch.finfo(k.dtype).eps):
             raise ValueError(f"layer {layer}: no rotary embedding of {type(model).__name__} explains how its keys turn (best leaves {_spread(best, k):.1%}); this variant cannot be undone, use a post-RoPE or data-free method")

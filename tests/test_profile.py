@@ -179,6 +179,15 @@ def test_rope_with_a_twist_is_refused():
     refused(lambda: find_rope(m), 'layer 0', 'cannot be undone')
 
 
+def test_dead_keys_turn_like_any_others():
+    model = tiny(num_key_value_heads=1)
+    model.model.layers[1].self_attn.k_proj.weight.data.zero_()
+    ropes = find_rope(model)
+    assert torch.equal(ropes[1].inv_freq, ropes[0].inv_freq)
+    stats = collect(model, words()).layers[1]
+    assert not stats.k_cov.any() and torch.isfinite(stats.v_cov).all()
+
+
 def test_hidden_output_projection_falls_back_to_the_identity():
     m = tiny()
     p = m.model.layers[0].self_attn
