@@ -172,7 +172,7 @@ def measure_encode(case, tokens:int): # microseconds, bytes read
     x = [[torch.randn(case.batch, H, tokens, case.d, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
     store = torch.empty(case.batch*pages, H, L.words, dtype=torch.int16, device="cuda")
     table = torch.arange(case.batch*pages, dtype=torch.int32, device="cuda").view(case.batch, pages)
-    return graph_time(lambda i: encode_pages(pa, *x[i % copies], store, table), 2*copies), 2*x[0][0].numel()*2
+    return graph_time(lambda i: encode_pages(pa, *x[i % copies], store, table, pairs="pairs" in case.name), 2*copies), 2*x[0][0].numel()*2
 
 # %% ../nbs/54_kernels_bench.ipynb #511c6a0e
 KNOBS = dict(per_sm=(2, 4, 6, 8, 12, 16), rows=(32, 64, 128), early=(0, 1), run=(1, 2, 4, 8), stages=(1, 2, 3, 4), warps=(1, 2), table=(1, 0))
@@ -258,6 +258,6 @@ CASES = [
     *[Case("2bit", _even(2, 128), b, n) for b, n in ((1, 32768), (1, 131072), (64, 4096), (8, 4096))],
     *[Case(f"4bit_d{d}", _even(4, 64, d=d), 8, 8192, d=d) for d in (64, 80, 96, 256)],
     *[Case(f"4bit_group{g}", _even(4, 64), 8, 8192, group=g) for g in (1, 2, 3, 8, 16)],
-    Case("encode_4bit", _even(4, 64), 8, 4096), Case("encode_4bit_lm", _even(4, 64, "cubic"), 8, 4096), Case("encode_2bit", _even(2, 128), 8, 4096), Case("encode_page", _even(4, 64), 64, 64),
+    Case("encode_4bit", _even(4, 64), 8, 4096), Case("encode_4bit_lm", _even(4, 64, "cubic"), 8, 4096), Case("encode_2bit", _even(2, 128), 8, 4096), Case("encode_page", _even(4, 64), 64, 64), Case("encode_pairs_4bit", _even(4, 64), 8, 4096), Case("encode_pairs_4bit_lm", _even(4, 64, "cubic"), 8, 4096), Case("encode_pairs_2bit", _even(2, 128), 8, 4096),
 ]
 CLAIMED = [c for c in CASES if (c.batch, c.length) in ((8, 32768), (1, 32768), (64, 4096), (1, 131072)) and c.name not in ("3bit_lm", "trellis_plain", "trellis_even")] # what `tune` searches

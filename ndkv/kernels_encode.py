@@ -9,7 +9,7 @@ __all__ = ['encode_pages']
 import torch
 from torch import Tensor
 import triton, triton.language as tl
-from .kernels_decode import CUBIC, PackedAttention, _on, _plan, _pow2
+from .kernels_decode import CUBIC, PackedAttention, _interpreted, _on, _plan, _pow2
 
 # %% ../nbs/53_kernels_encode.ipynb #af8e6b8f
 @triton.jit
@@ -80,6 +80,44 @@ def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride
             else: to = WORD0 + j[:, None]*D + c[None, :]
             tl.store(store + page*WORDS + to, lanes.to(tl.int16), mask=c[None, :] < D)
 
+# %% ../nbs/53_kernels_encode.ipynb #5a1e0b02
+@triton.jit
+def _meet(c, shift, D: tl.constexpr):
+    "Codes `[128, D]` of four fields, shifted to their places, to lanes `[32, D]`: rows are (half, warp, eight, lane), fields the first and third."
+    c = tl.sum(tl.reshape(c << shift[:, None], [2, 4, 2, 8, D]), 0)
+    return tl.reshape(tl.sum(c, 1), [32, D])
+
+@triton.jit
+def _pairs_kernel(x, signs, store, norms, table, first, H, stride_b, stride_h, stride_t, pages, each, unit,
+                  WORDS: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, WORD0: tl.constexpr, VALUE: tl.constexpr,
+                  STEP: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+    "`each` pairs of pages of sequence and head `program_id(0)`, in a frame of signs times `unit` steps."
+    bh = tl.program_id(0)
+    b, kvh = bh // H, bh % H
+    r, i, d = tl.arange(0, 128), tl.arange(0, 32), tl.arange(0, D)
+    f, t = 2*(r // 64) + r // 8 % 2, 8*(r // 16 % 4) + r % 8 # field of four, and token of 16 in each of two pages, of a row
+    M = tl.load(signs + kvh*D*D + d[:, None]*D + d[None, :])
+    if WIDE: M = M.to(tl.float32) # the interpreter knows no product of bfloat16
+    for p in range(2*tl.program_id(1)*each, tl.minimum(2*(tl.program_id(1) + 1)*each, pages), 2):
+        live, lanes = p + t // 16 < pages, tl.full([32, D], 0, tl.int32)
+        row = (tl.load(table + b*pages + p + t // 16, mask=live, other=0).to(tl.int64)*H + kvh)*WORDS
+        for q in tl.static_range(FIELDS // 4):
+            token = (4*q + f)*16 + t % 16
+            at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + (p + t // 16)*PAGE + token).to(tl.int64)[:, None]*stride_t + d[None, :]
+            v = tl.load(at, mask=live[:, None], other=0.)
+            if WIDE: v = v.to(tl.float32)
+            y = tl.dot(v, M)
+            square = tl.sum(y*y, 1)
+            code, level = _code(y, tl.rsqrt(tl.maximum(square / D, 1e-30))[:, None], BITS, STEP, A)
+            norm = tl.where(square > 0, tl.sum(y*level, 1) * unit / tl.maximum(tl.sum(level*level, 1), 1e-30), 0.)
+            tl.store(norms + row + WORDS - 2*PAGE + 2*token + VALUE, norm.to(tl.bfloat16), mask=live)
+            lanes += _meet(code, BITS*(4*q + f), D)
+        ok = p + i // 16 < pages
+        row = (tl.load(table + b*pages + p + i // 16, mask=ok, other=0).to(tl.int64)*H + kvh)*WORDS + WORD0
+        if VALUE: to = row[:, None] + d[None, :]*16 + (i % 16)[:, None]
+        else: to = row[:, None] + (i % 16)[:, None]*D + d[None, :]
+        tl.store(store + to, lanes.to(tl.int16), mask=ok[:, None])
+
 # %% ../nbs/53_kernels_encode.ipynb #0da04a51
 @torch.no_grad()
 def encode_pages(
@@ -92,6 +130,7 @@ def encode_pages(
     each:int|None=None, # Pages a program; None = what leaves 16 programs for every multiprocessor
     warps:int=4,   # Of a program
     whole:bool=False, # A page in one product, where its tokens are a power of two and its codes are not split
+    pairs:bool=False, # Two pages in one product by `_pairs_kernel`, where it can
 ) -> Tensor: # `store`
     "Encode whole pages into a paged store."
     L, (B, H, T, D) = pa.layout, k.shape
@@ -101,16 +140,33 @@ def encode_pages(
     if first + n*L.page > T: raise ValueError(f"{n} pages of {L.page} tokens from token {first} do not fit {T} tokens; give a shorter table")
     if any(b == 3 and not L.five and D & (D-1) for (_, b), in (L.k, L.v)): raise ValueError(f"dense 3-bit pages are coded at head_dim 64, 128, 256, not {D}; use page=80")
     c, table = _frames(pa, k.device), table.contiguous()
-    each = each or (max(1, B*H*n // (16*torch.cuda.get_device_properties(k.device).multi_processor_count)) if k.is_cuda else 2)
+    many = torch.cuda.get_device_properties(k.device).multi_processor_count if k.is_cuda else 1
+    each = each or max(1 if k.is_cuda else 2, B*H*n // (16*many))
     for x, kind, value in ((k, "k", 0), (v, "v", 1)):
         if x.stride(3) != 1: raise ValueError("encode_pages: the channels of a vector must be contiguous; call .contiguous()")
         bits = getattr(L, kind)[0][1]
         fields = 5 if L.five else {4: 4, 3: 8, 2: 8}[bits]
         word = 0 if not value else _plan(L, "v")[0][0][0]
         frame, mean, weight = c[kind]
+        if pairs and (signs := _signs(pa, x, kind)) is not None:
+            _pairs_kernel[(B*H, -(-n // (2*each)))](x, signs, store, store.view(torch.bfloat16), table, first, H, x.stride(0), x.stride(1), x.stride(2), n, each, D**-.5 / L.step(bits),
+                WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., WIDE=_interpreted(), num_warps=4, num_stages=1)
+            continue
         _encode_kernel[(B*H, -(-n // each))](x, frame, weight if mean is None else mean, weight, store, store.view(torch.bfloat16), table, first, H, x.stride(0), x.stride(1), x.stride(2), n, each,
             WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, WEIGHTED=(pa.v_frame if value else pa.k_frame).scale is not None, WHOLE=whole and bits != 3, num_warps=warps)
     return store
+
+def _signs(pa, x, kind):
+    "The frame as signs in the type of `x`, `[H, D, D]`, if that is what it is times 1/√D; None where `_pairs_kernel` cannot code."
+    L, D, (M, mean, _) = pa.layout, pa.d, _frames(pa, x.device)[kind]
+    bits = getattr(L, kind)[0][1]
+    if mean is not None or D not in (64, 128) or bits == 3 or L.page != 256 // bits or x.dtype not in (torch.bfloat16, torch.float16) or (pa.v_frame if kind == "v" else pa.k_frame).scale is not None: return None
+    at = _on(pa, x.device)
+    key = "signs", kind, x.dtype
+    if key not in at:
+        signs = (M.float() * D**.5).round()
+        at[key] = signs.to(x.dtype) if (M.float() * D**.5 - signs).abs().max() < 1e-3 and signs.abs().eq(1).all() else None
+    return at[key]
 
 def _frames(pa, device):
     "Per kind: `[H, D, D]` float16 columns `A / scale`, the mean, the variances."

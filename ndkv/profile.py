@@ -194,7 +194,7 @@ def find_rope(
         tables = _rope_candidates(model)
         tables += [replace(r, start=k.shape[-1] - r.rotary_dim) for r in tables if 0 < r.rotary_dim < k.shape[-1]]
         if not k.any(): # dead keys turn like any others
-            ropes[layer] = tables[0]
+            ropes[layer] = next((r for r in tables if r.rotary_dim), tables[0])
             continue
         best = min(tables, key=lambda r: _spread(r, k))
         if not _spread(best, k) < max(1e-5, torch.finfo(k.dtype).eps):
