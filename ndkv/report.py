@@ -23,7 +23,7 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'sweep_cells', 'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown',
            'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
            'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
-           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'letters',
+           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'kind_of', 'letters',
            'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
            'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
 
@@ -290,7 +290,7 @@ def bits_figure(book, plt):
     "Bits per element against KL, one panel a model."
     models = models_of(book, **DEFAULTS) or ['llama']
     columns = min(len(models), 3)
-    fig,axes = plt.subplots(-(-len(models)//columns), columns, figsize=(5.5, .4 + 1.9*-(-len(models)//columns)), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(-(-len(models)//columns), columns, figsize=(5.5, .4 + (1.9 if len(models) < 4 else 1.25)*-(-len(models)//columns)), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax in axes.flat[len(models):]: ax.axis('off')
     for ax, model in zip(axes.flat, models):
         for method, rows in (('rotation', lambda m: line(book, m, model=model, method='rotation')), ('spectral', lambda m: spectral_line(book, m, model))):
@@ -1015,7 +1015,7 @@ def worst_table(book):
     for s in sorted(kl, key=lambda s: (bits[s], kl[s][0]['value'])):
         for rows in (kl[s], tail[s], flips[s], twins.get(s, [])): [use(book, r) for r in rows]
         mean = tex_number(significant(sum(r['value'] for r in kl[s])/len(kl[s])))
-        twin = f"{res(twins[s][0], 2)} ({tex_escape(twins[s][0]['model'])})" if s in twins else NOT_RUN
+        twin = f"{res(twins[s][0], 2)} ({tex_escape(twins[s][0]['model'])})" if s in twins else '–'
         lines.append(' & '.join([tex_escape(setting_name(s)), f'{bits[s]:.2f}', mean, interval(kl[s][0]), kl[s][0]['model'], res(tail[s][0]), res(flips[s][0], scale=100), twin]) + r' \\')
     return '\n'.join(head + (lines or [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
@@ -1510,10 +1510,17 @@ def drawn_from(
 
 WAYS = ('claims', 'ways', 'runs') # Tables about claims and runs, which show no rows of their own
 
+def kind_of(run:dict) -> tuple: # Command with its model and its budgets left open, commit, device
+    "What runs have in common that differ only in the model or the budgets."
+    text = re.sub(r'^(ndkv (?:evaluate|spectra)) \S+', r'\1 MODEL', re.sub(r' --bits \S+', '', run['command']))
+    return re.sub(r'--profile \w+', '--profile MODEL', text), run['commit'], run['device']
+
 def letters(book) -> dict:
-    "Run id -> A, B, ..., Z, AA, ... in order of their start."
+    "Run id -> A, B, ..., Z, AA, ... in order of the first start; runs of one kind share a letter."
     order = sorted(book.runs, key=lambda id: (book.runs[id].get('start', ''), id))
-    return {id: ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26) for i, id in enumerate(order)}
+    kinds = {k: i for i, k in enumerate(dict.fromkeys(kind_of(book.runs[id]) for id in order))}
+    name = lambda i: ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26)
+    return {id: name(kinds[kind_of(book.runs[id])]) for id in order}
 
 NOTEBOOKS = dict(evaluate='76_evaluate', spectra='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
 
@@ -1522,7 +1529,7 @@ def measured_in(command:str) -> str:
     words = command.split()
     if words[:1] == ['pytest']: return ', '.join(Path(w).stem for w in words if w.endswith('.py'))
     if module := re.search(r'from ndkv\.(\w+) import', command): return f'ndkv.{module[1]}'
-    if words[:2] == ['ndkv', 'bench'] and len(words) > 2: return '78_throughput'
+    if words[:2] == ['ndkv', 'bench'] and words[2:3] not in ([], ['kernels']): return '78_throughput'
     return next((n for w in words for n in [NOTEBOOKS.get(w), Path(w).stem if w.endswith('.ipynb') else None] if n), '–')
 
 # %% ../nbs/90_report.ipynb #48a5ad79
@@ -1538,7 +1545,7 @@ def ways_table(book):
         notebooks = ', '.join(dict.fromkeys(tex_escape(measured_in(book.runs[id]['command'])) for id in runs)) or '–'
         where = ', '.join(rf'\shown{{{n}}}' for n, rows in rows_of.items() if rows & set(places)) or '–'
         rows = f"{len(places)} of {places[0].split('#')[0].removesuffix('.jsonl')}" if places else ''
-        lines.append(' & '.join([rf"\texttt{{{tex_breakable(c['id'])}}}", where, notebooks, rf"\res{{{tex_escape(rows)}}}{{results/{tex_escape(places[0])}}}" if places else NOT_RUN, ', '.join(names[id] for id in runs) or '–']) + r' \\')
+        lines.append(' & '.join([rf"\texttt{{{tex_breakable(c['id'])}}}", where, notebooks, rf"\res{{{tex_escape(rows)}}}{{results/{tex_escape(places[0])}}}" if places else NOT_RUN, ', '.join(dict.fromkeys(names[id] for id in runs)) or '–']) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 def tex_breakable(text:str) -> str:
@@ -1547,13 +1554,13 @@ def tex_breakable(text:str) -> str:
 
 @table('runs')
 def runs_table(book):
-    "Letter, command, commit, device and minutes of every run."
+    "Letter, command, commit, device, count and minutes of every kind of run."
     names = letters(book)
-    lines = [r'\begin{tabular}{@{}lp{.58\linewidth}lp{.14\linewidth}r@{}}', r'\toprule', r'run & command & commit & device & minutes \\', r'\midrule']
-    for id, name in names.items():
-        run = book.runs[id]
-        minutes = run.get('wall_seconds', 0)/60
-        lines.append(' & '.join([name, rf"\texttt{{{tex_breakable(run['command'])}}}", rf"\texttt{{{run['commit'][:7]}}}", tex_escape(run['device']), '$<1$' if minutes < 1 else significant(minutes, 2)]) + r' \\')
+    lines = [r'\begin{tabular}{@{}lp{.55\linewidth}lp{.14\linewidth}rr@{}}', r'\toprule', r'& command & commit & device & runs & minutes \\', r'\midrule']
+    for name in dict.fromkeys(names.values()):
+        runs = [book.runs[id] for id in names if names[id] == name]
+        (command,commit,device),minutes = kind_of(runs[0]),sum(r.get('wall_seconds', 0) for r in runs)/60
+        lines.append(' & '.join([name, rf"\texttt{{{tex_breakable(command)}}}", rf"\texttt{{{commit[:7]}}}", tex_escape(device), str(len(runs)), '$<1$' if minutes < 1 else significant(minutes, 2)]) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #306b1c0b

@@ -98,7 +98,7 @@ COMMANDS = ['demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'spec
 
 def start(*args, cwd, **kw):
     env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'} | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', COLUMNS='120', HF_HUB_OFFLINE='1')
-    return subprocess.Popen([sys.executable, '-c', 'from ndkv.cli import main; main()', *map(str, args)], cwd=cwd, env=env, text=True, **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kw)
+    return subprocess.Popen([sys.executable, '-c', 'from ndkv.cli import main; main()', *map(str, args)], cwd=cwd, env=env, text=True, **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kw, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def here(*args, cwd):
