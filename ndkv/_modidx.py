@@ -741,6 +741,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ndkv.profile.water_level': ('profile.html#water_level', 'ndkv/profile.py')},
             'ndkv.report': { 'ndkv.report.Book': ('report.html#book', 'ndkv/report.py'),
                              'ndkv.report.Book.__init__': ('report.html#book.__init__', 'ndkv/report.py'),
+                             'ndkv.report.Book.find': ('report.html#book.find', 'ndkv/report.py'),
                              'ndkv.report.Book.watch': ('report.html#book.watch', 'ndkv/report.py'),
                              'ndkv.report.Claim': ('report.html#claim', 'ndkv/report.py'),
                              'ndkv.report.Style': ('report.html#style', 'ndkv/report.py'),

@@ -60,7 +60,15 @@ class Book:
         self.folder,self.used = Path(folder),{}
         self.rows = load_rows(folder, clean_only)
         for r in self.rows: r['file'] = r['at'].split('.jsonl')[0]
+        self.index = {}
+        for r in self.rows:
+            for k in ('file', 'metric', 'model', 'method'): self.index.setdefault((k, r.get(k)), []).append(r)
         self.runs = load_runs(folder) if (self.folder/'runs.jsonl').exists() else {}
+
+    def find(self, **where) -> list: # In the order of the files
+        "All rows that have these values, looked for among the fewest that one of them leaves."
+        fewest = min((self.index.get((k, where[k]), []) for k in ('file', 'metric', 'model', 'method') if k in where), key=len, default=self.rows)
+        return [r for r in fewest if all(r.get(k) == v for k, v in where.items())]
 
     @contextmanager
     def watch(self):
@@ -77,7 +85,7 @@ MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at'}
 def _cell(self:Book, **where):
     "The row that answers `where`, or None; rows of single layers and heads only where asked for."
     where = dict(layer=None, head=None, position=None) | where
-    found = [r for r in self.rows if all(r.get(k) == v for k, v in where.items())]
+    found = self.find(**where)
     if not found: return None
     names = sorted(k for r in found for k in r if k not in MEASURED and r.get(k) != found[0].get(k))
     if names: raise ValueError(f"{found[0]['at']} and others answer {where['metric']!r} but differ in {names[0]!r}; name it in the query")
@@ -266,7 +274,7 @@ DEFAULTS = dict(file='bits', data='wiki_val', window=128, sinks=4)
 
 def models_of(book, **where) -> list:
     "Models that have a row for `where`, in order of name."
-    return sorted({r['model'] for r in book.rows if all(r.get(k) == v for k, v in where.items())})
+    return sorted({r['model'] for r in book.find(**where)})
 
 def line(
     book:Book, # Where to look
@@ -275,7 +283,7 @@ def line(
 ) -> list: # Rows of the metric, in order of the budget
     "Rows of one method on one model, over its budgets."
     where = dict(DEFAULTS, **where)
-    budgets = sorted({r['k_bits'] for r in book.rows if r.get('k_bits') and all(r.get(k) == v for k, v in where.items())})
+    budgets = sorted({r['k_bits'] for r in book.find(**where) if r.get('k_bits')})
     return [row for b in budgets if (row := book.cell(metric=metric, k_bits=b, **where))]
 
 SHARED = {'wiki_cal': 4096, 'own text': 32768} # Tokens that share the frames, by what the codes were calibrated on
@@ -434,7 +442,7 @@ def series(
     across = x if callable(x) else lambda r: r.get(x)
     age = lambda r: (book.runs[r['run']].get('start', ''), r['run'])
     latest = {}
-    for r in sorted((r for r in book.rows if all(r.get(k) == v for k, v in where.items())), key=age):
+    for r in sorted(book.find(**where), key=age):
         if across(r) is not None: latest[tuple(r.get(k) for k in by), across(r)] = r
     lines = {}
     for (name, _), r in sorted(latest.items(), key=lambda item: (tuple(map(str, item[0][0])), item[0][1])): lines.setdefault(name, []).append(r)
@@ -596,8 +604,8 @@ def throughput_figure(book, plt):
 def pairs(book, x:str, y:str, by:tuple, **where) -> dict: # Values of `by` -> points in order of the first metric
     "Two metrics of the same cells, as lines."
     cell = lambda r: frozenset((k, str(v)) for k, v in r.items() if k not in MEASURED | {'metric'}) | {r['run']}
-    across,lines = {cell(r): r for r in book.rows if r['metric'] == x and all(r.get(k) == v for k, v in where.items())},{}
-    for r in book.rows:
+    across,lines = {cell(r): r for r in book.find(metric=x, **where)},{}
+    for r in book.find(metric=y, **where):
         if r['metric'] != y or any(r.get(k) != v for k, v in where.items()) or cell(r) not in across: continue
         book.used.update({r['at']: r, across[cell(r)]['at']: across[cell(r)]})
         lines.setdefault(tuple(r.get(k) for k in by), []).append((across[cell(r)]['value'], r['value']))
@@ -658,7 +666,7 @@ def quality(book):
 # %% ../nbs/90_report.ipynb #1b435a42
 def _heads(self:Book, **where):
     "Rows of single heads that answer `where`, worst first."
-    found = [r for r in self.rows if r.get('head') is not None and all(r.get(k) == v for k, v in where.items())]
+    found = [r for r in self.find(**where) if r.get('head') is not None]
     if not found: return []
     last = max((r['run'] for r in found), key=lambda id: (self.runs[id].get('start', ''), id))
     found = sorted((r for r in found if r['run'] == last), key=lambda r: -r['value'])
@@ -1373,7 +1381,7 @@ def among(
 
 def _rows(book, **where):
     "All rows of `where`, noted as used."
-    found = [r for r in book.rows if all(r.get(k) == v for k, v in where.items())]
+    found = book.find(**where)
     book.used.update({r['at']: r for r in found})
     return found
 
