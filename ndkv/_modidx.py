@@ -820,6 +820,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report.heads_table': ('report.html#heads_table', 'ndkv/report.py'),
                              'ndkv.report.in_words': ('report.html#in_words', 'ndkv/report.py'),
                              'ndkv.report.interval': ('report.html#interval', 'ndkv/report.py'),
+                             'ndkv.report.kernel_device': ('report.html#kernel_device', 'ndkv/report.py'),
                              'ndkv.report.kind_of': ('report.html#kind_of', 'ndkv/report.py'),
                              'ndkv.report.ladder_figure': ('report.html#ladder_figure', 'ndkv/report.py'),
                              'ndkv.report.latest': ('report.html#latest', 'ndkv/report.py'),

@@ -169,7 +169,7 @@ class MemoPacked(Packed):
     def _make_room(self, new, n):
         if self.copy is not None and self.copy.shape[2] >= n: return
         old, (B, H, _, D) = self.copy, new.shape
-        self.copy = new.new_empty(B, H, min(2*n, n + 1024), D)
+        self.copy = new.new_empty(B, H, n + min(n, max(1024, n//4)), D)
         if old is not None: self.copy[:, :, :self.copied] = old[:, :, :self.copied]
 
     def keep(self, a, b):

@@ -22,10 +22,11 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit',
            'sweep_cells', 'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown',
            'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
-           'eval_tokens', 'noise_floor', 'eval_device', 'among', 'speedup_least', 'speedup_most', 'in_words',
-           'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'kind_of', 'letters',
-           'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference',
-           'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'eval_tokens', 'noise_floor', 'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most',
+           'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'kind_of',
+           'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate',
+           'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper',
+           'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -1362,6 +1363,11 @@ def noise_floor(book): return res(book.cell(metric='kl_mean', **exact_at(WINDOWE
 @number('eval_device')
 def eval_device(book):
     row = book.cell(metric='kl_mean', **exact_at(WINDOWED))
+    return NOT_RUN if row is None else tex_escape(book.runs[row['run']]['device'])
+
+@number('kernel_device')
+def kernel_device(book):
+    row = book.cell(file='kernels', method='4bit_uniform', batch=8, length=32768, window=132, metric='speedup')
     return NOT_RUN if row is None else tex_escape(book.runs[row['run']]['device'])
 
 def _bits_number(bits):

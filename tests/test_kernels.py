@@ -57,6 +57,19 @@ def test_kernels_agree_with_float64(seed, group, layout, splits, data):
     assert (got - want).norm() < 3e-3 * want.norm()
 
 
+@pytest.mark.parametrize('bits, page', [(4, 64), (2, 128), (3, 80)])
+def test_launch_options_of_encoding_change_no_word(bits, page):
+    torch.manual_seed(0)
+    seg, table = ((64, bits),), torch.tensor([[2, 0, 1]], dtype=torch.int32, device=DEVICE)
+    pa, x = PackedAttention(Layout(seg, seg, page), rotation(64), rotation(64, 1), 1), torch.randn(2, 1, 1, 3*page, 64, device=DEVICE).bfloat16()
+    write = lambda **kw: encode_pages(pa, *x, torch.zeros(3, 1, pa.layout.words, dtype=torch.int16, device=DEVICE), table, **kw)
+    want = write()
+    assert want.any(1).any(1).all()
+    for kw in (dict(each=1), dict(each=3, warps=2), dict(whole=True)):
+        same = (write(**kw) == want).float().mean().item()
+        assert same == 1 if DEVICE == 'cpu' else same > .99, kw
+
+
 @pytest.mark.parametrize('size', [1e-4, 1., 1e4])
 def test_sizes_do_not_matter(size):
     torch.manual_seed(0)
