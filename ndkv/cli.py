@@ -511,7 +511,7 @@ def bench(
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
     seconds:Annotated[Optional[float], typer.Option(help='For generate, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
-    only:Annotated[str, typer.Option(help='For kernels and tune: cases whose names start so, comma-separated.')]='',
+    only:Annotated[str, typer.Option(help='For kernels and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
@@ -521,7 +521,7 @@ def bench(
     from ndkv.kernels_bench import CASES, CLAIMED, tune
     seconds = seconds or (150 if what == 'queue' else 420)
     cases = [c for c in (CLAIMED if what == 'tune' else CASES) if c.name.startswith(tuple(only.split(',')))]
-    if not cases: raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
+    if not cases and what in ('kernels', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     path = zoo()/model if (zoo()/model).is_dir() else Path(model)
     with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory)
@@ -538,7 +538,7 @@ def _bench(what, run, path, data, seconds, cases, memory):
     elif what == 'generate':
         for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'queue':
-        if not throughput.queue_bench(run, memory=int(memory*2**30), seconds=seconds): raise RuntimeError('no contestant was measured; the lines above say why')
+        if not throughput.queue_bench(run, memory=int(memory*2**30), seconds=seconds, only=only): raise RuntimeError('no contestant was measured; the lines above say why')
     elif what == 'cpu':
         for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
     else:

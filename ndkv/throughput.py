@@ -388,7 +388,7 @@ def serve_static(model, queue, memory, most, limit) -> Served:
         T, n = max(len(queue[i][0]) for i in which), max(queue[i][1] for i in which)
         ids = torch.tensor([[0]*(T - len(queue[i][0])) + queue[i][0] for i in which], device=device)
         mask = torch.tensor([[0]*(T - len(queue[i][0])) + [1]*len(queue[i][0]) for i in which], device=device)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)[:, T:].tolist()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0)[:, T:].tolist() # a random model has no end of text
         return {i: tokens[:queue[i][1]] for i, tokens in zip(which, out)}
     need = lambda which: len(which) * (max(len(queue[i][0]) for i in which) + max(queue[i][1] for i in which))
     batches = []
@@ -480,19 +480,21 @@ def queue_bench(
     memory:int=4*2**30,    # Bytes for keys and values
     most:int=64,           # Requests at once
     seconds:float=150,     # For all contestants; each may use its share of what is left
+    only:str="",           # Of `SERVERS`, those whose names start so, comma-separated
     device="cuda",
     dtype=torch.bfloat16,
 ) -> dict: # Contestant -> `Served`; one that failed is missing
     "Tokens a second and requests at once of every contestant, on the same queue in the same memory."
     torch.manual_seed(0)
-    start, found = time.monotonic(), {}
+    start, found, names = time.monotonic(), {}, [n for n in SERVERS if n.startswith(tuple(only.split(",")))]
+    if not names: raise ValueError(f"--only {only}: no contestant starts so; there are {', '.join(SERVERS)}")
     model = random_model(shape, device, dtype)
     queue = mixed_queue(requests, prompt, new, model.config.vocab_size)
-    for i, (name, serve) in enumerate(SERVERS.items()):
+    for i, name in enumerate(names):
         left = seconds - (time.monotonic() - start)
         if left <= 0: _say(f"{name}: left out, time is over"); continue
         try:
-            s = found[name] = serve(model, queue, memory, most, left / (len(SERVERS) - i))
+            s = found[name] = SERVERS[name](model, queue, memory, most, left / (len(names) - i))
             for metric, value in dict(tokens_per_s=s.tokens / s.seconds, wall_s=s.seconds, kv_bytes=s.kv_bytes, requests_at_once=s.at_once).items():
                 run.row(method=name.rstrip("24"), metric=metric, model=f"{shape}, random", value=value, requests=len(s.answers), queue=requests, memory=memory, dtype=str(dtype)[6:], **s.notes)
             run.save()

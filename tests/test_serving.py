@@ -182,3 +182,16 @@ def test_graphs_replay_what_steps_compute():
     want, got = ([r.generated_tokens for r in Server(model, graph=graph, **kw).generate_batch(queue, max_new_tokens=90).values()] for graph in (False, True))
     same = sum(a == b for x, y in zip(want, got) for a, b in zip(x, y)) / 450
     assert same > .9 # batches are rounded up, and bfloat16 rounds by the shape of a batch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="contestants of a GPU")
+def test_every_contestant_serves_a_queue_on_a_gpu(tmp_path):
+    "The bench of the 8B shape, small: all four finish in their memory, and the three exact attentions mostly agree."
+    from ndkv import throughput
+    from ndkv.results import Run
+    assert throughput._varlen_is_right(torch.device("cuda"))
+    with Run(tmp_path, command="test", name="serving") as run: found = throughput.queue_bench(run, "tiny", 12, (40, 900), (5, 90), 2_000_000)
+    assert list(found) == list(throughput.SERVERS) and found["transformers"].notes == dict(attention="paged|flash_of_torch")
+    for s in found.values(): assert len(s.answers) == 12 and s.kv_bytes <= 2_000_000
+    same = [a == b for i in range(12) for a, b in zip(found["transformers"].answers[i], found["static"].answers[i])]
+    assert sum(same) / len(same) > .5 # bfloat16
