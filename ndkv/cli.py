@@ -524,13 +524,13 @@ def bench(
     if not cases and what in ('kernels', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     path = zoo()/model if (zoo()/model).is_dir() else Path(model)
-    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory)
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
     if as_json: return show_json([r for _, r in run.rows])
     shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
 
-def _bench(what, run, path, data, seconds, cases, memory):
+def _bench(what, run, path, data, seconds, cases, memory, only):
     "One of the benches."
     from ndkv import throughput
     from ndkv.kernels_bench import bench as time_kernels
