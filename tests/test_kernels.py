@@ -198,7 +198,7 @@ def test_tuning_keeps_what_helps_and_bench_finds_it(monkeypatch, tmp_path):
         rows = kb.bench(kb.CASES, run)
         m.undo()
     assert {r['method'] for r in rows} == {c.name for c in kb.CASES} - {'2bit'}
-    assert {r['metric'] for r in rows if r['method'] == 'encode_4bit'} == {'time_us', 'bandwidth_fraction', 'time_token_us'}
+    assert {r['metric'] for r in rows if r['method'] == 'encode_4bit'} == {'time_us', 'bandwidth_fraction', 'time_token_us', 'time_vector_us'}
 
 
 @pytest.mark.skipif(DEVICE != 'cuda', reason='needs a GPU')
