@@ -394,8 +394,8 @@ def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, s
         y = tl.sum(tl.sum(acc, 0)[:, None] * frame.to(tl.float32), 0) * tl.load(reach + kvh)
         if MEAN: y += l * tl.load(mean + kvh*D + c, mask=c < D, other=0.)
         top += tl.load(qconst + row)
-        for part in tl.static_range(PARTS):
-            at = (bh*PARTS + part)*GROUP + row % GROUP
+        for e in tl.static_range(PARTS):
+            at = (bh*PARTS + e)*GROUP + row % GROUP
             m = tl.load(eml + 2*at)
             both = tl.maximum(top, m)
             l = l*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eml + 2*at + 1)
