@@ -479,6 +479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ndkv.inspection.sink_norms': ('inspect.html#sink_norms', 'ndkv/inspection.py')},
             'ndkv.kernels_bench': { 'ndkv.kernels_bench.Case': ('kernels_bench.html#case', 'ndkv/kernels_bench.py'),
                                     'ndkv.kernels_bench._even': ('kernels_bench.html#_even', 'ndkv/kernels_bench.py'),
+                                    'ndkv.kernels_bench._possible': ('kernels_bench.html#_possible', 'ndkv/kernels_bench.py'),
                                     'ndkv.kernels_bench.attention': ('kernels_bench.html#attention', 'ndkv/kernels_bench.py'),
                                     'ndkv.kernels_bench.bench': ('kernels_bench.html#bench', 'ndkv/kernels_bench.py'),
                                     'ndkv.kernels_bench.copy_rate': ('kernels_bench.html#copy_rate', 'ndkv/kernels_bench.py'),

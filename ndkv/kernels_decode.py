@@ -265,9 +265,9 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
     n = tl.load(lens + b)
     pages = (n + PAGE - 1) // PAGE
     lo, hi = sp*pages // splits, (sp+1)*pages // splits
-    for e in tl.static_range(EARLY - 1): # pages do not wait for the query
+    for e in tl.static_range(EARLY - 2): # pages do not wait for the query
         _fetch(store, tl.load(table + b*table_stride + lo + e, mask=lo + e < hi, other=0).to(tl.int64)*H + kvh, lo + e < hi, WORDS, LINES)
-    _early(False, EARLY > 0)
+    _early(False, EARLY > 1)
     scale = tl.load(qscale + bh)
     m, l, acc, qs = tl.full([NH], -1e30, tl.float32), tl.full([T, NH], 0., tl.float32), (), ()
     for s in tl.static_range(len(VU)): acc = acc + (tl.full([VU[s][2], NH], 0., tl.float32),)
@@ -317,9 +317,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _after(EARLY: tl.constexpr):
-    "Until the launch before has ended; then the next may start."
+    "Until the launch before has ended; then the next may start, if it can begin without us."
     _early(False, EARLY > 0)
-    _early(EARLY > 0, False)
+    _early(EARLY > 1, False)
 
 @triton.jit
 def _query(q, M, mean, reach, query, qscale, qconst, bh, kvh, c0, sm_scale,
@@ -447,7 +447,7 @@ class Tuning:
     exact: int = 64      # Exact tokens at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
     table: int = 1       # Tables of a trellis: 1 = in shared memory, 0 = read through the cache
-    early: int = 0       # A launch may start while the one before it ends (Hopper and later), and fetches early - 1 pages meanwhile; 0 = it waits
+    early: int = 0       # Launches that start while the one before them ends (Hopper and later): 0 = none, 1 = the last, 2 = all, n = all, and n - 2 pages are fetched meanwhile
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
 class PackedAttention:
@@ -614,7 +614,7 @@ def _split(self, grid, t, group, store, *args):
         VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, EARLY=t.early, LINES=_pow2(-(-L.words // 64)), num_warps=t.warps, **_registers(t))
 
 def _pdl(t): return dict(launch_pdl=True) if t.early else {}
-def _registers(t): return _pdl(t) | (dict(maxnreg=t.maxnreg) if t.maxnreg else {})
+def _registers(t): return (_pdl(t) if t.early > 1 else {}) | (dict(maxnreg=t.maxnreg) if t.maxnreg else {})
 
 def _splits(BH, pages, t, device):
     "Enough programs to fill the GPU once, at least two pages each."
