@@ -494,10 +494,11 @@ def sweep(
     retry:Annotated[bool, typer.Option(help='Try again what failed before.')]=True,
     workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, over the GPUs of this machine in turn.')]=1,
     models:Annotated[Optional[Path], typer.Option(help='Folder of models, results/zoo by default.')]=None,
+    profiles:Annotated[Optional[Path], typer.Option(help='Folder that keeps measured profiles for other sweeps.')]=None,
     as_json:JSON=False,
 ):
     "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable."
-    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers)
+    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers, profiles=profiles)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
