@@ -261,6 +261,8 @@ def own_text(
             return model.generate(first, stopping_criteria=[watch], attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=int(first[0, 0]))
 
 # %% ../nbs/32_fisher.ipynb #a0e57ed1
+@torch.inference_mode(False)
+@torch.enable_grad()
 def prompt_profile(
     model,  # A causal language model
     ids: Tensor,  # Prompt [B, T] without padding; sequences of a batch share the profile
@@ -273,6 +275,7 @@ def prompt_profile(
     seed: int = 0,  # Of the drawn tokens
 ) -> Profile:  # With prices, without forecasts
     "Statistics and prices of every attention layer from one prompt."
+    ids = ids.clone()  # a tensor of inference mode has no gradients
     profile = collect(model, ids, 1, sinks, "prompt", enough, bar=False)
     prices = fisher(model, ids.repeat(draws, 1), window, sinks, block, 1, seed, {i: s.rope for i, s in profile.layers.items()}, False)
     return replace(profile, prices={i: tuple(_towards_isotropic(F, shrink) for F in pair) for i, pair in prices.items()})
