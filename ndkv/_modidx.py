@@ -359,6 +359,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ndkv.evaluate.evaluate': ('evaluate.html#evaluate', 'ndkv/evaluate.py'),
                                'ndkv.evaluate.first_grid': ('evaluate.html#first_grid', 'ndkv/evaluate.py'),
                                'ndkv.evaluate.layer_errors': ('evaluate.html#layer_errors', 'ndkv/evaluate.py'),
+                               'ndkv.evaluate.measure_prompts': ('evaluate.html#measure_prompts', 'ndkv/evaluate.py'),
+                               'ndkv.evaluate.prompt_cell': ('evaluate.html#prompt_cell', 'ndkv/evaluate.py'),
                                'ndkv.evaluate.rates': ('evaluate.html#rates', 'ndkv/evaluate.py'),
                                'ndkv.evaluate.record': ('evaluate.html#record', 'ndkv/evaluate.py'),
                                'ndkv.evaluate.spectra': ('evaluate.html#spectra', 'ndkv/evaluate.py'),

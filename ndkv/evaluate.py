@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'ROTATIONS', 'Cell', 'chunk_edges', 'step', 'compare', 'layer_errors', 'codec_times', 'divergence_lengths',
-           'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'bits_grid', 'adaptive_grid',
-           'ablation_grid', 'text_windows', 'spectra', 'rates', 'trellis_times']
+           'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'prompt_cell', 'bits_grid', 'adaptive_grid',
+           'ablation_grid', 'text_windows', 'measure_prompts', 'spectra', 'rates', 'trellis_times']
 
 # %% ../nbs/76_evaluate.ipynb #6a1a367e
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,7 @@ from .baselines import CACHES
 from .cache import NDCache, prompt_cache
 from .data import read_documents, windows
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
+from .models import load_model
 from .profile import Profile, effective_rank, probe, query_weight, water_level
 from .results import Run
 from .spectral import frame_bits, key_frame, klt, plan
@@ -298,6 +299,16 @@ def spectral_cell(
     return Cell("spectral", bits, bits, window, options=dict(codecs=codecs), note=note)
 
 
+def prompt_cell(
+    bits: float,  # Budget, frames included
+    tokens: int,  # That share the frames
+    trellis: int = 0,  # States; 0 = Lloyd–Max, quick to encode
+) -> Cell:
+    "A cell of `prompt_cache`, to be run with a prompt, a window at a time."
+    note = dict(home="64", trellis=trellis, prices="fisher", allocation="global", classes=1, tokens=tokens, profile="prompt")
+    return Cell("prompt", bits, bits, options=dict(trellis=trellis, tokens=tokens), note=note)
+
+
 def bits_grid(
     profile: Profile,  # From `calibrate`
     bits: tuple = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5),  # Budgets, frames included
@@ -315,9 +326,7 @@ def adaptive_grid(
 ) -> list[Cell]:
     "What is measured on the text itself: classes of tokens, beside one class, and frames from the prompt (to be run with one, a window at a time); the rotation."
     cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens, trellis=trellis)
-    made = dict(home="64", trellis=trellis, prices="fisher", allocation="global", classes=1, tokens=tokens, profile="prompt")
-    prompts = [Cell("prompt", b, b, options=dict(trellis=trellis, tokens=tokens), note=made) for b in bits[1:]]
-    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *prompts]
+    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *(prompt_cell(b, tokens, trellis) for b in bits[1:])]
 
 
 def ablation_grid(
@@ -344,6 +353,22 @@ def text_windows(
     if getattr(tokenizer, "eos_token_id", None) is None: raise ValueError("the tokenizer has no end-of-text token to separate documents with; set tokenizer.eos_token")
     stream = [t for d in docs for t in (*tokenizer(d, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
     return windows(stream, length, count)
+
+# %% ../nbs/76_evaluate.ipynb #b1e7f220
+def measure_prompts(
+    model: str,  # Folder below `results/zoo`
+    prompt: int = 512,  # Tokens that come at once
+    length: int = 1280,  # Tokens a window
+    windows: int = 2,
+    cells: tuple = ((1.0, 4096), (1.0, 32768), (1.5, 4096)),  # Budgets, and the tokens whose frames they pay
+    text: str = "data/wiki_val.txt.xz",
+    out: str | Path = "results",  # Rows go to `prompt.jsonl` there
+) -> None:
+    "Frames from the prompt beside the rotation, on one model of the zoo."
+    lm, tokenizer = load_model(model, torch.float32)
+    command = f"python -c \"from ndkv.evaluate import *; measure_prompts('{model}', {prompt}, {length}, {windows}, {cells})\""
+    with Run(out, command=command, model=Path("results/zoo") / model, data=text, name="prompt") as run:
+        evaluate(lm, text_windows(text, tokenizer, length, windows), [NOISE, *ROTATIONS[:2], *(prompt_cell(*c) for c in cells)], run, model, Path(text).name.split(".")[0], 1, 0, False, prompt, dtype="float32", prompted=prompt)
 
 # %% ../nbs/76_evaluate.ipynb #9dd10e62
 def spectra(
