@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'DTYPES', 'method', 'rotation_method', 'exact_method', 'spectral_method', 'Packed', 'MemoPacked',
            'HostPacked', 'Pieces', 'Store', 'NDLayer', 'NDSlidingLayer', 'NDHybridLayer', 'NDCache', 'encoder_decoder',
-           'prompt_cache']
+           'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, inspect
@@ -19,8 +19,8 @@ from .codec import NormDirectionCodec
 from .fisher import prompt_profile
 from .frames import rotation
 from .hub import load_profile
-from .profile import Profile
-from .spectral import SpectralCodec, plan
+from .profile import Profile, collect, rotated_average
+from .spectral import Refreshed, SpectralCodec, code_table, key_frame, klt, plan
 
 # %% ../nbs/40_cache.ipynb #2e5a5e1c
 METHODS = {} # name -> factory(d, bits, *, layer, kind, heads, seed, **method_kw) -> codec, or None to keep tensors exact
@@ -617,8 +617,47 @@ def prompt_cache(
     rotated = lambda: NDCache(model.config, max(1, int(bits)), **kw)
     def measured(ids):
         profile = prompt_profile(model, ids, sinks=sinks, block=block)
-        return NDCache(model.config, method="spectral", codecs=plan(profile, bits, block, sinks, trellis, tokens=tokens), **kw)
+        cache = NDCache(model.config, method="spectral", codecs=plan(profile, bits, block, sinks, trellis, tokens=tokens), **kw)
+        cache.prices = profile.prices  # for `refresh`
+        return cache
     if ids.shape[1] < least: return rotated()
     ids, cut = ids[:, :most].to(model.device), min(ids.shape[1], most) * 3 // 4
     spectral, plain = _partings(model, ids, cut, (measured(ids[:, :cut]), rotated()))
     return measured(ids) if spectral < plain else rotated()
+
+# %% ../nbs/40_cache.ipynb #77fc81c3
+def _cost(codec, frame, s, price, keys):
+    "What codes cost on statistics `s` in a frame, in the mean of a token."
+    mean, cov = (s.k_mean, s.k_cov) if keys else (s.v_mean, s.v_cov)
+    off, A = mean - frame.mean.double(), frame.A.double()
+    C = cov + off[:, :, None] * off[:, None]
+    if keys: C, price = (rotated_average(x, s.rope, torch.arange(codec.home.block)) for x in (C, price))
+    saved, table = 0., 1 - torch.tensor(code_table(codec.strings[0].trellis), dtype=torch.float64)
+    for n, strings in zip(codec.counts, codec.strings): saved = saved + n / codec.group * table[strings.widths]
+    return (price * C).sum() - ((A @ C @ A.mT).diagonal(dim1=-2, dim2=-1) * saved).sum()
+
+# %% ../nbs/40_cache.ipynb #22471dc9
+def refresh(
+    cache:NDCache,    # Of method "spectral", with tokens in it
+    model,            # Its model
+    ids:Tensor,       # The latest tokens `[B, T]` that it was fed; some hundred
+    prices=None,      # `profile.prices` of the plan; None = those of `prompt_cache`
+    gain:float=.8,    # New frames must cost at most this share of what the present ones cost
+) -> float: # That share; where it is not above `gain` new frames are in use
+    "Measure frames anew on the latest tokens, for the blocks to come, if that makes codes cheaper."
+    prices = prices or getattr(cache, "prices", None)
+    places = [(layer.layer, s, keys) for layer in cache._mine for s, keys in zip(layer.stores, (True, False))]
+    if not prices or not places or any(_latest(s).home.rope is None for _, s, keys in places if keys):
+        raise ValueError("refresh: it takes a cache of spectral codes that was fed, keys relative to their block, and prices; make it with prompt_cache, or pass profile.prices")
+    cut = ids.shape[1] * 3 // 4
+    first, last = collect(model, ids[:, :cut], 1, cache.sinks, "latest", 1, bar=False).layers, collect(model, ids, 1, cut, "latest", 0, bar=False).layers
+    def cost(i, s, keys, frame): return _cost(_latest(s), frame, last[i], prices[i][not keys], keys)
+    def frame(i, s, keys, stats): return key_frame(stats, prices[i][0], _latest(s).home.block) if keys else klt(stats.v_cov, prices[i][1], stats.v_mean)
+    share = (sum(cost(*p, frame(*p, first[p[0]])) for p in places) / sum(cost(*p, _latest(p[1]).frame) for p in places)).item()
+    for p in places if share <= gain else (): p[1].packed.codec = Refreshed(p[1].packed.codec, frame(*p, first[p[0]].merge(last[p[0]])), p[1].starts[2])
+    return share
+
+
+def _latest(store):
+    "The codec in whose frame the next tokens of a store are coded."
+    return getattr(store.packed.codec, "parts", [(0, store.packed.codec)])[-1][1]

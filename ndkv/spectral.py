@@ -6,7 +6,7 @@
 __all__ = ['OCTAVES', 'NORM_BITS', 'CHANNEL_BYTES', 'HEAD_BYTES', 'SHARES', 'klt', 'BitRow', 'norm_bits', 'norm_code',
            'norm_value', 'Home', 'eight_bits', 'SmallFrame', 'Strings', 'Classes', 'SpectralCodec', 'class_bytes',
            'code_table', 'key_frame', 'whole_bytes', 'token_bytes', 'water', 'spend', 'classes_of', 'plan',
-           'frame_bits']
+           'frame_bits', 'Refreshed']
 
 # %% ../nbs/34_spectral.ipynb #1b83395b
 import math
@@ -576,3 +576,38 @@ def frame_bits(
 ) -> float:  # Bits for each element of one token; over T tokens that share the frames, a T-th of it
     "Memory of all frames, in bits an element."
     return sum(c.frame_bits * c.widths.numel() for c in codecs.values()) / sum(c.widths.numel() for c in codecs.values())
+
+# %% ../nbs/34_spectral.ipynb #7b648d34
+class Refreshed:
+    "A `SpectralCodec` whose frame changes at some positions."
+
+    def __init__(
+        self,
+        codec,  # A `SpectralCodec`, or one of these
+        frame: Frame,  # For tokens from `start` on
+        start: int,  # Position, where a group of tokens starts
+    ):
+        self.parts = [*getattr(codec, "parts", [(0, codec)])]  # first position, codec
+        last = self.parts[-1][1]
+        widths, norms = zip(*((s.widths, s.norms) for s in last.strings))
+        self.parts.append((start, SpectralCodec(frame, list(widths), last.home, last.strings[0].trellis, list(norms), last.classes)))
+        self.group, self.widths, self.bits_per_element = last.group, last.widths, last.bits_per_element
+
+    @property
+    def frame_bits(self): return sum(c.frame_bits for _, c in self.parts)  # of all frames
+
+    def _pieces(self, pos, n):
+        "Which codec codes which of `n` tokens from position `pos` on: (codec, from, to)."
+        ends = [start for start, _ in self.parts[1:]] + [pos + n]
+        found = [(c, max(start, pos) - pos, min(end, pos + n) - pos) for (start, c), end in zip(self.parts, ends)]
+        return [(c, a, b) for c, a, b in found if a < b]
+
+    def encode(self, x, pos=0):
+        "As `SpectralCodec.encode`."
+        parts = [c.encode(x[:, :, a:b], pos + a) for c, a, b in self._pieces(pos, x.shape[2])]
+        return {name: torch.cat([p[name] for p in parts], 2) for name in parts[0]}
+
+    def decode(self, enc, pos=0, dtype=torch.float32):
+        "As `SpectralCodec.decode`."
+        g = self.group
+        return torch.cat([c.decode({k: t[:, :, a // g : b // g] for k, t in enc.items()}, pos + a, dtype) for c, a, b in self._pieces(pos, enc["codes"].shape[2] * g)], 2)
