@@ -494,52 +494,63 @@ def sweep(
     retry:Annotated[bool, typer.Option(help='Try again what failed before.')]=True,
     workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, over the GPUs of this machine in turn.')]=1,
     models:Annotated[Optional[Path], typer.Option(help='Folder of models, results/zoo by default.')]=None,
+    profiles:Annotated[Optional[Path], typer.Option(help='Folder that keeps measured profiles for other sweeps.')]=None,
     as_json:JSON=False,
 ):
     "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable."
-    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers)
+    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers, profiles=profiles)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
 
-@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench kernels --out elsewhere --json')
+@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300', 'ndkv bench kernels --out elsewhere --json')
 def bench(
-    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one.')]='kernels',
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers.')]='kernels',
     model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or a folder.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, throughput or serving.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
-    seconds:Annotated[float, typer.Option(help='For generate and tune: start nothing after so many seconds.')]=420,
-    only:Annotated[str, typer.Option(help='For kernels and tune: cases whose names start so, comma-separated.')]='',
+    seconds:Annotated[Optional[float], typer.Option(help='For generate, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
+    memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
+    only:Annotated[str, typer.Option(help='For kernels and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
-    files = dict(kernels='kernels', tune='', generate='throughput', cpu='throughput', serve='serving')
+    files = dict(kernels='kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving')
     if what not in files: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(files)}')
-    if what in ('kernels', 'tune', 'generate') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+    if what in ('kernels', 'tune', 'generate', 'queue') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
     from ndkv.kernels_bench import CASES, CLAIMED, tune
+    seconds = seconds or (150 if what == 'queue' else 420)
     cases = [c for c in (CLAIMED if what == 'tune' else CASES) if c.name.startswith(tuple(only.split(',')))]
-    if not cases: raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
+    if not cases and what in ('kernels', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     path = zoo()/model if (zoo()/model).is_dir() else Path(model)
-    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None) as run: _bench(what, run, path, data, seconds, cases)
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
     if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal'}
+    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
     out_ = console()
-    out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'], r.get('batch', r.get('slots')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
+    out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
 
-def _bench(what, run, path, data, seconds, cases):
+def _bench(what, run, path, data, seconds, cases, memory, only):
     "One of the benches."
     from ndkv import throughput
     from ndkv.kernels_bench import bench as time_kernels
     if what == 'kernels': time_kernels(cases, run)
     elif what == 'generate':
         for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
+    elif what == 'queue':
+        if not throughput.queue_bench(run, memory=int(memory*2**30), seconds=seconds, only=only): raise RuntimeError('no contestant was measured; the lines above say why')
     elif what == 'cpu':
         for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
     else:
         ids = text_windows(existing(data/'wiki_val.txt.xz', 'text'), AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
-        for bits in (4, 3, 2): throughput.serve_bench(run, path, ids, bits=bits)
+        for dtype in (torch.float32, torch.bfloat16)[:1 + torch.cuda.is_available()]:
+            try:
+                for bits in (4, 3, 2): throughput.serve_bench(run, path, ids, dtype=dtype, bits=bits)
+            except Exception as e:
+                if not torch.cuda.is_available(): raise
+                print(f'serve in {dtype}: {type(e).__name__}: {one_line(e)}', file=sys.stderr)
+            run.save()
         throughput.users_bench(run)
 
 # %% ../nbs/95_cli.ipynb #f3943bad

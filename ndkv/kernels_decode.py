@@ -219,6 +219,12 @@ def _early(GO: tl.constexpr, WAIT: tl.constexpr):
     if WAIT: tl.extra.cuda.gdc_wait()
 
 @triton.jit
+def _fetch(store, record, live, WORDS: tl.constexpr, LINES: tl.constexpr):
+    "Ask for the cache lines of a page of int16 words to come to the level-2 cache."
+    at = (store + record*WORDS + tl.minimum(64*tl.arange(0, LINES), WORDS - 1)).to(tl.int64)
+    if live: tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+@triton.jit
 def _values(xs, rs, m, top, l, acc, vt, FIRST: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, ASM: tl.constexpr):
     "Weights of scores `xs` (tiles FIRST on) below their maximum `top`, before which it was `m`: the sum of weights over norms, and of values."
     keep, scaled = _fast(m - top, "ex2", ASM), ()
@@ -250,15 +256,18 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
                   WORDS: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr,
                   GROUP: tl.constexpr, NH: tl.constexpr, KT: tl.constexpr, KU: tl.constexpr, KC: tl.constexpr,
                   VT: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, VD: tl.constexpr,
-                  QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
+                  QB: tl.constexpr, RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr):
     "Scores, softmax and values of the pages of one split of one sequence and KV head; tokens are rows, query heads columns."
-    _early(EARLY, EARLY)
+    _early(EARLY > 0, False)
     bh, sp = tl.program_id(0), tl.program_id(1)
     b, kvh = bh // H, bh % H
     j, h = tl.arange(0, T), tl.arange(0, NH)
     n = tl.load(lens + b)
     pages = (n + PAGE - 1) // PAGE
     lo, hi = sp*pages // splits, (sp+1)*pages // splits
+    for e in tl.static_range(EARLY - 2): # pages do not wait for the query
+        _fetch(store, tl.load(table + b*table_stride + lo + e, mask=lo + e < hi, other=0).to(tl.int64)*H + kvh, lo + e < hi, WORDS, LINES)
+    _early(False, EARLY > 1)
     scale = tl.load(qscale + bh)
     m, l, acc, qs = tl.full([NH], -1e30, tl.float32), tl.full([T, NH], 0., tl.float32), (), ()
     for s in tl.static_range(len(VU)): acc = acc + (tl.full([VU[s][2], NH], 0., tl.float32),)
@@ -307,12 +316,19 @@ def _split_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
 LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
+def _after(EARLY: tl.constexpr):
+    "Until the launch before has ended; then the next may start, if it can begin without us."
+    _early(False, EARLY > 0)
+    _early(EARLY > 1, False)
+
+@triton.jit
 def _query(q, M, mean, reach, query, qscale, qconst, bh, kvh, c0, sm_scale,
-           D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr):
+           D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr):
     "`C` channels of the queries of a group in the frame of the keys, float16 times a power of two."
     r, d, c = tl.arange(0, 16), tl.arange(0, DP), c0 + tl.arange(0, C)
-    x = tl.load(q + (bh*GROUP + r[:, None])*D + d[None, :], mask=(r[:, None] < GROUP) & (d[None, :] < D), other=0.).to(tl.float32)
     A = tl.load(M + (kvh*D + d[:, None])*KD + c[None, :], mask=(d[:, None] < D) & (c[None, :] < KD), other=0.)
+    _after(EARLY)
+    x = tl.load(q + (bh*GROUP + r[:, None])*D + d[None, :], mask=(r[:, None] < GROUP) & (d[None, :] < D), other=0.).to(tl.float32)
     size = tl.maximum(tl.sqrt(tl.max(tl.sum(x*x, 1))) * tl.load(reach + kvh), 1e-30)
     size = tl.exp2(tl.ceil(tl.log2(size)) - BOUND)
     y = tl.dot(x, A, input_precision="tf32x3") / size
@@ -324,14 +340,15 @@ def _query(q, M, mean, reach, query, qscale, qconst, bh, kvh, c0, sm_scale,
         tl.store(qconst + bh*GROUP + r, const, mask=r < GROUP)
 
 @triton.jit
-def _exact(q, ek, ev, elens, eout, eml, bh, b, stride, sm_scale,
-           D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr):
-    "Attention over the exact tokens of one sequence and KV head: maximum, sum and unnormalised output."
+def _exact(q, ek, ev, elens, eout, eml, bh, b, part, stride, sm_scale,
+           D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
+    "Attention over every `PARTS`-th tile of exact tokens of one sequence and KV head: maximum, sum and unnormalised output."
+    _after(EARLY)
     r, d, j = tl.arange(0, 16), tl.arange(0, DP), tl.arange(0, W)
     n = tl.load(elens + b)
     x = tl.load(q + (bh*GROUP + r[:, None])*D + d[None, :], mask=(r[:, None] < GROUP) & (d[None, :] < D), other=0.)
     m, l, acc = tl.full([16], -1e30, tl.float32), tl.full([16], 0., tl.float32), tl.full([16, DP], 0., tl.float32)
-    for t in range(0, n, W):
+    for t in range(part*W, n, PARTS*W):
         live = (t + j < n)[:, None] & (d[None, :] < D)
         at = bh.to(tl.int64)*stride + (t + j[:, None])*D + d[None, :]
         s = tl.dot(x, tl.load(ek + at, mask=live, other=0.).T, input_precision="ieee") * (sm_scale * LOG2E)
@@ -340,29 +357,30 @@ def _exact(q, ek, ev, elens, eout, eml, bh, b, stride, sm_scale,
         p, keep = tl.exp2(s - top[:, None]), tl.exp2(m - top)
         v = tl.load(ev + at, mask=live, other=0.)
         m, l, acc = top, l*keep + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc*keep[:, None], input_precision="ieee")
-    tl.store(eout + (bh*GROUP + r[:, None])*D + d[None, :], acc, mask=(r[:, None] < GROUP) & (d[None, :] < D))
-    tl.store(eml + 2*(bh*GROUP + r), m, mask=r < GROUP)
-    tl.store(eml + 2*(bh*GROUP + r) + 1, l, mask=r < GROUP)
+    at = (bh*PARTS + part)*GROUP + r
+    tl.store(eout + at[:, None]*D + d[None, :], acc, mask=(r[:, None] < GROUP) & (d[None, :] < D))
+    tl.store(eml + 2*at, m, mask=r < GROUP)
+    tl.store(eml + 2*at + 1, l, mask=r < GROUP)
 
 @triton.jit
 def _begin_kernel(q, M, mean, reach, query, qscale, qconst, ek, ev, elens, eout, eml, H, stride, sm_scale,
-                  D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, W: tl.constexpr, EARLY: tl.constexpr):
-    _early(EARLY, False)
+                  D: tl.constexpr, DP: tl.constexpr, KD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr, BOUND: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
+    "The first programs of a sequence and KV head take the queries to their frame, the other `PARTS` attend to exact tokens."
     bh, p = tl.program_id(0), tl.program_id(1)
-    if p*C < KD: _query(q, M, mean, reach, query, qscale, qconst, bh, bh % H, p*C, sm_scale, D, DP, KD, GROUP, C, MEAN, BOUND)
-    else: _exact(q, ek, ev, elens, eout, eml, bh, bh // H, stride, sm_scale, D, DP, GROUP, W)
+    if p*C < KD: _query(q, M, mean, reach, query, qscale, qconst, bh, bh % H, p*C, sm_scale, D, DP, KD, GROUP, C, MEAN, BOUND, EARLY)
+    else: _exact(q, ek, ev, elens, eout, eml, bh, bh // H, p - (KD + C - 1)//C, stride, sm_scale, D, DP, GROUP, W, PARTS, EARLY)
 
 # %% ../nbs/52_kernels_decode.ipynb #29ec1d0e
 @triton.jit
 def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, splits,
-                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr):
+                    D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
     "Merge the splits and the exact tokens of `ROWS` query heads of a group, and take their outputs out of the frame of the values."
-    _early(False, EARLY)
     start = tl.program_id(0) * ROWS
     bh = start // GROUP
     kvh = bh % H
     v, c, s, a = tl.arange(0, VP), tl.arange(0, DP), tl.arange(0, S), tl.arange(0, SP)
     frame = tl.load(Wv + (kvh*VD + v[:, None])*D + c[None, :], mask=(v[:, None] < VD) & (c[None, :] < D), other=0.)
+    _early(False, EARLY > 0) # the frame does not wait for the splits
     for row in range(start, start + ROWS):
         first = bh.to(tl.int64)*splits*GROUP + row % GROUP
         m = tl.load(part_ml + 2*(first + a*GROUP), mask=a < splits, other=-1e30)
@@ -376,11 +394,13 @@ def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, s
         y = tl.sum(tl.sum(acc, 0)[:, None] * frame.to(tl.float32), 0) * tl.load(reach + kvh)
         if MEAN: y += l * tl.load(mean + kvh*D + c, mask=c < D, other=0.)
         top += tl.load(qconst + row)
-        if EXACT:
-            m = tl.load(eml + 2*row)
+        for e in tl.static_range(PARTS):
+            at = (bh*PARTS + e)*GROUP + row % GROUP
+            m = tl.load(eml + 2*at)
             both = tl.maximum(top, m)
-            l = l*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eml + 2*row + 1)
-            y = y*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eout + row*D + c, mask=c < D, other=0.)
+            l = l*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eml + 2*at + 1)
+            y = y*tl.exp2(top - both) + tl.exp2(m - both)*tl.load(eout + at*D + c, mask=c < D, other=0.)
+            top = both
         tl.store(out + row*D + c, (y / tl.where(l > 0, l, 1.)).to(out.dtype.element_ty), mask=c < D)
 
 # %% ../nbs/52_kernels_decode.ipynb #a93d0f9c
@@ -388,7 +408,7 @@ def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, s
 def _relative_kernel(q, M, means, cos, sin, reach, query, bias, qscale, qconst, H, NB, sm_scale,
                      D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr):
     "The queries of `TURNS · ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
-    _early(EARLY, False)
+    _after(EARLY)
     bh, p = tl.program_id(0), tl.program_id(1)
     r, d, c, j = tl.arange(0, ROWS), tl.arange(0, D//2), tl.arange(0, KP), tl.arange(0, QB)
     row, cols = r % GP, (c < KD)[None, :]
@@ -427,7 +447,7 @@ class Tuning:
     exact: int = 64      # Exact tokens at once
     maxnreg: int = 0     # Registers a thread; 0 = the compiler's choice
     table: int = 1       # Tables of a trellis: 1 = in shared memory, 0 = read through the cache
-    early: int = 0       # 1 = a launch may start while the one before it ends (Hopper and later)
+    early: int = 0       # Launches that start while the one before them ends (Hopper and later): 0 = none, 1 = the last, 2 = all, n = all, and n - 2 pages are fetched meanwhile
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
 class PackedAttention:
@@ -566,22 +586,23 @@ def _attend(self,
     bias = f32(BH, NB, QB, G) if QB else qscale
     part, ml, out, q = f32(BH, splits, G, vd), f32(BH, splits, G, 2), torch.empty_like(q), q.contiguous()
     ek, ev, el = exact if exact is not None else (q, q, lens)
-    eout, eml = (f32(BH, G, D), f32(BH, G, 2)) if exact is not None else (qscale, qscale)
+    parts = 0 if exact is None else min(4, -(-ek.shape[2] // t.exact))
+    eout, eml = (f32(BH, parts, G, D), f32(BH, parts, G, 2)) if parts else (qscale, qscale)
     C, zero = min(32, _pow2(kd)), c["zero"]
     columns = 0 if QB or self.raw else -(-kd // C)
-    if columns or exact is not None:
-        _begin_kernel[(BH, columns + (exact is not None))](q, c["K"], zero if c["k_mean"] is None else c["k_mean"], c["reach"], query, qscale, qconst, ek, ev, el, eout, eml,
-            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, EARLY=t.early and not QB, num_warps=4)
+    if columns or parts:
+        _begin_kernel[(BH, columns + parts)](q, c["K"], zero if c["k_mean"] is None else c["k_mean"], c["reach"], query, qscale, qconst, ek, ev, el, eout, eml,
+            H, ek.stride(1), scale, D=D, DP=DP, KD=kd if columns else 0, GROUP=G, C=C, MEAN=c["k_mean"] is not None and not QB, BOUND=8, W=t.exact, PARTS=parts, EARLY=t.early, num_warps=4, **_pdl(t))
     if QB:
         cos, sin = _turns(self, NB, dev)
         GP, ROWS, TURNS = _pow2(G), 64, 4
         _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
-            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, EARLY=t.early, num_warps=4, num_stages=1)
+            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, EARLY=t.early, num_warps=4, num_stages=1, **_pdl(t))
     self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits, **(dict(scale=scale) if self.raw else {}))
     SP, zero = _pow2(splits), c["zero"]
     ROWS = G if BH*G >= 1024 else 1
     _combine_kernel[(BH*G // ROWS,)](part, ml, qconst, eout, eml, c["V16"], c["v_reach"], zero if c["v_mean"] is None else c["v_mean"], out, H, splits,
-        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, EXACT=exact is not None, EARLY=t.early, num_warps=8 if t.rows > 32 else 4, **_pdl(t))
+        D=D, DP=DP, VD=vd, VP=max(16, _pow2(vd)), GROUP=G, ROWS=ROWS, S=min(t.rows, SP), SP=SP, MEAN=c["v_mean"] is not None, PARTS=parts, EARLY=t.early, num_warps=8 if t.rows > 32 else 4, **_pdl(t))
     return out
 
 def _split(self, grid, t, group, store, *args):
@@ -590,10 +611,10 @@ def _split(self, grid, t, group, store, *args):
     kd, vd = (sum(n for n, _ in x) for x in (L.k, L.v))
     _split_kernel[grid](store, store.view(torch.int32), *args,
         WORDS=L.words, PAGE=L.page, T=L.tokens, TILES=L.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(L, ku),
-        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, EARLY=t.early, num_warps=t.warps, **_registers(t))
+        VT=vt, VU=vu, VC=_curves(L, vu), VD=vd, QB=0 if self.home is None else self.home.block, RUN=_run(L, t), ASM=not _interpreted(), STAGES=t.stages, EARLY=t.early, LINES=_pow2(-(-L.words // 64)), num_warps=t.warps, **_registers(t))
 
 def _pdl(t): return dict(launch_pdl=True) if t.early else {}
-def _registers(t): return _pdl(t) | (dict(maxnreg=t.maxnreg) if t.maxnreg else {})
+def _registers(t): return (_pdl(t) if t.early > 1 else {}) | (dict(maxnreg=t.maxnreg) if t.maxnreg else {})
 
 def _splits(BH, pages, t, device):
     "Enough programs to fill the GPU once, at least two pages each."
@@ -629,7 +650,7 @@ def compile_split(
     t, (kt, ku), (vt, vu) = tuning or Tuning(), _plan(layout, "k"), _plan(layout, "v")
     kd, vd = (sum(n for n, _ in x) for x in (layout.k, layout.v))
     fixed = dict(WORDS=layout.words, PAGE=layout.page, T=layout.tokens, TILES=layout.tiles, D=kd, GROUP=group, NH=max(8, _pow2(group)), KT=kt, KU=ku, KC=_curves(layout, ku),
-        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages, EARLY=t.early)
+        VT=vt, VU=vu, VC=_curves(layout, vu), VD=vd, QB=block, RUN=_run(layout, t), ASM=True, STAGES=t.stages, EARLY=t.early, LINES=_pow2(-(-layout.words // 64)))
     types = dict(store="*i16", norms="*i32", table="*i32", lens="*i32", q="*fp16", qscale="*fp32", bias="*fp32", part="*fp32", part_ml="*fp32")
     fn = triton.JITFunction(getattr(_split_kernel, "fn", _split_kernel))
     signature = {a: "constexpr" if a in fixed else types.get(a, "i32") for a in fn.arg_names}

@@ -32,20 +32,19 @@ def _code(y, by, BITS: tl.constexpr, STEP: tl.constexpr, A: tl.constexpr):
 @triton.jit
 def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride_b, stride_h, stride_t, pages, each,
                    WORDS: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORD0: tl.constexpr, VALUE: tl.constexpr,
-                   STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr):
+                   STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr):
     "`each` pages of sequence and head `program_id(0)`; the frame stays where it is."
     bh = tl.program_id(0)
     b, kvh = bh // H, bh % H
     T: tl.constexpr = PAGE // FIELDS
-    R: tl.constexpr = PAGE if WHOLE else T # rows of one product
-    r, j, d, c = tl.arange(0, R), tl.arange(0, T), tl.arange(0, DP), tl.arange(0, DP)
+    j, d, c = tl.arange(0, T), tl.arange(0, DP), tl.arange(0, DP)
     M = tl.load(frame + kvh*D*D + d[:, None]*D + c[None, :], mask=(d[:, None] < D) & (c[None, :] < D), other=0.)
     g = tl.load(weight + kvh*D + c, mask=c < D, other=0.) # variance of a channel, for the least squares
     for p in range(tl.program_id(1)*each, tl.minimum((tl.program_id(1) + 1)*each, pages)):
         page = tl.load(table + b*pages + p).to(tl.int64)*H + kvh
         lanes, low = tl.full([T, DP], 0, tl.int32), tl.full([T, DP], 0, tl.int32)
-        for f in tl.static_range(1 if WHOLE else FIELDS):
-            at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + p*PAGE + f*T + r[:, None]).to(tl.int64)*stride_t + d[None, :]
+        for f in tl.static_range(FIELDS):
+            at = x + b.to(tl.int64)*stride_b + kvh*stride_h + (first + p*PAGE + f*T + j[:, None]).to(tl.int64)*stride_t + d[None, :]
             v = tl.load(at, mask=d[None, :] < D, other=0.).to(tl.float32)
             if MEAN: v -= tl.load(mean + kvh*D + d, mask=d < D, other=0.)[None, :]
             top = tl.maximum(tl.max(tl.abs(v), 1), 1e-30)
@@ -58,9 +57,8 @@ def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride
             if WEIGHTED: weighed = g[None, :] * level
             gain = tl.sum(y*weighed, 1) * by / tl.maximum(tl.sum(weighed*level, 1), 1e-30) / STEP
             norm = tl.where(top > 1e-30, top*rms*gain, 0.)
-            tl.store(norms + page*WORDS + WORDS - 2*PAGE + 2*(f*T + r) + VALUE, norm.to(tl.bfloat16))
-            if WHOLE: lanes = tl.sum(tl.reshape(code, [FIELDS, T, DP]) << (BITS*tl.arange(0, FIELDS))[:, None, None], 0)
-            elif SPLIT3:
+            tl.store(norms + page*WORDS + WORDS - 2*PAGE + 2*(f*T + j) + VALUE, norm.to(tl.bfloat16))
+            if SPLIT3:
                 lanes += (code >> 1) << (2*f)
                 low += (code & 1) << f
             else: lanes += code << (BITS*f)
@@ -129,8 +127,7 @@ def encode_pages(
     first:int=0,   # Tokens of k and v to skip
     each:int|None=None, # Pages a program; None = what leaves 16 programs for every multiprocessor
     warps:int=4,   # Of a program
-    whole:bool=False, # A page in one product, where its tokens are a power of two and its codes are not split
-    pairs:bool=False, # Two pages in one product by `_pairs_kernel`, where it can
+    pairs:bool=True, # Two pages in one product by `_pairs_kernel`, where it can
 ) -> Tensor: # `store`
     "Encode whole pages into a paged store."
     L, (B, H, T, D) = pa.layout, k.shape
@@ -153,7 +150,7 @@ def encode_pages(
                 WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., WIDE=_interpreted(), num_warps=4, num_stages=1)
             continue
         _encode_kernel[(B*H, -(-n // each))](x, frame, weight if mean is None else mean, weight, store, store.view(torch.bfloat16), table, first, H, x.stride(0), x.stride(1), x.stride(2), n, each,
-            WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, WEIGHTED=(pa.v_frame if value else pa.k_frame).scale is not None, WHOLE=whole and bits != 3, num_warps=warps)
+            WORDS=L.words, PAGE=L.page, FIELDS=fields, BITS=bits, D=D, DP=_pow2(D), WORD0=word, VALUE=value, STEP=L.step(bits), A=CUBIC[bits] if L.curve == "cubic" else 0., SPLIT3=bits == 3 and not L.five, MEAN=mean is not None, WEIGHTED=(pa.v_frame if value else pa.k_frame).scale is not None, num_warps=warps)
     return store
 
 def _signs(pa, x, kind):

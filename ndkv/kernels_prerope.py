@@ -36,7 +36,7 @@ def _prerope_kernel(store, norms, table, lens, q, part, part_ml, frame, mean, un
                     VT: tl.constexpr, VU: tl.constexpr, VC: tl.constexpr, VD: tl.constexpr,
                     RUN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     "Scores, softmax and values of the pages of one split of one sequence and KV head."
-    _early(EARLY, EARLY)
+    _early(EARLY > 0, EARLY > 1)
     bh, sp = tl.program_id(0), tl.program_id(1)
     b, kvh = bh // H, bh % H
     j, h, d = tl.arange(0, T), tl.arange(0, NH), tl.arange(0, DC)

@@ -187,7 +187,7 @@ def _trellis_kernel(store, norms, table, lens, q, qscale, bias, part, part_ml,
     j, h = tl.arange(0, T), tl.arange(0, NH)
     f = tl.load(pairs + AT[5] + tl.arange(0, 16)) # 0 .. 15: loaded, because the compiler moves conversions over loads, not over tl.arange
     if ASM: _fill(pairs, AT[5])
-    _early(EARLY, EARLY)
+    _early(EARLY > 0, EARLY > 1)
     n = tl.load(lens + b)
     pages = (n + PAGE - 1) // PAGE
     lo, hi = sp*pages // splits, (sp+1)*pages // splits

@@ -90,9 +90,11 @@ def _version(package):
     except PackageNotFoundError: return None
 
 # %% ../nbs/65_results.ipynb #f8fce9f4
-def machine() -> dict: # device, driver, cuda, cores, versions
+def machine(
+    gpu:bool=True, # Is it the GPU that computes, where there is one?
+) -> dict: # device, driver, cuda, cores, versions
     "The device that computes, its driver, and the versions of what computes on it."
-    gpu = torch.cuda.is_available()
+    gpu = gpu and torch.cuda.is_available()
     driver = _ask('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader') if gpu else None
     packages = {p: _version(p) for p in ('torch', 'transformers', 'triton', 'numpy')}
     return dict(
@@ -131,8 +133,9 @@ class Run:
         model=None, # Checkpoint folder (hashed) or an identifier
         data=None, # Text file or list of them (hashed), or an identifier
         name:str='measurements', # Rows go to `<name>.jsonl`
+        gpu:bool=True, # Is it the GPU that computes, where there is one?
     ):
-        self.out_dir,self.name,self.rows = Path(out_dir),name,[]
+        self.out_dir,self.name,self.gpu,self.rows = Path(out_dir),name,gpu and torch.cuda.is_available(),[]
         self.info = dict(
             command=command or ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             seed=seed,
@@ -151,8 +154,8 @@ def _identity(source):
 def _enter(self:Run):
     now = datetime.now(timezone.utc)
     self.id = f'{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}'
-    self.info |= dict(run=self.id, start=f'{now:%Y-%m-%dT%H:%M:%SZ}', **code_version(), **machine())
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    self.info |= dict(run=self.id, start=f'{now:%Y-%m-%dT%H:%M:%SZ}', **code_version(), **machine(self.gpu))
+    if self.gpu: torch.cuda.reset_peak_memory_stats()
     self.t0 = time.perf_counter()
     return self
 
@@ -184,7 +187,7 @@ def _save(self:Run):
     if not self.rows: return
     names = sorted({name for name, _ in self.rows})
     groups = {n: [r for name, r in self.rows if name == n] for n in names}
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    gpu = torch.cuda.max_memory_allocated() if self.gpu else None
     self.info |= dict(
         rows={n: len(g) for n, g in groups.items()},
         wall_seconds=time.perf_counter() - self.t0,

@@ -10,7 +10,7 @@ __all__ = ['GRID', 'CROSSED', 'read_grid', 'cells_of', 'find_text', 'make_cell',
 import fcntl, hashlib, itertools, json, os, tempfile, traceback
 import multiprocessing as mp
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from multiprocessing.connection import wait
@@ -27,7 +27,7 @@ from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate
 from .metrics import mean_stderr
-from .profile import probe
+from .profile import Profile, fingerprint, probe, tokens_hash
 from .results import Run, code_version, load_rows, merge, write_atomic
 from .spectral import plan
 from .stress import load_twin
@@ -104,13 +104,28 @@ def find_text(
 def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"], cell.get("revision")), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
 
 
+@contextmanager
+def _locked(path):
+    "Alone with a file among processes."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
 def _profile(cell, where):
-    "Profile of the cell's model on the calibration text."
+    "Profile of the cell's model on the calibration text, from `where[\"profiles\"]` if another process has measured it."
     if not cell["calibration"]: raise ValueError(f"{cell['method']} needs a profile: add `calibration: NAME-OF-A-TEXT` to the grid")
+    def measured(model, tokens): return calibrate(model, tokens, cell["window"], cell["sinks"], cell["block"], data=cell["calibration"], bar=False)
     def make():
         model, tokenizer = _load(cell, where)
         tokens = text_windows(find_text(cell["calibration"], where["data"]), tokenizer, min(1024, model.config.get_text_config().max_position_embeddings), cell["calibration_windows"])
-        return calibrate(model, tokens, cell["window"], cell["sinks"], cell["block"], data=cell["calibration"], bar=False)
+        if not where.get("profiles"): return measured(model, tokens)
+        what = [fingerprint(model), tokens_hash(tokens), *(cell[k] for k in ("calibration", "dtype", "window", "sinks", "block"))]
+        path = Path(where["profiles"]) / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.safetensors"
+        with _locked(path):
+            if not path.exists(): measured(model, tokens).save(path)
+            return Profile.load(path, model)
     return _keep("profile", tuple(cell.get(k) for k in ("model", "revision", "dtype", "calibration", "calibration_windows", "window", "sinks", "block")), make)
 
 # %% ../nbs/80_search.ipynb #ce26896f
@@ -300,12 +315,14 @@ def sweep(
     retry: bool = True,  # Try again what failed before
     bar: bool = True,  # Show progress
     workers: int = 1,  # Processes beside each other on this machine, over its GPUs in turn
+    profiles: str | Path | None = None,  # Folder that keeps measured profiles, for other sweeps too; None = one that ends with this sweep
 ) -> dict[str, list[str]]:  # Keys of cells: "done" now, "failed" now, "skipped"
     "Measure every cell of a grid that is not in the results yet."
     out, failures = Path(out), Path(out) / f"{name.replace('_{model}', '')}.failed.json"
     cells, report = cells_of(read_grid(grid)), dict(done=[], failed=[], skipped=[])
     where = dict(data=str(Path(data).resolve()), zoo=str(Path(zoo).resolve()), name=name, command=f"ndkv sweep {Path(grid).name if not isinstance(grid, dict) else 'grid'}")
-    with _alone(failures):
+    with _alone(failures), nullcontext(profiles) if profiles else tempfile.TemporaryDirectory() as kept:
+        where["profiles"] = str(Path(kept).resolve())
         failed = json.loads(failures.read_text("utf8")) if failures.exists() else {}
         have = {r.get("key") for f in out.glob(f"{name.format(model='*')}.jsonl") for r in load_rows(f)}
         report["skipped"] = [k for k in cells if k in have or k in failed and not retry]

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache
-from .tiles import attend_tiles, write_pages
+from .tiles import attend_tiles, by_kernel, write_pages
 
 # %% ../nbs/59_serving.ipynb #0f5e8b5f
 class PoolLayer(DynamicLayer):
@@ -123,11 +123,13 @@ def _keys(self:PagePool, ids) -> list:
         out, at = [*out, h.digest()], end
     return out
 
-def _admit(self:PagePool, ids, total) -> int|None:
+def _admit(self:PagePool, ids, total, keys=None) -> int|None:
     "A slot for a request with prompt `ids` that may grow to `total` tokens, with its pages; None = there is no room now."
-    slot, n, keys = next((s for s in range(self.slots) if s not in self.held), None), self.whole_pages(total), self.keys(ids)
+    slot, n = next((s for s in range(self.slots) if s not in self.held), None), self.whole_pages(total)
+    if slot is None: return None
+    keys = self.keys(ids) if keys is None else keys
     found = [self.known[k] for k in takewhile(self.known.__contains__, keys)]
-    if slot is None or n - len(found) > len(self.free): return None
+    if n - len(found) > len(self.free): return None
     pages = self.held[slot] = found + [self.free.pop() for _ in range(n - len(found))]
     self.uses.update(pages)
     self.known.update(zip(keys, pages))
@@ -150,13 +152,18 @@ def _release(self:PagePool, slot):
 PagePool.keys, PagePool.admit, PagePool.release = _keys, _admit, _release
 
 # %% ../nbs/59_serving.ipynb #182e0501
-def _make_room(self:PagePool):
+def _flush_pages(self:PagePool, at, pages, packed):
+    for layer in self.layers: layer.flush(at, pages, packed)
+
+def _make_room(self:PagePool,
+    flush=None, # In place of `self.flush`
+):
     "Before a step: code the oldest page of every slot whose buffer the step would fill."
     due = [s for s, (_, fresh) in self.lengths.items() if fresh + 1 == self.room]
     if due:
         at, packed = torch.tensor(due, device=self.table.device), [self.lengths[s][0] for s in due]
         pages = self.table[at].gather(1, torch.tensor(packed, device=at.device)[:, None] // self.page)
-        for layer in self.layers: layer.flush(at, pages, packed)
+        (flush or self.flush)(at, pages, packed)
         self.packed[at] += self.page
         self.fresh[at] -= self.page
         for s in due: self.lengths[s] = [self.lengths[s][0] + self.page, self.lengths[s][1] - self.page]
@@ -165,7 +172,7 @@ def _grown(self:PagePool):
     "After a step: every request has one more token (the device has counted its own)."
     for n in self.lengths.values(): n[1] += 1
 
-PagePool.make_room, PagePool.grown = _make_room, _grown
+PagePool.flush, PagePool.make_room, PagePool.grown = _flush_pages, _make_room, _grown
 
 # %% ../nbs/59_serving.ipynb #2d534726
 @dataclass
@@ -177,6 +184,7 @@ class Request:
     eos: frozenset = frozenset()
     generated_tokens: list = field(default_factory=list)
     slot: int|None = None
+    keys: list|None = None # Of the pages of the prompt; a request that waits asks at every step
 
     def is_finished(self): return len(self.generated_tokens) == self.max_new_tokens or bool(self.generated_tokens) and self.generated_tokens[-1] in self.eos
 
@@ -208,7 +216,7 @@ class Server:
     ):
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self.config = generation_config or model.generation_config
-        self.choose, self.graph, self.graphs, self.names = _choose(self.config), graph, {}, count()
+        self.choose, self.graph, self.graphs, self.flushes, self.names = _choose(self.config), graph, {}, {}, count()
         self.pool = PagePool(model.config, slots, 0, length, self.device, **kw)
         self.pool.pages = pages = slots * self.pool.most if pages is None else pages
         self.pool.free = list(range(pages))[::-1]
@@ -270,15 +278,36 @@ def _replay(self:Server, B):
         with torch.cuda.graph(self.graphs[B]): self._decode(B)
     self.graphs[B].replay()
 
+def _replay_flush(self:Server, at, pages, packed):
+    "`PagePool.flush` as a CUDA graph."
+    n = len(packed)
+    m = 1 << (n - 1).bit_length()
+    first = m not in self.flushes
+    if first: self.flushes[m] = torch.cuda.CUDAGraph(), at.new_empty(m), pages.new_empty(m, 1)
+    graph, *static = self.flushes[m]
+    for to, x in zip(static, (at, pages)): to[:n], to[n:] = x, x[-1]
+    if not first: return graph.replay()
+    self.pool.flush(*static, packed)
+    with torch.cuda.graph(graph): self.pool.flush(*static, packed)
+
 def _forward(self:Server):
     "One more token for all that run."
     pool = self.pool
-    pool.make_room()
+    pool.make_room(self._replay_flush if self.graph and all(by_kernel(l.pa) for l in pool.layers) else None)
     pool.width = pool.most if self.graph else max(max(n for n, _ in pool.lengths.values()) // pool.page, 1)
     (self._replay if self.graph else self._decode)(pool.batch)
     pool.grown()
 
-Server._replay, Server.forward = _replay, _forward
+def _warm(self:Server):
+    "Compile kernels and capture graphs before the first request, on prompts of nothing."
+    pool = self.pool
+    for k in (1, 2, 16): # launches differ for one page, and for multiples of 16
+        n = pool.sinks + pool.window + (k + 1)*pool.page - 1 # the next token fills the buffer
+        if n + 2 <= self.length and k < pool.pages: self.generate_batch([[0]*n], max_new_tokens=2, eos_token_id=-1)
+    if self.graph:
+        for i in range((pool.slots - 1).bit_length() + 1): self._replay(1 << i)
+
+Server._replay, Server._replay_flush, Server.forward, Server.warm = _replay, _replay_flush, _forward, _warm
 
 # %% ../nbs/59_serving.ipynb #eece7bdd
 def _take(self:Server, slots):
@@ -297,7 +326,8 @@ def _step(self:Server) -> list: # Requests that are finished
     done = []
     while self.waiting:
         request = self.waiting[0]
-        slot = self.pool.admit(request.prompt_ids, len(request.prompt_ids) + request.max_new_tokens)
+        if request.keys is None: request.keys = self.pool.keys(request.prompt_ids)
+        slot = self.pool.admit(request.prompt_ids, len(request.prompt_ids) + request.max_new_tokens, request.keys)
         if slot is None: break
         try: self._prefill(request, slot)
         except BaseException: # say, out of memory: the request stays first in the queue

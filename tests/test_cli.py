@@ -2,6 +2,7 @@
 import contextlib
 import fcntl
 import io
+import inspect
 import json
 import os
 import pty
@@ -234,10 +235,10 @@ def test_exit_codes(place, profile, monkeypatch):
         1: [('demo', 'nowhere/none'), ('demo', 'tiny', '--profile', 'none.safetensors'), ('demo', 'tiny', '--profile', 'damaged.safetensors', '--prompt', WORDS), ('demo', 'other', '--profile', profile, '--prompt', WORDS),
             ('demo', 'tiny', '--bits', '3,x', '--prompt', WORDS), ('demo', 'tiny', '--bits', '9', '--prompt', WORDS), ('inspect', 'tiny', '--profile', 'someone/nothing'), ('evaluate', 'tiny', '--method', 'magic', '--data', 'text.txt'),
             ('evaluate', 'tiny', '--method', 'spectral', '--data', 'text.txt'), ('evaluate', 'tiny', '--grid', 'bits', '--data', 'text.txt'), ('recommend', 'tiny', '--data', 'text.txt'), ('calibrate', 'tiny', '--text', 'none'),
-            ('sweep', 'none.yaml'), ('bench', '--out', 'x'), ('report',), ('verify',), ('claims',)],
+            ('sweep', 'none.yaml'), ('bench', '--out', 'x'), ('bench', 'queue', '--out', 'x'), ('report',), ('verify',), ('claims',)],
         2: [('demo', '--new-tokens', '0'), ('calibrate', '--length', 'many'), ('evaluatee',), ('inspect', '--bits', '99'), ('recommend', '--budget'), ()],
     }
-    if torch.cuda.is_available(): cases[1].remove(('bench', '--out', 'x'))
+    if torch.cuda.is_available(): cases[1] = [c for c in cases[1] if c[0] != 'bench']
     for code, calls in cases.items():
         for args in calls:
             found, out, err = here(*args, cwd=place)
@@ -246,6 +247,27 @@ def test_exit_codes(place, profile, monkeypatch):
     for args, code in ((('demo', 'nowhere/none'), 1), (('demo', '--new-tokens', '0'), 2)): # the codes reach the shell
         found, out, err = process(*args, cwd=place)
         assert found == code and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('what, device', [('cpu', 'a processor'), ('serve', 'a card'), ('queue', 'a card')])
+def test_rows_name_the_device_that_computed(place, tmp_path, monkeypatch, what, device):
+    "On a machine with a GPU: `bench cpu` runs beside it, `bench serve` and `bench queue` on it."
+    from ndkv import results, throughput
+    for name, found in dict(is_available=True, get_device_name='a card', reset_peak_memory_stats=None, max_memory_allocated=7).items(): monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(results, '_cpu_name', lambda: 'a processor')
+    monkeypatch.setattr('ndkv.cli.text_windows', lambda *args: torch.zeros(1, 6000))
+    (tmp_path / 'wiki_val.txt.xz').touch()
+    def stand_in(plain):
+        def bench(run, *args, **kw):
+            inspect.signature(plain).bind(run, *args, **kw)
+            run.row(method='x', metric='tokens_per_s', model='m', value=1., dtype=str(kw.get('dtype')))
+            return dict(x=1)
+        return bench
+    for name in ('cpu_bench', 'serve_bench', 'queue_bench', 'users_bench'): monkeypatch.setattr(throughput, name, stand_in(getattr(throughput, name)))
+    code, out, err = here('bench', what, '--model', 'tiny', '--data', tmp_path, '--out', tmp_path / 'rows', cwd=place)
+    assert code == 0, err
+    run, = results.load_runs(tmp_path / 'rows').values()
+    assert (run['device'], run['peak_gpu_bytes']) == (device, 7 if device == 'a card' else None)
 
 
 def test_every_help_teaches():

@@ -135,22 +135,44 @@ def test_trained_model_answers_as_through_ndcache():
 
 
 def test_bookkeeping_of_graphs(model, monkeypatch):
-    "Without a GPU: a stand-in for a CUDA graph, which computes when it is captured and again at each replay but the first."
+    "Without a GPU: a stand-in for CUDA graphs, whose capture leaves everything as it was, and whose replay computes what was captured."
+    last, servers = [], []
     class Graph:
-        def __init__(self): self.fresh = True
-        def replay(self):
-            if not self.fresh: self.server._decode(self.rows)
-            self.fresh = False
+        def replay(self): self.call()
+    @contextlib.contextmanager
+    def capture(graph):
+        held = [(t, t.clone()) for s in servers for t in (s.tokens, s.pool.fresh, *(t for l in s.pool.layers for t in (l.store, *l.exact)))]
+        yield
+        graph.call = last[-1]
+        for t, old in held: t.copy_(old)
     stream = type("Stream", (), dict(wait_stream=lambda self, other: None))
-    for name, what in dict(Stream=stream, current_stream=stream, CUDAGraph=Graph, stream=lambda s: contextlib.nullcontext(), graph=lambda g: contextlib.nullcontext()).items(): monkeypatch.setattr(torch.cuda, name, what)
-    queue, kw = prompts(5, 200, 130, 64, 17), dict(slots=3, length=300, bits=4, window=16)
-    server, decode = Server(model, graph=True, **kw), Server._decode
-    def note(self, B):
-        decode(self, B)
-        for rows, g in self.graphs.items(): g.server, g.rows = self, rows
-    monkeypatch.setattr(Server, "_decode", note)
-    got = [r.generated_tokens for r in server.generate_batch(queue, max_new_tokens=90).values()]
-    assert got == [r.generated_tokens for r in Server(model, **kw).generate_batch(queue, max_new_tokens=90).values()] and set(server.graphs) <= {1, 2, 3}
+    for name, what in dict(Stream=stream, current_stream=stream, CUDAGraph=Graph, stream=lambda s: contextlib.nullcontext(), graph=capture).items(): monkeypatch.setattr(torch.cuda, name, what)
+    for owner, name in ((Server, "_decode"), (PagePool, "flush")):
+        def noted(self, *args, plain=getattr(owner, name)):
+            last.append(lambda: plain(self, *args))
+            plain(self, *args)
+        monkeypatch.setattr(owner, name, noted)
+    queue, kw = prompts(5, 200, 136, 72, 17, 201, 131, 64), dict(slots=5, length=300, bits=4, window=16) # three fill their buffers at once
+    want = [r.generated_tokens for r in Server(model, **kw).generate_batch(queue, max_new_tokens=90).values()]
+    for warm in (False, True):
+        server = Server(model, graph=True, **kw)
+        servers[:] = [server]
+        if warm:
+            server.warm()
+            assert set(server.graphs) == {1, 2, 4, 5} and set(server.flushes) == {1} and not server.running and not server.pool.held and sorted(server.pool.free) == list(range(server.pool.pages))
+        assert [r.generated_tokens for r in server.generate_batch(queue, max_new_tokens=90).values()] == want
+        assert set(server.graphs) <= {1, 2, 4, 5} and {1, 4} <= set(server.flushes) <= {1, 2, 4}
+
+
+def test_prompts_are_read_without_a_mask(model, monkeypatch):
+    "A long prompt goes to the causal kernels of PyTorch, heads not repeated: no scores of prompt times prompt."
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    def note(q, k, v, attn_mask=None, is_causal=False, **kw):
+        seen.append((q.shape[2], k.shape[1], attn_mask, is_causal))
+        return sdpa(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **kw)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    Server(model, slots=2, length=400).generate_batch(prompts(300), max_new_tokens=3)
+    assert seen == [(300, model.config.num_key_value_heads, None, True)] * model.config.num_hidden_layers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -160,3 +182,16 @@ def test_graphs_replay_what_steps_compute():
     want, got = ([r.generated_tokens for r in Server(model, graph=graph, **kw).generate_batch(queue, max_new_tokens=90).values()] for graph in (False, True))
     same = sum(a == b for x, y in zip(want, got) for a, b in zip(x, y)) / 450
     assert same > .9 # batches are rounded up, and bfloat16 rounds by the shape of a batch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="contestants of a GPU")
+def test_every_contestant_serves_a_queue_on_a_gpu(tmp_path):
+    "The bench of the 8B shape, small: all four finish in their memory, and the three exact attentions mostly agree."
+    from ndkv import throughput
+    from ndkv.results import Run
+    assert throughput._varlen_is_right(torch.device("cuda"))
+    with Run(tmp_path, command="test", name="serving") as run: found = throughput.queue_bench(run, "tiny", 12, (40, 900), (5, 90), 2_000_000)
+    assert list(found) == list(throughput.SERVERS) and found["transformers"].notes == dict(attention="paged|flash_of_torch")
+    for s in found.values(): assert len(s.answers) == 12 and s.kv_bytes <= 2_000_000
+    same = [a == b for i in range(12) for a, b in zip(found["transformers"].answers[i], found["static"].answers[i])]
+    assert sum(same) / len(same) > .5 # bfloat16
