@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'ROTATIONS', 'Cell', 'chunk_edges', 'step', 'compare', 'layer_errors', 'codec_times', 'divergence_lengths',
-           'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'bits_grid', 'adaptive_grid',
-           'ablation_grid', 'text_windows', 'spectra', 'rates', 'trellis_times']
+           'account', 'record', 'evaluate', 'first_grid', 'spectral_cell', 'prompt_cell', 'bits_grid', 'adaptive_grid',
+           'ablation_grid', 'text_windows', 'measure_prompts', 'spectra', 'rates', 'trellis_times']
 
 # %% ../nbs/76_evaluate.ipynb #6a1a367e
 from dataclasses import dataclass, field, replace
@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .baselines import CACHES
-from .cache import NDCache
+from .cache import NDCache, prompt_cache
 from .data import read_documents, windows
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
+from .models import load_model
 from .profile import Profile, effective_rank, probe, query_weight, water_level
 from .results import Run
 from .spectral import frame_bits, key_frame, klt, plan
@@ -31,7 +32,7 @@ from .trellis import Trellis
 @dataclass(frozen=True, eq=False)
 class Cell:
     "One cache to measure."
-    method: str = "rotation"  # A name in `METHODS`, or "bf16" for the reference itself
+    method: str = "rotation"  # A name in `METHODS`, "prompt" for `prompt_cache`, or "bf16" for the reference itself
     k_bits: float | None = 4  # Bits a channel of keys; None = exact
     v_bits: float | None = 4  # Bits a channel of values
     window: int = 128  # Recent tokens kept exact
@@ -42,6 +43,11 @@ class Cell:
 
     @property
     def exact(self): return self.k_bits is None and self.v_bits is None
+
+    def cache_of(self, model, prompt):
+        "An empty cache for texts that begin with a prompt [B, T]."
+        if self.method != "prompt": return self.cache(model.config)
+        return prompt_cache(model, prompt, self.k_bits, window=self.window, sinks=self.sinks, block=self.block, memo=True, **self.options)
 
     def cache(self, config, memo=True):
         "An empty cache of this kind. Without window and sinks nothing is read exactly, a token's own key and value included."
@@ -103,7 +109,7 @@ def compare(
     progress = tqdm(total=len(tokens) * len(edges), desc="compare", disable=not bar, mininterval=2)
     for ids in tokens.split(batch):
         ids = ids.to(device)
-        exact, caches = DynamicCache(config=model.config), {c: c.cache(model.config) for c in cells}
+        exact, caches = DynamicCache(config=model.config), {c: c.cache_of(model, ids[:, :prompt]) for c in cells}
         rows = {c: [] for c in cells}
         for a, b in edges:
             reference, target = next(given, None), ids[:, a + 1 : b + 1]
@@ -251,10 +257,10 @@ def evaluate(
             record(run, c, numbers, **where)
             for place, number in by_position(found[c]["dnll"], first, buckets=min(4, tokens.shape[1] - 1 - first)).items(): record(run, c, {"dnll_position": number}, position=place, **where)
     for c in cells:
-        if generations and not c.exact:
+        if generations and not c.exact and c.method != "prompt":
             shared = torch.tensor(divergence_lengths(model, tokens[:generations, : tokens.shape[1] // 2], c)).double()
             record(run, c, {"divergence_length": (*mean_stderr(shared[:, None]), len(shared))}, **where)
-        if c.exact or c.method in CACHES or not heads or c.window + c.sinks == 0: continue
+        if c.exact or c.method in (*CACHES, "prompt") or not heads or c.window + c.sinks == 0: continue
         record(run, c, {k: (v, None, heads) for k, v in codec_times(model, tokens[:heads, : min(1024, tokens.shape[1] // c.block * c.block)], c).items()}, **where)
         errors = layer_errors(model, tokens[:heads, :1024], c)
         for kind, e in errors.items():
@@ -293,6 +299,16 @@ def spectral_cell(
     return Cell("spectral", bits, bits, window, options=dict(codecs=codecs), note=note)
 
 
+def prompt_cell(
+    bits: float,  # Budget, frames included
+    tokens: int,  # That share the frames
+    trellis: int = 0,  # States; 0 = Lloyd–Max, quick to encode
+) -> Cell:
+    "A cell of `prompt_cache`, to be run with a prompt, a window at a time."
+    note = dict(home="64", trellis=trellis, prices="fisher", allocation="global", classes=1, tokens=tokens, profile="prompt")
+    return Cell("prompt", bits, bits, options=dict(trellis=trellis, tokens=tokens), note=note)
+
+
 def bits_grid(
     profile: Profile,  # From `calibrate`
     bits: tuple = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5),  # Budgets, frames included
@@ -308,12 +324,9 @@ def adaptive_grid(
     tokens: int = 4096,  # That share the frames
     trellis: int = 0,  # States; 0 = Lloyd–Max, quick to encode
 ) -> list[Cell]:
-    "What is measured on the text itself: classes of tokens, beside one class, and frames from the prompt (to be run with a prompt), beside the same from a profile; the rotation."
+    "What is measured on the text itself: classes of tokens, beside one class, and frames from the prompt (to be run with one, a window at a time); the rotation."
     cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens, trellis=trellis)
-    made = dict(home="64", trellis=trellis, prices="none", allocation="layer", profile="prompt")
-    prompts = [Cell("prompt", b, b, options=dict(trellis=trellis), note=made) for b in (1.5, 2.5)]
-    known = spectral_cell(profile, 1.5, trellis=trellis, prices="none", allocation="layer", classes=False)
-    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *prompts, known]
+    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *(prompt_cell(b, tokens, trellis) for b in bits[1:])]
 
 
 def ablation_grid(
@@ -340,6 +353,22 @@ def text_windows(
     if getattr(tokenizer, "eos_token_id", None) is None: raise ValueError("the tokenizer has no end-of-text token to separate documents with; set tokenizer.eos_token")
     stream = [t for d in docs for t in (*tokenizer(d, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
     return windows(stream, length, count)
+
+# %% ../nbs/76_evaluate.ipynb #b1e7f220
+def measure_prompts(
+    model: str,  # Folder below `results/zoo`
+    prompt: int = 512,  # Tokens that come at once
+    length: int = 1280,  # Tokens a window
+    windows: int = 2,
+    cells: tuple = ((1.0, 4096), (1.0, 32768), (1.5, 4096)),  # Budgets, and the tokens whose frames they pay
+    text: str = "data/wiki_val.txt.xz",
+    out: str | Path = "results",  # Rows go to `prompt.jsonl` there
+) -> None:
+    "Frames from the prompt beside the rotation, on one model of the zoo."
+    lm, tokenizer = load_model(model, torch.float32)
+    command = f"python -c \"from ndkv.evaluate import *; measure_prompts('{model}', {prompt}, {length}, {windows}, {cells})\""
+    with Run(out, command=command, model=Path("results/zoo") / model, data=text, name="prompt") as run:
+        evaluate(lm, text_windows(text, tokenizer, length, windows), [NOISE, *ROTATIONS[:2], *(prompt_cell(*c) for c in cells)], run, model, Path(text).name.split(".")[0], 1, 0, False, prompt, dtype="float32", prompted=prompt)
 
 # %% ../nbs/76_evaluate.ipynb #9dd10e62
 def spectra(

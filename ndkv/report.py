@@ -1450,8 +1450,8 @@ _row_number('kl_keep_half_bit', file='eviction', metric='kl_mean', method='spect
 for _model in ('llama', 'qwen2'):
     for _classes, _word in ((1, 'one'), (4, 'four')): _row_number(f'kl_{_word}_class_{_model}', file='adaptive', metric='kl_mean', method='spectral', prices='fisher', trellis=0, k_bits=1.25, classes=_classes, model=_model)
     for _on, _word in ((0., 'plain'), (1., 'debiased')): _row_number(f'kl_{_word}_{_model}', file='debias', metric='kl_mean', k_bits=1., debias=_on, model=_model)
-_row_number('kl_prompt_frames', file='adaptive', metric='kl_mean', method='prompt', k_bits=2.5, model='llama')
-_row_number('kl_prompt_rotation', file='adaptive', metric='kl_mean', method='rotation', k_bits=3, model='llama')
+_row_number('kl_prompt_frames', file='prompt', metric='kl_mean', method='prompt', k_bits=1.0, tokens=32768, model='llama')
+_row_number('kl_prompt_rotation', file='prompt', metric='kl_mean', method='rotation', k_bits=3, model='llama')
 for _method in ('packed4', 'dynamic'): _row_number(f'largest_{_method}_8k', file='throughput', metric='largest_batch', method=_method, length=8192)
 _row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
 _row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)

@@ -6,7 +6,7 @@
 __all__ = ['OCTAVES', 'NORM_BITS', 'CHANNEL_BYTES', 'HEAD_BYTES', 'SHARES', 'klt', 'BitRow', 'norm_bits', 'norm_code',
            'norm_value', 'Home', 'eight_bits', 'SmallFrame', 'Strings', 'Classes', 'SpectralCodec', 'class_bytes',
            'code_table', 'key_frame', 'whole_bytes', 'token_bytes', 'water', 'spend', 'classes_of', 'plan',
-           'frame_bits', 'shrunk', 'PromptCodec']
+           'frame_bits', 'Refreshed']
 
 # %% ../nbs/34_spectral.ipynb #1b83395b
 import math
@@ -577,65 +577,37 @@ def frame_bits(
     "Memory of all frames, in bits an element."
     return sum(c.frame_bits * c.widths.numel() for c in codecs.values()) / sum(c.widths.numel() for c in codecs.values())
 
-# %% ../nbs/34_spectral.ipynb #7c90d640
-def shrunk(
-    x: Tensor,  # Vectors [H, n, D]
-) -> tuple[Tensor, Tensor]:  # Mean [H, D], covariance [H, D, D]; float64
-    "Covariance of few vectors, shrunk towards the identity."
-    x = x.double()
-    mean, (n, D) = x.mean(1), x.shape[1:]
-    x = x - mean[:, None]
-    S, eye = x.mT @ x / n, torch.eye(D, dtype=torch.float64, device=x.device)
-    target = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * eye
-    noise = (x.square().sum(-1).square().mean(1) - S.square().sum((-2, -1))) / n
-    a = (noise / (S - target).square().sum((-2, -1)).clamp_min(1e-300)).clamp(0, 1)[:, None, None]
-    return mean, (1 - a) * S + a * target
-
-# %% ../nbs/34_spectral.ipynb #8f7c8a42
-class PromptCodec:
-    "Spectral codes measured on the first tokens that are encoded, or a codec that needs no data."
-
-    group = 1  # tokens an entry along the token axis
+# %% ../nbs/34_spectral.ipynb #7b648d34
+class Refreshed:
+    "A `SpectralCodec` whose frame changes at some positions."
 
     def __init__(
         self,
-        bits: float,  # All-in bits an element of the spectral codes, frames apart
-        fallback,  # Codec for short prompts, and for those it codes better
-        home: Home = Home(),  # Coordinates of keys
-        trellis: int = 256,  # States; 0 = Lloyd–Max
-        least: int = 256,  # Tokens for a frame
+        codec,  # A `SpectralCodec`, or one of these
+        frame: Frame,  # For tokens from `start` on
+        start: int,  # Position, where a group of tokens starts
     ):
-        self.bits, self.fallback, self.home, self.trellis, self.least, self.codec = bits, fallback, home, trellis, least, None
+        self.parts = [*getattr(codec, "parts", [(0, codec)])]  # first position, codec
+        last = self.parts[-1][1]
+        widths, norms = zip(*((s.widths, s.norms) for s in last.strings))
+        self.parts.append((start, SpectralCodec(frame, list(widths), last.home, last.strings[0].trellis, list(norms), last.classes)))
+        self.group, self.widths, self.bits_per_element = last.group, last.widths, last.bits_per_element
 
     @property
-    def bits_per_element(self): return self.codec.bits_per_element if self.codec else self.bits
+    def frame_bits(self): return sum(c.frame_bits for _, c in self.parts)  # of all frames
 
-    @property
-    def frame_bits(self): return getattr(self.codec, "frame_bits", 0.0)
-
-    @property
-    def widths(self): return getattr(self.codec, "widths", torch.zeros(self.shape))  # [H, D]; zeros for the fallback
+    def _pieces(self, pos, n):
+        "Which codec codes which of `n` tokens from position `pos` on: (codec, from, to)."
+        ends = [start for start, _ in self.parts[1:]] + [pos + n]
+        found = [(c, max(start, pos) - pos, min(end, pos + n) - pos) for (start, c), end in zip(self.parts, ends)]
+        return [(c, a, b) for c, a, b in found if a < b]
 
     def encode(self, x, pos=0):
-        "As the codec that was chosen; the first call chooses."
-        if self.codec is None: self.codec, self.shape = self._choose(x, pos), x.shape[1::2]
-        return self.codec.encode(x, pos)
+        "As `SpectralCodec.encode`."
+        parts = [c.encode(x[:, :, a:b], pos + a) for c, a, b in self._pieces(pos, x.shape[2])]
+        return {name: torch.cat([p[name] for p in parts], 2) for name in parts[0]}
 
-    def decode(self, enc, pos=0, dtype=torch.float32): return self.codec.decode(enc, pos, dtype)
-
-    def _choose(self, x, pos):
-        n, cut = x.shape[2], x.shape[2] * 3 // 4
-        if n < self.least: return self.fallback
-        rest = x[:, :, cut:].float()
-        error = lambda c: (c.decode(c.encode(rest, pos + cut), pos + cut) - rest).square().sum()
-        return self.measured(x, pos) if error(self.measured(x[:, :, :cut], pos)) < error(self.fallback) else self.fallback
-
-    def measured(self, x, pos):
-        "Codec with the frame of vectors `[B, H, T, D]`."
-        z, rope = x.float(), self.home.rope
-        if rope: z = rope.undo(z, torch.arange(pos, pos + x.shape[2], device=x.device))
-        mean, cov = (t.cpu() for t in shrunk(z.transpose(0, 1).flatten(1, 2)))
-        if rope: cov = rotated_average(cov, rope, torch.arange(self.home.block))
-        frame = klt(cov, torch.eye(x.shape[-1], dtype=torch.float64).expand_as(cov), mean, 0.0)
-        ((widths, norm),) = spend([frame.scale.double().square()[None]], [(1,)], self.bits, code_table(self.trellis), self.trellis)[0]
-        return SpectralCodec(frame, widths, self.home, self.trellis, norm)
+    def decode(self, enc, pos=0, dtype=torch.float32):
+        "As `SpectralCodec.decode`."
+        g = self.group
+        return torch.cat([c.decode({k: t[:, :, a // g : b // g] for k, t in enc.items()}, pos + a, dtype) for c, a, b in self._pieces(pos, enc["codes"].shape[2] * g)], 2)
