@@ -1511,7 +1511,7 @@ def numbers_tex(book) -> str:
     if taken := macros.keys() & NUMBERS.keys(): raise ValueError(f'{sorted(taken)[0]} is a claim and a number; give the number another name')
     macros |= {id: f(book) for id, f in NUMBERS.items()}
     run = [c['met'] for c in found if c['value'] is not None]
-    counts = dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
+    counts = dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)).replace('no', 'none'))
     macros = sorted(macros.items()) + list(counts.items()) # counts last, so that the first line that differs names a row
     return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in macros)
 
