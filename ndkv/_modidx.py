@@ -771,6 +771,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report._kl_claim': ('report.html#_kl_claim', 'ndkv/report.py'),
                              'ndkv.report._least_number': ('report.html#_least_number', 'ndkv/report.py'),
                              'ndkv.report._model_number': ('report.html#_model_number', 'ndkv/report.py'),
+                             'ndkv.report._needle_number': ('report.html#_needle_number', 'ndkv/report.py'),
                              'ndkv.report._ppl_claim': ('report.html#_ppl_claim', 'ndkv/report.py'),
                              'ndkv.report._rate_number': ('report.html#_rate_number', 'ndkv/report.py'),
                              'ndkv.report._ratio_claim': ('report.html#_ratio_claim', 'ndkv/report.py'),

@@ -6,27 +6,27 @@
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'SHARED', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY',
            'PRINTED', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS', 'PROTOCOL',
-           'TAILS', 'SURVIVED', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS', 'NOTEBOOKS',
-           'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown', 'tex_number', 'res',
-           'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at',
-           'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure',
-           'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series',
-           'ratedistortion_figure', 'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure',
-           'throughput_figure', 'pairs', 'eviction_figure', 'quality_line', 'quality', 'heads_table', 'bits_table',
-           'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio',
-           'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
-           'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged',
-           'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use',
-           'all_in', 'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived',
-           'refused', 'stress_table', 'stress_figure', 'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name',
-           'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit',
-           'sweep_cells', 'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown',
-           'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number',
-           'eval_tokens', 'noise_floor', 'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most',
-           'in_words', 'bits_models', 'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'kind_of',
-           'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate',
-           'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text', 'lint_paper',
-           'report']
+           'TAILS', 'SURVIVED', 'HARDLY', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS',
+           'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown',
+           'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table',
+           'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line',
+           'spectral_line', 'bits_figure', 'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log',
+           'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure', 'saved_figure', 'cache_bytes',
+           'roofline_figure', 'throughput_figure', 'pairs', 'eviction_figure', 'quality_line', 'quality', 'heads_table',
+           'bits_table', 'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst',
+           'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'bandwidth_fraction_4bit',
+           'encode_bandwidth_fraction', 'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k',
+           'cpu_slowdown_4k', 'users_ratio_paged', 'latest', 'architectures_passed', 'generation_modes_passed',
+           'setting', 'setting_name', 'swept', 'use', 'all_in', 'panels', 'zoo_figure', 'interval', 'cases',
+           'worst_table', 'tails_figure', 'stressed', 'survived', 'refused', 'stress_table', 'stress_figure',
+           'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table', 'zoo_models',
+           'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
+           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models',
+           'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'kind_of', 'letters', 'measured_in',
+           'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned',
+           'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, tempfile
@@ -1125,24 +1125,29 @@ def _task_cells(found, task, settings):
     "Rows of a task: setting -> model -> row."
     return {s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c} for s in settings}
 
+HARDLY = 5 # per cent of the questions that the exact cache answers
+
 @table('tasks')
 def tasks_table(book):
-    "Mean accuracy of every setting in every task, and the largest loss."
+    "Mean accuracy of every setting in every task, over the models that have all of them, and the largest loss."
     found = swept(book, 'tasks', None, PROTOCOL[1:])
     for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
     order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16), str(s))
     settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
     names = ['exact' if s[1] is None else setting_name(s) for s in settings]
-    lines = [r'\begin{tabular}{@{}l' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
+    lines = [r'\begin{tabular}{@{}lr' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', 'models', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
     for task in tasks:
         cells = _task_cells(found, task, settings)
+        full = set.intersection(*(set(rows) for rows in cells.values() if rows))
+        cells = {s: {m: r for m, r in rows.items() if m in full} for s, rows in cells.items()}
         for rows in cells.values(): [use(book, r) for r in rows.values()]
         mean = lambda rows: 100*sum(r['value'] for r in rows.values())/len(rows)
         exact = cells.get(('bf16', None, None, ()), {})
+        if exact and mean(exact) < HARDLY: continue # nothing to lose
         losses = [(exact[m]['value'] - r['value'], r.get('stderr') or 0, n, m) for n, (s, rows) in zip(names, cells.items()) if s[1] for m, r in rows.items() if m in exact]
         loss,error,name,model = max(losses, default=(None,)*4)
         worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
-        lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
+        lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', str(len(full)), *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
     return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #1d65adbb
@@ -1162,13 +1167,13 @@ def ladder_figure(book, plt):
     fig,ax = plt.subplots(figsize=(3.4, 2.2), layout='constrained')
     for bits, color, marker in zip(BITS, ('#0072B2', '#009E73', '#CC79A7'), 'o^s'):
         points = [(sizes[m], x) for m in sorted(sizes, key=sizes.get) if (x := share_of_bits(book, found, m, bits)) is not None]
-        if points: ax.plot(*zip(*points), color=color, marker=marker, label=f'as good as {bits} bits')
+        if points: ax.plot(*zip(*points), color=color, marker=marker, label=f'{bits} bits')
     if not ax.lines: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
     else:
-        ax.set(xscale='log', ylim=(0, None))
+        ax.set(xscale='log', ylim=(0, .5))
         ax.set_xticks(sorted(sizes.values()), [f'{n} M' for n in sorted(sizes.values())], minor=False)
         ax.minorticks_off()
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, ncols=3, loc='upper center', columnspacing=1., handlelength=1.5, fontsize=6.5)
     ax.set(xlabel='parameters', ylabel="share of the rotation's bits")
     ax.spines[['top', 'right']].set_visible(False)
     return fig
@@ -1453,9 +1458,20 @@ for _model in ('llama', 'qwen2'):
 _row_number('kl_prompt_frames', file='prompt', metric='kl_mean', method='prompt', k_bits=1.0, tokens=32768, model='llama')
 _row_number('kl_prompt_rotation', file='prompt', metric='kl_mean', method='rotation', k_bits=3, model='llama')
 for _method in ('packed4', 'dynamic'): _row_number(f'largest_{_method}_8k', file='throughput', metric='largest_batch', method=_method, length=8192)
+for _method, _word in (('server', 'server'), ('transformers', 'stock')): _row_number(f'queue_{_word}', file='serving', metric='tokens_per_s', method=_method, memory=4*2**30, **(dict(bits=4) if _word == 'server' else {}))
+_row_number('encode_trellis_us', 2, file='kernels', metric='time_vector_us', method='encode_trellis_256')
 _row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
 _row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
 _row_number('cpu_slowdown_decoded', file='throughput', metric='slowdown', method='ndcache4', dtype='float32', model='llama', length=4096)
+
+# %% ../nbs/90_report.ipynb #90e0b001
+def _needle_number(id, method, bits, length=3072):
+    @number(id)
+    def needle_number(book):
+        rows = [r for r in _rows(book, metric='accuracy', data='needle', length=length, method=method) if r['k_bits'] == bits and r['file'].startswith('sweep_tasks')]
+        return res(rows and dict(rows[0], value=100*sum(r['value'] for r in rows)/len(rows)) or None)
+
+for _word, _method, _bits in (('exact', 'bf16', None), ('rotation_two', 'rotation', 2), ('spectral_one', 'spectral', 1)): _needle_number(f'needle_{_word}', _method, _bits)
 
 # %% ../nbs/90_report.ipynb #2173b87b
 def derived(value:float, notebook:str, digits:int=2) -> str:
@@ -1472,16 +1488,18 @@ def _gap_numbers(bits):
 
 for _bits in (1, 2, 3, 4): _gap_numbers(_bits)
 
-def _model_number(id, key, digits=3, scale=1):
+def _model_number(id, key, digits=3, scale=1, card='zoo/llama/training.json'):
     @number(id)
     def model_number(book):
-        card = book.folder/'zoo'/'llama'/'training.json'
-        if not card.exists(): return NOT_RUN
-        return rf'\res{{{tex_number(significant(json.loads(card.read_text())[key]*scale, digits))}}}{{results/zoo/llama/training.json}}'
+        path = book.folder/card
+        if not path.exists(): return NOT_RUN
+        return rf'\res{{{tex_number(significant(json.loads(path.read_text())[key]*scale, digits))}}}{{results/{tex_escape(card)}}}'
 
 _model_number('model_millions', 'parameters', 2, 1e-6)
 _model_number('training_millions', 'tokens', 3, 1e-6)
 _model_number('training_minutes', 'minutes', 2)
+_model_number('ladder_millions', 'tokens', 2, 1e-6, 'ladder/llama_300m.json')
+for _size, _word in ((15, 'small'), (300, 'large')): _model_number(f'ladder_ppl_{_word}', 'val_ppl', 3, 1, f'ladder/llama_{_size}m.json')
 
 # %% ../nbs/90_report.ipynb #cda6698e
 def numbers_tex(book) -> str:
@@ -1493,7 +1511,7 @@ def numbers_tex(book) -> str:
     if taken := macros.keys() & NUMBERS.keys(): raise ValueError(f'{sorted(taken)[0]} is a claim and a number; give the number another name')
     macros |= {id: f(book) for id, f in NUMBERS.items()}
     run = [c['met'] for c in found if c['value'] is not None]
-    counts = dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)))
+    counts = dict(claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)), claims_not_run=in_words(len(found) - len(run)).replace('no', 'none'))
     macros = sorted(macros.items()) + list(counts.items()) # counts last, so that the first line that differs names a row
     return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in macros)
 

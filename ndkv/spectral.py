@@ -149,7 +149,7 @@ def eight_bits(
 
 
 CHANNEL_BYTES = lambda D: 2 * D + 6  # Of a coded channel: row and column, their scales, √λ
-HEAD_BYTES = lambda D: 2 * D + D / 2  # Of a head: mean, widths
+HEAD_BYTES = lambda D: 4 * D + D / 2  # Of a head: mean, widths
 
 
 class SmallFrame:
@@ -164,7 +164,7 @@ class SmallFrame:
         self.rows = [eight_bits(A[on]) for A, on in zip(frame.A, self.on)]
         self.columns = [eight_bits(B.mT[on]) for B, on in zip(frame.A_inv, self.on)]
         self.scale = [s[on].bfloat16() for s, on in zip(frame.scale, self.on)]
-        self.mean = frame.mean.bfloat16()
+        self.mean = frame.mean.float()
 
     @property
     def nbytes(self):
@@ -173,11 +173,12 @@ class SmallFrame:
         return sum(t.nbytes for t in parts) + self.on.numel() // 2
 
     def frame(self):
-        "What it stands for, zero where nothing is coded."
+        "What it stands for, zero where nothing is coded; `A` takes back exactly what `A_inv` gives."
         A, B, scale = torch.zeros(2, *self.on.shape, self.on.shape[-1]).unbind() + (torch.ones(self.on.shape),)
         for h, on in enumerate(self.on):
             A[h, on], B[h, on], scale[h, on] = *(c.float() * s.float() for c, s in (self.rows[h], self.columns[h])), self.scale[h].float()
-        return Frame(A, B.mT.contiguous(), self.mean.float(), scale)
+            A[h, on] = torch.linalg.solve(A[h, on].double() @ B[h, on].double().mT, A[h, on].double()).float()
+        return Frame(A, B.mT.contiguous(), self.mean, scale)
 
 # %% ../nbs/34_spectral.ipynb #a8130e34
 def _wide(widths, trellis):
