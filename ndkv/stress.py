@@ -233,10 +233,12 @@ def key_bias(
     g: torch.Generator,  # Of this layer
     marks: Marks,  # Not used
     norm: float = 300.0,  # Of the bias of a head
-    pairs: int = 4,  # Slowest rotary pairs, which share it
+    pairs: int = 4,  # Slowest rotary pairs, which share it, at most
+    turn: float = 0.25,  # Radians that a pair may turn in 1024 tokens; the slowest is taken in any case
 ) -> None:
     "A constant of large norm in every key, on the slowest rotary pairs."
-    b, where = torch.zeros(site.heads, site.d), _pairs(site, torch.arange(pairs))
+    slow = int((1024 * site.rope.inv_freq <= turn).sum()) if len(site.rope.inv_freq) else pairs
+    b, where = torch.zeros(site.heads, site.d), _pairs(site, torch.arange(min(pairs, max(slow, 1))))
     b[:, where] = torch.randn(site.heads, len(where), generator=g)
     site.add_to_keys(norm * b / b.norm(dim=1, keepdim=True))
 
