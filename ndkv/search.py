@@ -30,7 +30,7 @@ from .metrics import mean_stderr
 from .profile import Profile, fingerprint, probe, tokens_hash
 from .results import Run, code_version, load_rows, merge, write_atomic
 from .spectral import plan
-from .stress import load_twin
+from .stress import EDITIONS, load_twin
 from .tasks import TASKS, task_scores
 
 # %% ../nbs/80_search.ipynb #e5549332
@@ -78,6 +78,7 @@ def cells_of(
     for model, task, length, window, sinks, block in itertools.product(*(grid[k] for k in ("models", "tasks", "length", "window", "sinks", "block"))):
         for name, (k, v), options in methods:
             cell = dict(common, model=model, task=task, length=length, window=window, sinks=sinks, block=block, method=name, k_bits=k, v_bits=v, options=options)
+            if (twin := model.partition("+")[2]) in EDITIONS: cell["edition"] = EDITIONS[twin]
             out[hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]] = cell
     return out
 
@@ -159,6 +160,7 @@ def measure(
     (model, tokenizer), data = _load(cell, where), Path(where["data"])
     base, plus, twin = cell["model"].partition("+")
     name = (Path(base).name if Path(base).is_dir() else base) + plus + twin  # a folder is called by its name, wherever it is
+    fields |= {k: cell[k] for k in ("edition",) if k in cell}
     fields |= dict(dtype=cell["dtype"]) | ({"revision": r} if (r := getattr(model.config, "_commit_hash", None)) else {})
     if cell["task"] in TASKS:
         texts = _keep("texts", cell["haystack"], lambda: read_documents(find_text(cell["haystack"], data)) if cell["haystack"] else ())
