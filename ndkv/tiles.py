@@ -164,7 +164,7 @@ def write_pages(
     pos:int=0,     # Position of the first token that is coded, for block-relative keys
 ) -> Tensor: # `store`
     "Encode whole pages into a paged store, on any device."
-    L, end = pa.layout, first + table.shape[1]*pa.layout.page
+    end = first + table.shape[1]*pa.layout.page
     if k.is_cuda and by_kernel(pa): return encode_pages(pa, k, v, store, table, first)
     store[table.long()] = pa.encode(k[:, :, first:end], v[:, :, first:end], pos).transpose(1, 2)
     return store
