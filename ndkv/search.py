@@ -349,7 +349,7 @@ def worst_models(
 ) -> list[dict]:  # Fields that the models share, and models, mean, worst, worst_model; best worst case first
     "Mean and worst model of every method."
     groups, sign = {}, -1 if metric == "accuracy" else 1
-    own = ("model", "value", "stderr", "ci", "run", "key", "n", "at")
+    own = ("model", "edition", "value", "stderr", "ci", "run", "key", "n", "at")
     for r in rows:
         if r["metric"] == metric: groups.setdefault(json.dumps({k: v for k, v in r.items() if k not in own}, sort_keys=True), []).append(r)
     out = []
