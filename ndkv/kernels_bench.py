@@ -42,11 +42,12 @@ class Case:
 def read_tuning(
     case:Case,
     path="results/kernel_table.json", # Written by whoever measured; missing file or case: the defaults
-    arch:str="sm_90",                 # Rows are for one kind of GPU
+    arch:str|None=None,               # Rows are for one kind of GPU; None = this machine's, sm_90 where there is none
 ) -> Tuning:
     "Launch choices for a case from the table of measured ones: the row of the same layout whose batch × length is nearest."
     start = Tuning(warps=4, run=8, stages=2, per_sm=2) if case.block == 1 else Tuning(per_sm=6) if isinstance(case.layout, TrellisLayout) else Tuning() # tables fill shared memory
     if not Path(path).exists(): return start
+    arch = arch or ("sm_%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "sm_90")
     rows = [r for r in json.loads(Path(path).read_text()) if r["arch"] == arch and r["d"] == case.d and r["layout"] == layout_name(case)]
     size = lambda r: (abs(r["batch"] / case.batch - 1) + abs(r["length"] / case.length - 1), r["batch"])
     return Tuning(**min(rows, key=size)["tuning"]) if rows else start

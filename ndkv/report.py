@@ -1469,7 +1469,8 @@ def _needle_number(id, method, bits, length=3072):
     @number(id)
     def needle_number(book):
         rows = [r for r in _rows(book, metric='accuracy', data='needle', length=length, method=method) if r['k_bits'] == bits and r['file'].startswith('sweep_tasks')]
-        return res(rows and dict(rows[0], value=100*sum(r['value'] for r in rows)/len(rows)) or None)
+        last = {r['model']: r for r in rows}.values()
+        return res(rows and dict(rows[0], value=100*sum(r['value'] for r in last)/len(last)) or None)
 
 for _word, _method, _bits in (('exact', 'bf16', None), ('rotation_two', 'rotation', 2), ('spectral_one', 'spectral', 1)): _needle_number(f'needle_{_word}', _method, _bits)
 

@@ -122,7 +122,7 @@ def _profile(cell, where):
         model, tokenizer = _load(cell, where)
         tokens = text_windows(find_text(cell["calibration"], where["data"]), tokenizer, min(1024, model.config.get_text_config().max_position_embeddings), cell["calibration_windows"])
         if not where.get("profiles"): return measured(model, tokens)
-        what = [fingerprint(model), tokens_hash(tokens), *(cell[k] for k in ("calibration", "dtype", "window", "sinks", "block"))]
+        what = [code_version(), fingerprint(model), tokens_hash(tokens), *(cell[k] for k in ("calibration", "dtype", "window", "sinks", "block"))]
         path = Path(where["profiles"]) / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.safetensors"
         with _locked(path):
             if not path.exists(): measured(model, tokens).save(path)

@@ -185,6 +185,7 @@ def test_tuning_keeps_what_helps_and_bench_finds_it(monkeypatch, tmp_path):
         kb.tune([case], tmp_path)
         kb.tune([case], tmp_path) # again, from there: nothing changes
     t = kb.read_tuning(case, tmp_path/'kernel_table.json')
+    assert kb.read_tuning(case, tmp_path/'kernel_table.json', 'sm_80').early == 0 # what was measured on another kind of GPU is left alone
     assert (t.per_sm, t.run, t.rows, t.early) == (6, 2, 64, 2) and len(json.loads((tmp_path/'kernel_table.json').read_text())) == 1
     assert any('error' in r for r in json.loads((tmp_path/'kernel_tuning.json').read_text()))
 
@@ -195,6 +196,7 @@ def test_tuning_keeps_what_helps_and_bench_finds_it(monkeypatch, tmp_path):
     monkeypatch.setattr(kb, 'measure', measure)
     with Run(tmp_path, command='bench', name='kernels') as run, monkeypatch.context() as m:
         m.setattr(torch.cuda, 'is_available', lambda: True)
+        m.setattr(torch.cuda, 'get_device_capability', lambda device=None: (9, 0))
         rows = kb.bench(kb.CASES, run)
         m.undo()
     assert {r['method'] for r in rows} == {c.name for c in kb.CASES} - {'2bit'}
