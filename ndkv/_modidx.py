@@ -851,6 +851,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report.models_of': ('report.html#models_of', 'ndkv/report.py'),
                              'ndkv.report.modes_markdown': ('report.html#modes_markdown', 'ndkv/report.py'),
                              'ndkv.report.needle_accuracy_drop_2bit': ('report.html#needle_accuracy_drop_2bit', 'ndkv/report.py'),
+                             'ndkv.report.newest': ('report.html#newest', 'ndkv/report.py'),
                              'ndkv.report.noise_floor': ('report.html#noise_floor', 'ndkv/report.py'),
                              'ndkv.report.not_run': ('report.html#not_run', 'ndkv/report.py'),
                              'ndkv.report.number': ('report.html#number', 'ndkv/report.py'),

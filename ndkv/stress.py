@@ -162,7 +162,7 @@ Site.add_to_keys = _add_to_keys
 
 # %% ../nbs/71_stress.ipynb #effc1edb
 TWINS = {}  # name -> function(site, g, marks, **options) that plants something in one layer
-EDITIONS = {"key_bias": 2}  # Twins that are planted in another way than once; a number in their rows and in the keys of sweeps
+EDITIONS = {"key_bias": 3}  # Twins that are planted in another way than once; a number in their rows and in the keys of sweeps
 
 
 def twin(
@@ -236,11 +236,14 @@ def key_bias(
     norm: float = 300.0,  # Of the bias of a head
     pairs: int = 4,  # Slowest rotary pairs, which share it, at most
     turn: float = 0.25,  # Radians that a pair may turn in 1024 tokens; the slowest is taken in any case
+    factor: float = 32.0,  # By which queries are divided on these pairs, and the keys' own part multiplied; a power of two rounds nothing
 ) -> None:
-    "A constant of large norm in every key, on the slowest rotary pairs."
+    "A constant of large norm in every key, on the slowest rotary pairs, where queries are small."
     slow = int((1024 * site.rope.inv_freq <= turn).sum()) if len(site.rope.inv_freq) else pairs
-    b, where = torch.zeros(site.heads, site.d), _pairs(site, torch.arange(min(pairs, max(slow, 1))))
-    b[:, where] = torch.randn(site.heads, len(where), generator=g)
+    b, s, where = torch.zeros(site.heads, site.d), torch.ones(site.d), _pairs(site, torch.arange(min(pairs, max(slow, 1))))
+    b[:, where], s[where] = torch.randn(site.heads, len(where), generator=g), factor
+    site.scale("k", s)
+    site.scale("q", 1 / s)
     site.add_to_keys(norm * b / b.norm(dim=1, keepdim=True))
 
 # %% ../nbs/71_stress.ipynb #ce8e151f
