@@ -8,12 +8,23 @@ from hypothesis import given, settings, strategies as st
 
 from reference import CONFIG
 from ndkv.cache import NDCache, NDLayer, Packed
-from ndkv.frames import rotation
+from ndkv.frames import Frame, rotation
 from ndkv.codec import NormDirectionCodec
-from ndkv.speculation import Nested, Reading, TwoMemos, bytes_read, next_packing, reading_ratio, speculate
+from ndkv.speculation import Nested, NestedSpectral, Reading, TwoMemos, Upper, bytes_read, next_packing, reading_ratio, speculate
+from ndkv.spectral import Classes, SpectralCodec, Strings
 from ndkv.store import fork, load_cache, save_cache
 
-METHODS = dict(nested=dict(bits=4, method="nested", draft=2), narrow=dict(bits=3, method="nested", draft=1), exact=dict(bits=8, method="twin"), twin=dict(bits=5, method="twin", verify="rotation", draft_bits=1))
+def spectral(seed, high=7, D=16, H=2):
+    "Codes in orthogonal frames, of four tokens one with more bits than the others; some heads have none."
+    g = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(H, D, D, generator=g)).Q
+    frame = Frame(Q, Q.mT.contiguous(), torch.randn(H, D, generator=g), torch.logspace(.5, -1, D).expand(H, D))
+    widths = [torch.randint(0, high, (H, D), generator=g) * (torch.rand(H, 1, generator=g) < .8) for _ in range(2)]
+    return SpectralCodec(frame, widths, norm=[torch.randint(3, 13, (H,), generator=g) for _ in widths], classes=Classes(torch.randn(H, D, generator=g), (1, 3)))
+
+
+PLANS = [{(layer, kind): spectral(10*layer + (kind == "v"), high) for layer in range(2) for kind in "kv"} for high in (7, 3)]
+METHODS = dict(spectral=dict(bits=3, method="nested spectral", codecs=PLANS[0], draft=PLANS[1]), nested=dict(bits=4, method="nested", draft=2), narrow=dict(bits=3, method="nested", draft=1), exact=dict(bits=8, method="twin"), twin=dict(bits=5, method="twin", verify="rotation", draft_bits=1))
 
 
 def fresh(kind, **kw): return NDCache(CONFIG, reading=Reading(), **METHODS[kind], **(dict(window=12, sinks=2, block=8, memo=True) | kw))
@@ -31,8 +42,9 @@ def test_text_and_cache_of_the_verifying_reading(model, kind, T, new, length, wi
     assert all(0 <= x <= n <= length for x, n in zip(said.accepted, said.proposed))
     for x, y in zip(a.layers, b.layers):
         for s, t in zip(x.stores, y.stores):
-            for name, tensor in s.packed.entries.items(): assert torch.equal(tensor, t.packed.entries[name])
-            assert torch.allclose(s.window, t.window, atol=1e-9)
+            rounded = kind == "spectral"  # frames work in float32, and a product with other rows rounds otherwise
+            for name, tensor in s.packed.entries.items(): assert (tensor != t.packed.entries[name]).double().mean() <= .01 * rounded
+            assert torch.allclose(s.window, t.window, atol=1e-2 if rounded else 1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,6 +96,38 @@ def test_nested_is_the_code(bits, data, d):
     assert nested.bits_per_element == 8 * sum(t.nbytes for t in enc.values()) / x.numel()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 9))
+def test_two_rows_hold_what_one_held(seed, high, wide):
+    "Any widths, also of heads without bits in the one row or in both."
+    g, H, D = torch.Generator().manual_seed(seed), 3, 5
+    widths, draft = (torch.randint(0, n, (H, D), generator=g) * (torch.rand(H, 1, generator=g) < .7) for n in (high + 1, wide))
+    full = Strings(widths, torch.rand(H, D, generator=g) + .1, norm=torch.randint(3, 13, (H,), generator=g))
+    upper, u = Upper(full, draft), torch.randn(2, H, 7, D, generator=g)
+    strings = full.encode(u)
+    high, low = upper.part(strings)
+    assert torch.equal(upper.join(high, low), strings)
+    assert (high.shape[-1], low.shape[-1]) == (upper.high.nbytes, upper.low.nbytes) and 0 <= high.shape[-1] + low.shape[-1] - full.nbytes <= 1
+    assert not upper.high.decode(high)[(upper.high.widths == 0)[None, :, None].expand(2, H, 7, D)].any()
+    if (upper.high.widths == widths).all(): assert torch.allclose(upper.high.decode(high), full.decode(strings), atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_nested_spectral_is_the_code(seed):
+    "Verified, it is the spectral code; drafted, it errs more, and no more than what it reads excuses."
+    codec, draft, reading = spectral(seed), spectral(seed + 1, 4), Reading()
+    nested, x = NestedSpectral(codec, draft, reading), torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(seed))
+    enc, error = nested.encode(x), lambda: (nested.decode(enc) - x).square().sum().item()
+    assert torch.equal(nested.decode(enc), codec.decode(codec.encode(x)))
+    assert nested.bits_per_element == pytest.approx(8 * sum(t.nbytes for t in enc.values()) / x.numel())
+    fine = error()
+    with reading.as_draft(): assert error() >= fine * .9
+    frame, two = Frame(*torch.eye(16).expand(2, 2, 16, 16), torch.zeros(2, 16), torch.ones(2, 16)), torch.full((2, 16), 2)
+    with pytest.raises(ValueError, match="other classes"): NestedSpectral(codec, SpectralCodec(frame, two), reading)
+    with pytest.raises(ValueError, match="trellis"): NestedSpectral(SpectralCodec(frame, two, trellis=256), SpectralCodec(frame, two), reading)
+
+
 def test_reading_comes_back():
     "An error in a draft does not leave the cache reading as a draft."
     reading = Reading()
@@ -112,7 +156,7 @@ def test_bytes():
         c = fresh(kind)
         for i in range(2): c.update(k, v, i)
         r = bytes_read(c)
-        assert r["draft"] < r["verify"] <= r["stored"] and (r["verify"] == r["stored"]) == (METHODS[kind]["method"] == "nested")
+        assert r["draft"] < r["verify"] <= r["stored"] and (r["verify"] == r["stored"]) == METHODS[kind]["method"].startswith("nested")
         exact, packed = c.report()["exact_tokens"], c.report()["packed_tokens"]
         assert r["stored"] == 2*2*2 * (exact * 16 * 2) + sum(t.nbytes for l in c.layers for s in l.stores for t in s.packed.entries.values()) and packed
     assert reading_ratio(5, 4, 1., 1., weights=7.) == 1 and reading_ratio(4.9, 4, 1., 1.) < 1 and reading_ratio(5, 4, .25, 1.) == 2.5
