@@ -905,6 +905,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.report.tex_breakable': ('report.html#tex_breakable', 'ndkv/report.py'),
                              'ndkv.report.tex_escape': ('report.html#tex_escape', 'ndkv/report.py'),
                              'ndkv.report.tex_number': ('report.html#tex_number', 'ndkv/report.py'),
+                             'ndkv.report.texts_table': ('report.html#texts_table', 'ndkv/report.py'),
                              'ndkv.report.theme': ('report.html#theme', 'ndkv/report.py'),
                              'ndkv.report.throughput_figure': ('report.html#throughput_figure', 'ndkv/report.py'),
                              'ndkv.report.throughput_ratio_32k': ('report.html#throughput_ratio_32k', 'ndkv/report.py'),

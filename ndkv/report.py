@@ -6,8 +6,8 @@
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'SHARED', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY',
            'PRINTED', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS', 'PROTOCOL',
-           'TAILS', 'SURVIVED', 'HARDLY', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS', 'WAYS',
-           'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown',
+           'TAILS', 'SURVIVED', 'HARDLY', 'TEXTS', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS',
+           'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown',
            'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table',
            'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line',
            'spectral_line', 'bits_figure', 'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log',
@@ -19,8 +19,8 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'cpu_slowdown_4k', 'users_ratio_paged', 'latest', 'architectures_passed', 'generation_modes_passed',
            'setting', 'setting_name', 'newest', 'swept', 'use', 'all_in', 'panels', 'zoo_figure', 'interval', 'cases',
            'worst_table', 'tails_figure', 'stressed', 'survived', 'refused', 'stress_table', 'stress_figure',
-           'tasks_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table', 'zoo_models',
-           'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
+           'tasks_table', 'texts_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
+           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
            'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
            'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
            'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models',
@@ -1157,6 +1157,26 @@ def tasks_table(book):
         worst = NOT_RUN if loss is None else rf'{tex_number(significant(100*loss))} $\pm$ {tex_number(significant(100*error, 2))} ({tex_escape(name)}, {model})'
         lines.append(' & '.join([f'{tex_escape(task[0])} {task[1]}', str(len(full)), *(f'{mean(r):.1f}' if r else NOT_RUN for r in cells.values()), worst]) + r' \\')
     return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #7e875a02
+TEXTS = {'wiki_val': 'Wikipedia', 'wikitext2_valid': 'WikiText-2', 'wiki_long_eval': 'long articles'}
+
+@table('texts')
+def texts_table(book):
+    "Mean KL of every setting on texts of several kinds: mean over models, and the worst model."
+    found = {k: dict(c) for k, c in swept(book, 'texts', None).items()}
+    for k, cell in swept(book, 'zoo').items(): found.get(k, {}).update(cell)
+    order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16), str(s))
+    settings = sorted({s for _, s in found if s[1]}, key=order)
+    lines = [r'\begin{tabular}{@{}lr' + 'rrl'*len(TEXTS) + '@{}}', r'\toprule', ' & & ' + ' & '.join(rf'\multicolumn{{3}}{{c}}{{{name}}}' for name in TEXTS.values()) + r' \\',
+             'setting & bits' + ' & mean & worst & '*len(TEXTS) + r' \\', r'\midrule']
+    for s in settings:
+        cells = [f'{max(all_in(book, c, d) for (_, t), c in found.items() for d in TEXTS if t == s and ("bits", d) in c):.2f}']
+        for d in TEXTS:
+            rows = sorted((use(book, c['kl_mean', d]) for (_, t), c in found.items() if t == s and ('kl_mean', d) in c), key=lambda r: r['value'])
+            cells += [tex_number(significant(sum(r['value'] for r in rows)/len(rows))), res(rows[-1]), rows[-1]['model']] if rows else [NOT_RUN, '', '']
+        lines.append(' & '.join([tex_escape(setting_name(s)), *cells]) + r' \\')
+    return '\n'.join(lines + ([] if settings else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #1d65adbb
 def share_of_bits(book, found, model, bits) -> float|None:
