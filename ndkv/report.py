@@ -17,7 +17,7 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'bandwidth_fraction_4bit',
            'encode_bandwidth_fraction', 'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k',
            'cpu_slowdown_4k', 'users_ratio_paged', 'latest', 'architectures_passed', 'generation_modes_passed',
-           'setting', 'setting_name', 'newest', 'swept', 'use', 'all_in', 'panels', 'zoo_figure', 'interval', 'cases',
+           'setting', 'setting_name', 'swept', 'use', 'all_in', 'panels', 'zoo_figure', 'interval', 'cases',
            'worst_table', 'tails_figure', 'stressed', 'survived', 'refused', 'stress_table', 'stress_figure',
            'tasks_table', 'texts_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
            'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
@@ -38,7 +38,7 @@ from pathlib import Path
 from statistics import median
 from typing import Callable
 
-from .results import load_rows, load_runs, validate, write_atomic
+from .results import load_rows, load_runs, newest, validate, write_atomic
 
 # %% ../nbs/90_report.ipynb #0db9e2de
 def repository(
@@ -931,14 +931,6 @@ def setting_name(s) -> str:
 
 # %% ../nbs/90_report.ipynb #855985bd
 PROTOCOL = ('length', 'window', 'sinks', 'block', 'dtype')
-
-def newest(
-    rows:list, # Of a sweep
-) -> list:
-    "Rows without those of twins that have since been planted in another way: of each twin the highest edition counts."
-    of = lambda r: (r['model'].partition('+')[2], r.get('edition') or 1)
-    last = dict(sorted(map(of, rows)))
-    return [r for r in rows if of(r)[1] == last[of(r)[0]]]
 
 def swept(
     book:Book, # Where to look

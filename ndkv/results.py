@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'TIMES', 'write_atomic', 'file_sha256', 'round6', 'json_line', 'code_version', 'machine', 'Run', 'load_runs',
-           'load_rows', 'validate', 'merge']
+           'load_rows', 'newest', 'validate', 'merge']
 
 # %% ../nbs/65_results.ipynb #34a026c3
 import fcntl, hashlib, json, math, os, platform, resource, secrets, subprocess, sys, time
@@ -256,6 +256,15 @@ def load_rows(
             _check_row(place, row, runs, clean_only)
             rows.append(dict(row, at=place.replace(':', '#L')))
     return rows
+
+# %% ../nbs/65_results.ipynb #9e3e5702
+def newest(
+    rows:list, # Of a sweep
+) -> list:
+    "Rows without those of twins that have since been planted in another way: of each twin the highest edition counts."
+    of = lambda r: (r['model'].partition('+')[2], r.get('edition') or 1)
+    last = dict(sorted(map(of, rows)))
+    return [r for r in rows if of(r)[1] == last[of(r)[0]]]
 
 # %% ../nbs/65_results.ipynb #89d82364
 def validate(

@@ -28,7 +28,7 @@ from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate
 from .metrics import mean_stderr
 from .profile import Profile, fingerprint, probe, tokens_hash
-from .results import Run, code_version, load_rows, merge, write_atomic
+from .results import Run, code_version, load_rows, newest, merge, write_atomic
 from .spectral import plan
 from .stress import EDITIONS, load_twin
 from .tasks import TASKS, task_scores
@@ -350,7 +350,7 @@ def worst_models(
     "Mean and worst model of every method."
     groups, sign = {}, -1 if metric == "accuracy" else 1
     own = ("model", "edition", "value", "stderr", "ci", "run", "key", "n", "at")
-    for r in rows:
+    for r in newest(rows):
         if r["metric"] == metric: groups.setdefault(json.dumps({k: v for k, v in r.items() if k not in own}, sort_keys=True), []).append(r)
     out = []
     for shared, group in groups.items():

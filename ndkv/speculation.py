@@ -359,7 +359,7 @@ def drafts(
     out = [dict(name="nested", verify="rotation 4", draft_bits=c, kw=dict(bits=4, method="nested", draft=c)) for c in (1, 2, 3)]
     out += [dict(name="rotation", verify="bf16", draft_bits=2, kw=dict(bits=8, method="twin", draft_bits=2))]
     if profile: out += [dict(name="nested spectral", verify=f"spectral {b}", draft_bits=c, kw=dict(bits=b, method="nested spectral", codecs=plan(profile, b), draft=plan(profile, c))) for b, c in ((3, 1.5), (3, 1.), (2, 1.))]
-    return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256))))
+    return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256, classes=None))))
                   for b in (1.,) if profile]
 
 # %% ../nbs/78_speculation.ipynb #32c55ce7

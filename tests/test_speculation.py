@@ -6,21 +6,29 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from reference import CONFIG
 from ndkv.cache import NDCache, NDLayer, Packed
 from ndkv.frames import Frame, rotation
 from ndkv.codec import NormDirectionCodec
-from ndkv.speculation import Nested, NestedSpectral, Reading, TwoMemos, Upper, bytes_read, next_packing, reading_ratio, speculate
+from ndkv.fisher import calibrate
+from ndkv.speculation import Nested, NestedSpectral, Reading, TwoMemos, Upper, bytes_read, drafts, next_packing, reading_ratio, speculate
 from ndkv.spectral import Classes, SpectralCodec, Strings
 from ndkv.store import fork, load_cache, save_cache
 
-def spectral(seed, high=7, D=16, H=2):
-    "Codes in orthogonal frames, of four tokens one with more bits than the others; some heads have none."
+def frame_of(seed, D=16, H=2):
+    "Orthogonal, with a falling spectrum."
     g = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(H, D, D, generator=g)).Q
-    frame = Frame(Q, Q.mT.contiguous(), torch.randn(H, D, generator=g), torch.logspace(.5, -1, D).expand(H, D))
-    widths = [torch.randint(0, high, (H, D), generator=g) * (torch.rand(H, 1, generator=g) < .8) for _ in range(2)]
-    return SpectralCodec(frame, widths, norm=[torch.randint(3, 13, (H,), generator=g) for _ in widths], classes=Classes(torch.randn(H, D, generator=g), (1, 3)))
+    return Frame(Q, Q.mT.contiguous(), torch.randn(H, D, generator=g), torch.logspace(.5, -1, D).expand(H, D))
+
+
+def spectral(seed, high=7, D=16, H=2, widths=None):
+    "Codes of which one token in four has other bits than the others; some heads have none."
+    g = torch.Generator().manual_seed(seed)
+    widths = widths or [torch.randint(0, high, (H, D), generator=g) * (torch.rand(H, 1, generator=g) < .8) for _ in range(2)]
+    return SpectralCodec(frame_of(seed), widths, norm=12, classes=Classes(torch.ones(H, D), (1, 3)))
 
 
 PLANS = [{(layer, kind): spectral(10*layer + (kind == "v"), high) for layer in range(2) for kind in "kv"} for high in (7, 3)]
@@ -109,23 +117,36 @@ def test_two_rows_hold_what_one_held(seed, high, wide):
     assert torch.equal(upper.join(high, low), strings)
     assert (high.shape[-1], low.shape[-1]) == (upper.high.nbytes, upper.low.nbytes) and 0 <= high.shape[-1] + low.shape[-1] - full.nbytes <= 1
     assert not upper.high.decode(high)[(upper.high.widths == 0)[None, :, None].expand(2, H, 7, D)].any()
-    if (upper.high.widths == widths).all(): assert torch.allclose(upper.high.decode(high), full.decode(strings), atol=1e-5)
+    whole = Upper(full, widths)  # a draft of all bits reads what the verification reads
+    assert torch.allclose(whole.high.decode(whole.part(strings)[0]), full.decode(strings), rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6))
 def test_nested_spectral_is_the_code(seed):
-    "Verified, it is the spectral code; drafted, it errs more, and no more than what it reads excuses."
-    codec, draft, reading = spectral(seed), spectral(seed + 1, 4), Reading()
-    nested, x = NestedSpectral(codec, draft, reading), torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(seed))
-    enc, error = nested.encode(x), lambda: (nested.decode(enc) - x).square().sum().item()
-    assert torch.equal(nested.decode(enc), codec.decode(codec.encode(x)))
-    assert nested.bits_per_element == pytest.approx(8 * sum(t.nbytes for t in enc.values()) / x.numel())
-    fine = error()
-    with reading.as_draft(): assert error() >= fine * .9
+    "Verified, it is the spectral code; drafted, it errs more, and little more than codes made for the upper bits."
+    codec, draft, reading, frame = spectral(seed), spectral(seed + 1, 4), Reading(), frame_of(seed)
+    nested = NestedSpectral(codec, draft, reading)
+    x = (torch.randn(1, 2, 256, 16, generator=torch.Generator().manual_seed(seed)) * frame.scale[:, None]) @ frame.A_inv.mT + frame.mean[:, None]
+    on = torch.stack([u.high.widths for u in nested.upper]).amin(0)[:, None] > 0  # channels that the draft reads of every token
+    error = lambda codec: (((codec.decode(codec.encode(x)) - x) @ frame.A.mT / frame.scale[:, None]).square() * on).sum().item()
+    assert torch.equal(nested.decode(nested.encode(x)), codec.decode(codec.encode(x)))
+    assert nested.bits_per_element == pytest.approx(8 * sum(t.nbytes for t in nested.encode(x).values()) / x.numel())
+    fine, own = error(nested), error(spectral(seed, widths=[u.high.widths for u in nested.upper]))
+    with reading.as_draft(): assert .999 * fine <= error(nested) <= 1.5 * own  # nothing but means would be more than twice
     frame, two = Frame(*torch.eye(16).expand(2, 2, 16, 16), torch.zeros(2, 16), torch.ones(2, 16)), torch.full((2, 16), 2)
     with pytest.raises(ValueError, match="other classes"): NestedSpectral(codec, SpectralCodec(frame, two), reading)
     with pytest.raises(ValueError, match="trellis"): NestedSpectral(SpectralCodec(frame, two, trellis=256), SpectralCodec(frame, two), reading)
+
+
+def test_every_draft_can_be_made():
+    "Of a profile with forecasts, whose plans have classes by default."
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512)).eval()
+    ids = torch.randint(0, 97, (8, 256), generator=torch.Generator().manual_seed(1))
+    for pair in drafts(calibrate(m, ids, enough=1, bar=False)):
+        cache = NDCache(m.config, memo=True, reading=Reading(), **pair["kw"])
+        assert len(speculate(m, ids[:1], cache, 8, 2).tokens) == 8 and cache.report()["packed_tokens"] > 0
+        assert (r := bytes_read(cache))["draft"] < r["verify"]
 
 
 def test_reading_comes_back():
@@ -146,7 +167,7 @@ def test_saved_loaded_forked(model, kind, tmp_path):
     for b in others: assert b.nbytes == a.nbytes and bytes_read(b) == bytes_read(a)
     next_token = torch.tensor([[5]])
     with torch.no_grad(): out = [model(next_token, past_key_values=c).logits for c in (a, *others)]
-    assert all(torch.allclose(out[0], o, atol=1e-9) for o in out)
+    assert all(torch.allclose(out[0], o, atol=1e-4 if kind == "spectral" else 1e-9) for o in out)  # float32 in frames
 
 
 def test_bytes():
