@@ -376,7 +376,7 @@ def measure_speculation(
 ) -> Run: # Its rows are in `speculation.jsonl`
     "Acceptance, bytes and time of a cache that drafts for itself."
     model, tokenizer = load_model(name, dtype=torch.float32)
-    pairs, prompts = drafts(profile and Profile.load(profile, model, ("dtype",))), text_windows(text, tokenizer, prompt, windows)
+    pairs, prompts = drafts(profile and Profile.load(profile, model, ("dtype",))), text_windows(text, tokenizer, prompt, windows).to(model.device)
     pairs = [p for p in pairs if only in (None, (p["name"], p["draft_bits"]))]
     more = f", lengths={lengths}, prompt={prompt}, new_tokens={new_tokens}, windows={windows}" + (f", only={only}" if only else "")
     command = f"python -c \"from ndkv.speculation import *; measure_speculation('{name}', {profile and Path(profile).name!r}{more})\""
