@@ -29,7 +29,7 @@ def _code(y, by, BITS: tl.constexpr, STEP: tl.constexpr, A: tl.constexpr):
     return c, s
 
 # %% ../nbs/53_kernels_encode.ipynb #67abd481
-@triton.jit
+@triton.jit(do_not_specialize=["first", "pages", "each"])
 def _encode_kernel(x, frame, mean, weight, store, norms, table, first, H, stride_b, stride_h, stride_t, pages, each,
                    WORDS: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORD0: tl.constexpr, VALUE: tl.constexpr,
                    STEP: tl.constexpr, A: tl.constexpr, SPLIT3: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr):
@@ -85,7 +85,7 @@ def _meet(c, shift, D: tl.constexpr):
     c = tl.sum(tl.reshape(c << shift[:, None], [2, 4, 2, 8, D]), 0)
     return tl.reshape(tl.sum(c, 1), [32, D])
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "pages", "each"])
 def _pairs_kernel(x, signs, store, norms, table, first, H, stride_b, stride_h, stride_t, pages, each, unit,
                   WORDS: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, WORD0: tl.constexpr, VALUE: tl.constexpr,
                   STEP: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):

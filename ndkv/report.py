@@ -81,7 +81,7 @@ class Book:
             self.used = outer
 
 # %% ../nbs/90_report.ipynb #e18424eb
-MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at'}
+MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at', 'requests'} # requests that were finished
 
 def _cell(self:Book, **where):
     "The row that answers `where`, or None; rows of single layers and heads only where asked for."
@@ -1151,7 +1151,7 @@ def tasks_table(book):
     return '\n'.join(lines + ([] if tasks else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #7e875a02
-TEXTS = {'wiki_val': 'Wikipedia', 'wikitext2_valid': 'WikiText-2', 'wiki_long_eval': 'long articles'}
+TEXTS = {'wiki_val': 'Wikipedia', 'wikitext2_valid': 'WikiText-2', 'wiki_long_eval': 'long articles', 'novels_held_out': 'novels'}
 
 @table('texts')
 def texts_table(book):
@@ -1478,7 +1478,7 @@ for _model in ('llama', 'qwen2'):
 _row_number('kl_prompt_frames', file='prompt', metric='kl_mean', method='prompt', k_bits=1.0, tokens=32768, model='llama')
 _row_number('kl_prompt_rotation', file='prompt', metric='kl_mean', method='rotation', k_bits=3, model='llama')
 for _method in ('packed4', 'dynamic'): _row_number(f'largest_{_method}_8k', file='throughput', metric='largest_batch', method=_method, length=8192)
-for _method, _word in (('server', 'server'), ('transformers', 'stock')): _row_number(f'queue_{_word}', file='serving', metric='tokens_per_s', method=_method, memory=4*2**30, **(dict(bits=4) if _word == 'server' else {}))
+for _word, _who in dict(server=dict(method='server', bits=4), server_two=dict(method='server', bits=2), stock=dict(method='transformers')).items(): _row_number(f'queue_{_word}', file='serving', metric='tokens_per_s', memory=4*2**30, **_who)
 _row_number('encode_trellis_us', 2, file='kernels', metric='time_vector_us', method='encode_trellis_256')
 _row_number('users_paged_4bit', file='serving', metric='users_ratio', bits=4, length=8192)
 _row_number('cpu_slowdown_tiles', file='throughput', metric='slowdown', method='paged4', dtype='float32', model='llama', length=4096)
