@@ -70,6 +70,7 @@ def write_mixed(
     articles, books, n = read_documents(wiki), split_novels(read_documents(novels))[0], 0
     end = next((i for i, d in enumerate(articles, 1) if (n := n + len(d)) >= half), len(articles))
     books = [b for b in books if len(b) >= each][: half // each]
+    if len(books) < half // each: raise ValueError(f"{len(books)} novels have {each} characters or more; give more novels, shorter pieces, or a smaller half")
     pieces = [b[(len(b) - each) // 2 :][:each] for b in books]
     Path(out).write_text(f"\n{EOT}\n".join(articles[:end] + pieces) + "\n", "utf8")
 

@@ -1296,7 +1296,7 @@ def drop_kl_ratio_2bit(book):
 def speculative_acceptance(book):
     where = dict(file='speculation', method='nested spectral', verify='spectral 3', draft_bits=1., draft_length=4)
     models = models_of(book, metric='acceptance', **where)
-    if not all(book.value(metric='texts_equal', model=m, **where) == 1 for m in models): return None
+    if len(models) < 6 or not all(book.value(metric='texts_equal', model=m, **where) == 1 for m in models): return None
     return min((book.value(metric='acceptance', model=m, **where) for m in models), default=None)
 
 # %% ../nbs/90_report.ipynb #3852151a
@@ -1500,24 +1500,28 @@ def _needle_number(id, method, bits, length=3072):
 for _word, _method, _bits in (('exact', 'bf16', None), ('rotation_two', 'rotation', 2), ('spectral_one', 'spectral', 1)): _needle_number(f'needle_{_word}', _method, _bits)
 
 # %% ../nbs/90_report.ipynb #eb12f9f6
-def _mean_kls(book, sweep, data, method, bits):
-    "Model -> row of the mean divergence in `sweep`, the last one of each."
-    rows = [r for r in _rows(book, metric='kl_mean', data=data, method=method, length=4096) if r['k_bits'] == bits and r['file'].startswith(f'sweep_{sweep}_')]
-    return {r['model']: r for r in rows}
+def _novels(book, method, bits, sweep='texts', profile=None):
+    "Model -> newest row of the mean divergence on novels."
+    rows = [r for r in _rows(book, metric='kl_mean', data='novels_held_out', method=method, length=4096) if r['k_bits'] == bits and r['file'].startswith(f'sweep_{sweep}_') and profile in (None, r.get('profile'))]
+    return {r['model']: r for r in sorted(rows, key=lambda r: book.runs[r['run']]['start'])}
 
-def _kl_ratio_number(id, above, below):
+def _mixed(book, bits): return _novels(book, 'spectral', bits, 'mixed', 'mixed_cal')
+
+def _over_rotation(id, of, models=None):
     @number(id)
-    def kl_ratio(book):
-        a, b = _mean_kls(book, *above), _mean_kls(book, *below)
-        models = a.keys() & b.keys()
-        mean = lambda rows: sum(rows[m]['value'] for m in models)/len(models)
-        return res(dict(a[min(models)], value=mean(a)/mean(b)) if models else None)
+    def over_rotation(book):
+        a, b = of(book), _novels(book, 'rotation', 3)
+        common = sorted(a.keys() & b.keys() & (models(book) if models else a).keys())
+        mean = lambda rows: sum(rows[m]['value'] for m in common)/len(common)
+        return res(dict(a[common[0]], value=mean(a)/mean(b)) if common else None)
 
-_novels = lambda method, bits, sweep='texts': (sweep, 'novels_held_out', method, bits)
 for _bits, _word in ((1, 'one'), (2, 'two')):
-    _kl_ratio_number(f'novels_ratio_{_word}', _novels('spectral', _bits), _novels('rotation', 3))
-    _kl_ratio_number(f'mixed_ratio_{_word}', _novels('spectral', _bits, 'mixed'), _novels('rotation', 3))
-    _kl_ratio_number(f'mixed_price_{_word}', ('mixed', 'wiki_val', 'spectral', _bits), ('zoo', 'wiki_val', 'spectral', _bits))
+    _over_rotation(f'novels_ratio_{_word}', lambda book, b=_bits: _novels(book, 'spectral', b))
+    _over_rotation(f'mixed_ratio_{_word}', lambda book, b=_bits: _mixed(book, b))
+    _over_rotation(f'mixed_instead_{_word}', lambda book, b=_bits: _novels(book, 'spectral', b), lambda book, b=_bits: _mixed(book, b))
+
+@number('mixed_models')
+def mixed_models(book): return in_words(len(_mixed(book, 1)))
 
 # %% ../nbs/90_report.ipynb #2173b87b
 def derived(value:float, notebook:str, digits:int=2) -> str:

@@ -271,7 +271,7 @@ class Strings:
             at = dict(coded=on.float(), count=on.sum(-1).clamp_min(1), wide=self.wide.flatten().nonzero()[:, 0], live=self.live.nonzero()[:, 0], norm=self.norm, lam=self.lam.double())
             at = {k: v.to(device) for k, v in at.items()} | dict(books=[(book.to(device), i.to(device)) for book, i in self.books.values()])
             D, reach = (torch.tensor(t)[self.widths].to(device) for t in (code_table(self.trellis), _reach(self.trellis)))
-            dear = (self.lam.float().to(device) * at["coded"])
+            dear = self.lam.float().to(device) * at["coded"]
             at |= dict(dear=dear[:, None], reach=reach[:, None], coarse=(dear * D).sum(-1)[:, None], wider=torch.tensor(WIDER, device=device))
             root = lambda lam: (lam.float() / lam.max()).sqrt().to(device)
             self._at[device] = at | dict(woven={h: i.to(device) for h, i in self.woven.items()}, roots={h: root(self.lam[h, i]) for h, i in self.woven.items()})
