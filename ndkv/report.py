@@ -1126,7 +1126,7 @@ def _task_cells(found, task, settings):
     return {s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c} for s in settings}
 
 HARDLY = 5 # per cent of the questions that the exact cache answers
-CONTEXTS = 512, 1024, 3072 # of the grids of questions and tasks
+CONTEXTS = 512, 1024, 2048, 3072 # tokens; shorter contexts of a trial on a CPU are left out
 
 @table('tasks')
 def tasks_table(book):
