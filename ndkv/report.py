@@ -6,9 +6,9 @@
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'SHARED', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY',
            'PRINTED', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS', 'PROTOCOL',
-           'TAILS', 'SURVIVED', 'HARDLY', 'CONTEXTS', 'TEXTS', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS',
-           'WORDS', 'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant',
-           'shown', 'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table',
+           'TAILS', 'SURVIVED', 'HARDLY', 'TEXTS', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS',
+           'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown',
+           'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table',
            'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line',
            'spectral_line', 'bits_figure', 'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log',
            'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure', 'saved_figure', 'cache_bytes',
@@ -1126,7 +1126,6 @@ def _task_cells(found, task, settings):
     return {s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c} for s in settings}
 
 HARDLY = 5 # per cent of the questions that the exact cache answers
-CONTEXTS = 512, 1024, 2048, 3072 # tokens; shorter contexts of a trial on a CPU are left out
 
 @table('tasks')
 def tasks_table(book):
@@ -1134,7 +1133,9 @@ def tasks_table(book):
     found = swept(book, 'tasks', None, PROTOCOL[1:])
     for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
     order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16), str(s))
-    settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c if d[1] in CONTEXTS}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
+    settings,tasks = sorted({s for _, s in found}, key=order),sorted({d for c in found.values() for _, d in c}, key=lambda d: (d[0] in ('arc_easy', 'openbookqa', 'piqa', 'winogrande'), d))
+    whole = {t for t in tasks if all(_task_cells(found, t, settings).values())}
+    tasks = [t for t in tasks if t in whole or t[0] not in {w for w, _ in whole}] # contexts that some setting lacks, where another context has all
     names = ['exact' if s[1] is None else setting_name(s) for s in settings]
     lines = [r'\begin{tabular}{@{}lr' + 'r'*len(settings) + 'l@{}}', r'\toprule', ' & '.join(['task', 'models', *map(tex_escape, names), 'largest loss']) + r' \\', r'\midrule']
     for task in tasks:
