@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          SynthIDTextWatermarkingConfig, WatermarkingConfig)
 
 from conftest import ROOT
 from ndkv.attention import PagedCache
@@ -195,3 +196,167 @@ def test_every_contestant_serves_a_queue_on_a_gpu(tmp_path):
     for s in found.values(): assert len(s.answers) == 12 and s.kv_bytes <= 2_000_000
     same = [a == b for i in range(12) for a, b in zip(found["transformers"].answers[i], found["static"].answers[i])]
     assert sum(same) / len(same) > .5 # bfloat16
+
+
+# --- settings of a generation config -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def chains():
+    "A model for `ndkv_packed` and one for SDPA whose attention adds nothing, in float64: both compute the same scores, so that their tokens differ by settings alone."
+    made = [make(LlamaForCausalLM, LlamaConfig(**BASE), attention).double() for attention in ("ndkv_packed", "sdpa")]
+    for m in made:
+        for layer in m.model.layers: layer.self_attn.o_proj.weight.data.zero_()
+    return made
+
+
+def serve(server, ids, **kw):
+    "One prompt through `add_request`."
+    server.add_request(ids, **kw)
+    done = []
+    while server.waiting or server.running: done += server.step()
+    return done[0].generated_tokens
+
+
+THIRD = list(range(1, 97, 3))
+SETTINGS = [dict(bad_words_ids=[[70, 80], *([i] for i in range(1, 60))]), dict(repetition_penalty=1.5), dict(no_repeat_ngram_size=2), dict(encoder_no_repeat_ngram_size=1), dict(encoder_repetition_penalty=3.), dict(max_length=33),
+            dict(eos_token_id=THIRD), dict(eos_token_id=THIRD, min_new_tokens=5), dict(eos_token_id=THIRD, min_length=45), dict(suppress_tokens=list(range(40))), dict(begin_suppress_tokens=list(range(90))),
+            dict(forced_eos_token_id=9), dict(eos_token_id=4, exponential_decay_length_penalty=(3, 1.5)), dict(sequence_bias=[[[5], 9.], [[6, 7], 9.]]), dict(watermarking_config=WatermarkingConfig(bias=5.)),
+            *(dict(do_sample=True) | kw for kw in (dict(watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3])), dict(temperature=2., top_k=7), dict(top_k=2), dict(top_p=.3), dict(min_p=.5),
+              dict(typical_p=.3), dict(epsilon_cutoff=.2), dict(eta_cutoff=.5), dict(top_h=.1), dict(repetition_penalty=2., no_repeat_ngram_size=2, top_k=0)))]
+
+
+@pytest.mark.parametrize("kw", SETTINGS, ids=lambda kw: "-".join(kw))
+def test_settings_mean_what_they_mean_to_generate(chains, kw):
+    "From the server's config, from a request, and with a seed: the tokens of `model.generate`, which are not those without the setting."
+    packed, plain = chains
+    ids, usual = prompts(30)[0], dict(max_new_tokens=20)
+    kw = kw if "max_length" in kw else usual | kw
+    def generate(**kw):
+        torch.manual_seed(1)
+        return plain.generate(torch.tensor([ids]), **kw)[0, 30:].tolist()
+    def answer(how, **config):
+        server = Server(packed, slots=1, length=100, window=128, **config)
+        torch.manual_seed(1)
+        return how(server)
+    want = generate(**kw)
+    assert want != generate(**usual, do_sample=kw.get("do_sample", False)), "the setting changes nothing here"
+    assert answer(lambda server: serve(server, ids), generation_config=GenerationConfig(**kw)) == want
+    assert answer(lambda server: serve(server, ids, generation_config=GenerationConfig(**kw))) == want
+    assert answer(lambda server: next(iter(server.generate_batch([ids], **kw).values())).generated_tokens) == want
+    assert serve(Server(packed, slots=1, length=100, window=128), ids, seed=1, **kw) == want
+
+
+def test_the_models_own_config_counts(chains, monkeypatch):
+    "What a checkpoint says fills in what a request leaves out, and is overruled by it."
+    packed, plain = chains
+    ids = prompts(30)[0]
+    for m in chains: monkeypatch.setattr(m, "generation_config", GenerationConfig(repetition_penalty=1.5, max_new_tokens=9, eos_token_id=[3, 96], pad_token_id=0))
+    for kw in (dict(), dict(max_new_tokens=15), dict(repetition_penalty=1.), dict(eos_token_id=None)): assert serve(Server(packed, slots=1, length=100, window=128), ids, **kw) == plain.generate(torch.tensor([ids]), **kw)[0, 30:].tolist()
+    monkeypatch.setattr(packed, "generation_config", GenerationConfig(num_beams=4))
+    with pytest.raises(ValueError, match="num_beams=4"): Server(packed)
+    Server(packed, generation_config=GenerationConfig(num_beams=1))
+
+
+def test_requests_of_many_settings_keep_to_themselves(chains):
+    "A crowd with settings and seeds of their own gets what each would get alone."
+    packed, plain = chains
+    asked = [dict(), *SETTINGS, dict(do_sample=True), dict(do_sample=True, top_k=7)]
+    asked = [dict(ids=prompts(20 + i)[0], seed=i, kw=kw if "max_length" in kw else dict(max_new_tokens=5 + i) | kw) for i, kw in enumerate(asked)]
+    server, done = Server(packed, slots=5, length=128, window=128), {}
+    for i, a in enumerate(asked): server.add_request(a["ids"], str(i), seed=a["seed"], **a["kw"])
+    while server.waiting or server.running: done |= {r.request_id: r.generated_tokens for r in server.step()}
+    for i, a in enumerate(asked):
+        torch.manual_seed(a["seed"])
+        assert done[str(i)] == plain.generate(torch.tensor([a["ids"]]), **a["kw"])[0, len(a["ids"]):].tolist(), a["kw"]
+
+
+def test_stop_strings_and_time():
+    "Text that ends an answer, with the model's tokenizer; and a clock that starts with the computation."
+    folder = ROOT/"results"/"zoo"/"llama"
+    packed, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="ndkv_packed").eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The town lies on the river and").input_ids
+    server = Server(packed, slots=1, length=100, window=128, tokenizer=tokenizer)
+    whole = serve(server, ids, max_new_tokens=40, do_sample=False)
+    stop = tokenizer.decode(whole)[8:14]
+    text = tokenizer.decode(serve(server, ids, max_new_tokens=40, do_sample=False, stop_strings=[stop]))
+    assert stop in text and stop not in text[:-len(stop)] and len(text) < len(tokenizer.decode(whole))
+    with pytest.raises(ValueError, match=r"tokenizer=\.\.\."): Server(packed, length=100).add_request(ids, stop_strings=["x"])
+    assert len(serve(server, ids, max_new_tokens=40, do_sample=False, max_time=1e-9)) == 1 and len(serve(server, ids, max_new_tokens=40, do_sample=False, max_time=1e9)) == 40
+
+
+REFUSED = dict(num_beams=2, num_return_sequences=2, guidance_scale=2., prompt_lookup_num_tokens=3, assistant_early_exit=1, penalty_alpha=.5, constraints=[1], force_words_ids=[[1]], num_beam_groups=2,
+               diversity_penalty=.5, dola_layers="high", use_cache=False, cache_implementation="static", cache_config={"a": 1}, token_healing=True, output_scores=True, output_logits=True, output_attentions=True,
+               output_hidden_states=True, prefill_chunk_size=16, low_memory=True, use_mtp=True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_no_server_has_are_refused(model, name):
+    "At construction and with a request, by name, in one line; nothing is queued."
+    kw = {name: REFUSED[name]}
+    config = GenerationConfig()
+    setattr(config, name, REFUSED[name]) # as a checkpoint may carry it
+    server = Server(model, slots=1, length=100)
+    for refused in (lambda: Server(model, generation_config=config), lambda: server.add_request([1, 2], **kw), lambda: server.generate_batch([[1, 2]], **kw)):
+        with pytest.raises(ValueError, match=name) as e: refused()
+        assert "\n" not in str(e.value)
+    assert not server.waiting
+
+
+@pytest.mark.parametrize("ids, kw, says", [([1, 2], dict(max_new_tokens=0), "max_new_tokens"), ([1, 2], dict(max_new_tokens=-1), "max_new_tokens"), ([1, 2], dict(max_length=2), "no room"), ([1, 2], dict(streamer=1), "no setting"),
+                                           ([], {}, "empty"), ("text", {}, "is text"), ([[1, 2], [3, 4]], {}, "flat list"), ([1.5], {}, "flat list"), ([1, 97], {}, "token 97"), ([-1], {}, "token -1"),
+                                           ([1]*90, dict(max_new_tokens=11), "made for 100"), ([1, 2], dict(sequence_bias=[[[99], 1.]]), "vocabulary"), ([1, 2], dict(temperature=0., do_sample=True), "temperature")])
+def test_requests_that_cannot_be_served_are_refused(model, ids, kw, says):
+    server = Server(model, slots=1, length=100)
+    for refused in (lambda: server.add_request(ids, **kw), lambda: server.generate_batch([[5], ids], **kw)):
+        with pytest.raises(ValueError, match=says): refused()
+    assert not server.waiting # of a batch with a fault nothing is queued
+
+
+def test_no_answer_is_lost(model):
+    "Names that are given twice are refused, made ones keep clear of given ones, and what was queued before a batch comes with it."
+    server = Server(model, slots=1, length=100)
+    assert [server.add_request([1], name, 2) for name in ("req_1", None, None, "a")] == ["req_1", "req_0", "req_2", "a"]
+    with pytest.raises(ValueError, match="a: a request of this name"): server.add_request([2], "a")
+    done = server.generate_batch([[3], [4]], max_new_tokens=3)
+    assert list(done)[:2] == ["req_3", "req_4"] and set(done) == {"req_0", "req_1", "req_2", "a", "req_3", "req_4"} and [len(r.generated_tokens) for r in done.values()] == [3, 3, 2, 2, 2, 2]
+    assert server.add_request([2], "a") == "a" # it is free again
+
+
+def test_answers_that_are_ready_survive_a_failure(model, monkeypatch):
+    "The first prompt is answered by its first token, the second fails in the same step: the answer comes with the next."
+    server, prefill = Server(model, slots=2, length=100), Server._prefill
+    def fails(self, request, slot):
+        if request.request_id == "b" and not server.running: raise torch.OutOfMemoryError("no memory")
+        prefill(self, request, slot)
+    monkeypatch.setattr(Server, "_prefill", fails)
+    server.add_request([1, 2], "a", 1), server.add_request([3, 4], "b", 1)
+    with pytest.raises(torch.OutOfMemoryError): server.step()
+    monkeypatch.setattr(Server, "_prefill", prefill)
+    assert [r.request_id for r in server.step()] == ["a", "b"]
+
+
+def test_scores_that_are_no_numbers_end_one_request(model):
+    "Sampling from NaN: that request ends with an error, said aloud; its neighbour gets its tokens."
+    server = Server(model, slots=2, length=100)
+    want = serve(server, [1, 2, 3], max_new_tokens=6)
+    server.add_request([1, 2, 3], "fine", 6), server.add_request([4, 5], "broken", 6, do_sample=True, seed=0)
+    server.step()
+    forward = server.forward
+    def overflows():
+        forward()
+        server.logits[next(r.slot for r in server.running.values() if r.request_id == "broken")] = float("nan")
+    server.forward = overflows
+    with pytest.warns(UserWarning, match="broken ended after 2 tokens"): done = server.step()
+    server.forward = forward
+    while server.running: done += server.step()
+    assert [r.request_id for r in done] == ["broken", "fine"] and done[0].error and done[1].generated_tokens == want and len(server.pool.free) == server.pool.pages
+
+
+def test_no_request_outgrows_the_models_positions():
+    "Learned positions end; a request that would pass them is refused before it stops the others, and one without a length stops there."
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_embd=64, n_head=4, n_layer=1, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    config._attn_implementation = "ndkv_packed"
+    server = Server(GPT2LMHeadModel(config).eval(), slots=1, window=128)
+    with pytest.raises(ValueError, match="64 positions"): server.add_request([1]*50, max_new_tokens=15)
+    assert len(serve(server, [1]*50, max_new_tokens=14)) == 14 and len(serve(server, [1]*50)) == 14 # 20 would be too many
