@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DTYPES', 'method', 'rotation_method', 'exact_method', 'spectral_method', 'Packed', 'MemoPacked',
-           'HostPacked', 'Pieces', 'Store', 'NDLayer', 'NDSlidingLayer', 'NDHybridLayer', 'NDCache', 'encoder_decoder',
-           'prompt_cache', 'refresh']
+           'HostPacked', 'Pieces', 'Store', 'NDLayer', 'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'NDCache',
+           'encoder_decoder', 'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
-import copy, inspect
+import copy, importlib, inspect
 from collections import Counter
 import torch
 from torch import Tensor
@@ -483,6 +483,19 @@ def _check_method(name, kw):
     if name not in METHODS: raise ValueError(f"method={name!r} is unknown; choose one of {', '.join(sorted(METHODS))}")
     try: inspect.signature(METHODS[name]).bind(64, 4, layer=0, kind="k", heads=1, seed=0, **kw)
     except TypeError as e: raise ValueError(f"method {name!r}: {e}; its options are in the signature of METHODS[{name!r}]") from None
+
+# %% ../nbs/40_cache.ipynb #79890ee4
+def model_modules(
+    config:PreTrainedConfig, # `model.config`
+) -> list: # Its own module first, then those of the configurations that it inherits from; empty = none was found
+    "Modules that hold the code of a configuration's model."
+    kinds = type(config.get_text_config(decoder=True)).__mro__
+    names = [c.__module__.replace("configuration_", "modeling_") for c in kinds[:kinds.index(PreTrainedConfig)]]
+    found = []
+    for name in dict.fromkeys(names):
+        try: found.append(importlib.import_module(name))
+        except ImportError: pass
+    return found
 
 # %% ../nbs/40_cache.ipynb #c03db6a2
 def _check_config(config):
