@@ -157,6 +157,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ndkv.baselines.pair_widths': ('baselines.html#pair_widths', 'ndkv/baselines.py'),
                                 'ndkv.baselines.polarquant_method': ('baselines.html#polarquant_method', 'ndkv/baselines.py'),
                                 'ndkv.baselines.qjl_method': ('baselines.html#qjl_method', 'ndkv/baselines.py'),
+                                'ndkv.baselines.sixteen': ('baselines.html#sixteen', 'ndkv/baselines.py'),
                                 'ndkv.baselines.spectral_rotation': ('baselines.html#spectral_rotation', 'ndkv/baselines.py'),
                                 'ndkv.baselines.to_e2m1': ('baselines.html#to_e2m1', 'ndkv/baselines.py'),
                                 'ndkv.baselines.to_e4m3': ('baselines.html#to_e4m3', 'ndkv/baselines.py'),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .baselines import _GRID, CACHES, CALIBRATED
+from .baselines import _GRID, CACHES, CALIBRATED, VERSIONS
 from .cache import METHODS, NDCache
 from .codebooks import distortion, lloyd_max
 from .data import read_documents
@@ -79,6 +79,7 @@ def cells_of(
         for name, (k, v), options in methods:
             cell = dict(common, model=model, task=task, length=length, window=window, sinks=sinks, block=block, method=name, k_bits=k, v_bits=v, options=options)
             if (twin := model.partition("+")[2]) in EDITIONS: cell["edition"] = EDITIONS[twin]
+            if name in VERSIONS: cell["version"] = VERSIONS[name]
             out[hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]] = cell
     return out
 
@@ -160,7 +161,7 @@ def measure(
     (model, tokenizer), data = _load(cell, where), Path(where["data"])
     base, plus, twin = cell["model"].partition("+")
     name = (Path(base).name if Path(base).is_dir() else base) + plus + twin  # a folder is called by its name, wherever it is
-    fields |= {k: cell[k] for k in ("edition",) if k in cell}
+    fields |= {k: cell[k] for k in ("edition", "version") if k in cell}
     fields |= dict(dtype=cell["dtype"]) | ({"revision": r} if (r := getattr(model.config, "_commit_hash", None)) else {})
     if cell["task"] in TASKS:
         texts = _keep("texts", cell["haystack"], lambda: read_documents(find_text(cell["haystack"], data)) if cell["haystack"] else ())
@@ -349,7 +350,7 @@ def worst_models(
 ) -> list[dict]:  # Fields that the models share, and models, mean, worst, worst_model; best worst case first
     "Mean and worst model of every method."
     groups, sign = {}, -1 if metric == "accuracy" else 1
-    own = ("model", "edition", "value", "stderr", "ci", "run", "key", "n", "at")
+    own = ("model", "edition", "version", "value", "stderr", "ci", "run", "key", "n", "at")
     for r in newest(rows):
         if r["metric"] == metric: groups.setdefault(json.dumps({k: v for k, v in r.items() if k not in own}, sort_keys=True), []).append(r)
     out = []

@@ -145,9 +145,45 @@ def test_methods_with_wide_scales_do_not_care_for_size(scale, seed):
         assert torch.allclose(a * 2.**round(scale), b, rtol=1e-6)
 
 
-def test_what_does_not_fit_float16_is_refused():
-    for name, bits in (('int', 4), ('kivi', 4), ('polarquant', 4), ('qjl', 1)):
-        with pytest.raises(ValueError, match='does not fit the float16') as e: make((name, bits, 'k', {}), 64).encode(torch.full((1, HEADS, 64, 64), 1e6) * randn(1, HEADS, 64, 64))
+FOLLOWS = [case for case in CASES if case[0] in B.VERSIONS]
+
+
+@pytest.mark.parametrize('case', FOLLOWS, ids=label)
+@pytest.mark.parametrize('exponent', [18, -18])
+def test_scales_follow_the_model(case, exponent):
+    "Beyond the numbers of float16 and below them a code has the same relative error, in the same bytes."
+    if case[0] in ('kvquant', 'blockgtq') and case[2] == 'k': return  # their keys have statistics of one size
+    codec, x = make(case, 64), randn(1, HEADS, 128, 64, seed=3)
+    size, rel = 2.**exponent, lambda y, x: ((y - x).square().sum() / x.square().sum()).item()
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (t.to(dtype) for t in (x, size * x))
+        near, far = (rel(codec.decode(codec.encode(t)).double(), t.double()) for t in (a, b))
+        assert far == pytest.approx(near, rel=1e-3)
+        assert nbytes(codec.encode(b)) == nbytes(codec.encode(a.half()))
+
+
+@pytest.mark.parametrize('name, kind, part', [('int', 'k', 'step'), ('kivi', 'k', 'low'), ('polarquant', 'k', 'radius'), ('qjl', 'k', 'length'), ('kvarn', 'k', 'column'),
+                                              ('kvquant', 'k', 'value'), ('nsnquant', 'k', 'first_scale'), ('oscar', 'v', 'step'), ('blockgtq', 'k', 'length')])
+def test_the_type_of_scales(name, kind, part):
+    codec = make((name, 2, kind, {}), 64)
+    x = randn(1, HEADS, 64, 64)
+    assert [codec.encode(x.to(t))[part].dtype for t in (torch.float16, torch.bfloat16, torch.float32)] == [torch.float16, torch.bfloat16, torch.bfloat16]
+
+
+def test_vllm_stores_float16_in_any_model():
+    x = randn(1, HEADS, 64, 64)
+    for kind, part in (('k', 'length'), ('v', 'low')):
+        theirs, ours = (make(('turboquant', 4, kind, dict(boundary=0, scales=s)), 64) for s in ('float16', 'model'))
+        assert theirs.encode(x.bfloat16())[part].dtype == torch.float16 and ours.encode(x.bfloat16())[part].dtype == torch.bfloat16
+        with pytest.raises(ValueError, match='does not fit float16'): theirs.encode(1e6 * x)
+        assert torch.isfinite(ours.decode(ours.encode(1e6 * x))).all()
+    with pytest.raises(ValueError, match="choose 'float16'"): make(('turboquant', 4, 'k', dict(boundary=0, scales='half')), 64)
+
+
+def test_what_does_not_fit_a_model_in_float16_is_refused():
+    for name, bits in (('int', 1), ('polarquant', 4), ('qjl', 1)): # a span of numbers, or a norm of them, is larger than they are
+        with pytest.raises(ValueError, match='does not fit float16') as e:
+            make((name, bits, 'k', {}), 64).encode((3e4 * randn(1, HEADS, 64, 64)).clamp(-65504, 65504).half())
         assert '\n' not in str(e.value)
 
 
