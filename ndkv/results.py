@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 # %% ../nbs/65_results.ipynb #5f4d23be
 def write_atomic(
@@ -144,11 +145,20 @@ class Run:
         )
 
 # %% ../nbs/65_results.ipynb #2014eaa9
+def _measured_on(source):
+    "`texts`: what a profile was measured on, as it says itself; nothing for other files."
+    if Path(source).suffix != '.safetensors': return {}
+    try:
+        with safe_open(source, 'pt') as f: head = json.loads((f.metadata() or {}).get('ndkv_profile', '{}'))
+    except (SafetensorError, ValueError): return {}
+    return dict(texts=head['data']) if head.get('data') else {}
+
+# %% ../nbs/65_results.ipynb #8a4318b2
 def _identity(source):
     "Name and SHA-256 of a file or folder, or of each in a list; text that is no path stays text."
     if isinstance(source, (list, tuple)): return [_identity(s) for s in source]
     if source is None or not Path(source).exists(): return source and dict(name=str(source), sha256=None)
-    return dict(name=Path(source).name, sha256=file_sha256(source))
+    return dict(name=Path(source).name, sha256=file_sha256(source)) | _measured_on(source)
 
 # %% ../nbs/65_results.ipynb #2adcbcfa
 def _enter(self:Run):

@@ -31,7 +31,7 @@ from .profile import Profile, fingerprint, probe, tokens_hash
 from .results import Run, code_version, load_rows, newest, merge, write_atomic
 from .spectral import plan
 from .stress import EDITIONS, load_twin
-from .tasks import TASKS, task_scores
+from .tasks import QA_FILES, TASKS, task_scores
 
 # %% ../nbs/80_search.ipynb #e5549332
 GRID = dict(models=None, methods=["rotation"], bits=[4, 3, 2], tasks=["wiki_val"], length=[2048], window=[128], sinks=[4], block=[64], n=16, batch=8,
@@ -175,6 +175,15 @@ def measure(
         evaluate(model, tokens, [make_cell(cell, where)], run, name, path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
 
 # %% ../nbs/80_search.ipynb #815fd485
+def _texts_of(cell, data):
+    "Files of text that a cell reads: of the task, of its haystack, of the calibration."
+    if cell["task"] in QA_FILES: files = [Path(data) / "qa" / f"{QA_FILES[cell['task']]}.test.json"]
+    else: files = [] if cell["task"] in TASKS else [find_text(cell["task"], data)]
+    if cell["task"] in TASKS and cell["haystack"]: files.append(find_text(cell["haystack"], data))
+    if cell["method"] in (*CALIBRATED, "spectral") and cell["calibration"]: files.append(find_text(cell["calibration"], data))
+    return files
+
+# %% ../nbs/80_search.ipynb #cf52ce9d
 def attempt(
     key: str,  # Of the cell
     cell: dict,  # What to measure
@@ -185,9 +194,9 @@ def attempt(
     try:
         base = cell["model"].partition("+")[0]
         folder = Path(where["zoo"]) / base
-        path = None if cell["task"] in TASKS else find_text(cell["task"], where["data"])
+        texts = _texts_of(cell, where["data"])
         with tempfile.TemporaryDirectory() as tmp:
-            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, path, where["name"].format(model=Path(base).name)) as run: measure(cell, run, where, key=key)
+            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, texts or None, where["name"].format(model=Path(base).name)) as run: measure(cell, run, where, key=key)
             return {p.name: p.read_text("utf8") for p in Path(tmp).glob("*.jsonl")}, None
     except Exception as e:
         if torch.cuda.is_available(): torch.cuda.empty_cache()
