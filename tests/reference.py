@@ -1,9 +1,10 @@
 "A cache as plainly as it can be said, to compare NDCache with: lists of tokens, no counting backwards, nothing in place."
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ndkv.cache import METHODS, NDCache, NDHybridLayer, NDLayer, NDSlidingLayer, method
+from ndkv.codec import NormDirectionCodec, unpack
 
 CONFIG = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                      max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
@@ -24,6 +25,64 @@ class Absmax:
 
 @method("test-absmax")
 def absmax(d, bits, *, layer, kind, heads, seed, group): return Absmax(group)
+
+
+# --- what may be compared to the last bit, and what may not --------------------------------------------------------------------------
+# A sum of float numbers depends on its order, and libraries choose the order by the processor and by the shapes of the operands. So the same
+# computation may be compared bit for bit, and any other only within a tolerance; a choice (a code, a token, the order of a sort) that is made
+# of such numbers may fall the other way at a tie and must not be compared at all, but what it was made of.
+
+class Steady(NormDirectionCodec):
+    "The rotation's codes, read by sums in float64 that are rounded once: the same to the last bit however a stream or a batch is cut."
+    def decode(self, enc, pos=0, dtype=torch.float32):
+        levels = self.codebook.decode(unpack(enc["codes"], self.bits, self.d)).double() * enc["norm"].double()[..., None]
+        return (levels @ self.frame.A_inv.double().mT).float().to(dtype)
+
+
+@method("test-rotation")
+def steady_rotation(d, bits, *, layer, kind, heads, seed):
+    return Steady(d, bits, frame=METHODS["rotation"](d, bits, layer=layer, kind=kind, heads=heads, seed=seed).frame)
+
+
+class InPieces:
+    "Any codec, a group of tokens at a time: however the cache cuts its stream, the same tokens are then the same computation."
+    def __init__(self, codec): self.codec = codec
+    def __getattr__(self, name): return getattr(self.__dict__["codec"], name) if "codec" in self.__dict__ else object.__getattribute__(self, name)
+
+    def encode(self, x, pos=0):
+        g = self.codec.group
+        parts = [self.codec.encode(x[:, :, i:i+g], pos + i) for i in range(0, x.shape[2], g)]
+        return {name: torch.cat([p[name] for p in parts], 2) for name in parts[0]}
+
+    def decode(self, enc, pos=0, dtype=torch.float32):
+        n, g = next(iter(enc.values())).shape[2], self.codec.group
+        return torch.cat([self.codec.decode({name: t[:, :, i:i+1] for name, t in enc.items()}, pos + i*g, dtype) for i in range(n)], 2)
+
+
+class Follow(LogitsProcessor):
+    """Makes every choice of a first run again. In that run it notes the logits of each step; in the runs after `again()` the logits must agree
+    with those up to `tol`, a share of their largest, and the noted ones are handed on, so that tokens, samples and beams are those of the first run.
+    `flips` counts choices that the run's own logits would have made otherwise, at ties."""
+    def __init__(self, tol=1e-3, heard=()): self.tol, self.heard, self.at, self.flips, self.worst = tol, list(heard), 0 if heard else None, 0, 0.
+
+    def again(self):
+        if self.at is not None: self.done()
+        self.at = 0
+        return self
+
+    def done(self): assert self.at == len(self.heard), f"{self.at} steps after {len(self.heard)}"
+
+    def __call__(self, ids, logits):
+        if self.at is None:
+            self.heard.append(logits.clone())
+            return logits
+        want = self.heard[self.at]
+        seen = want.isfinite()
+        assert torch.equal(seen, logits.isfinite())
+        error = ((logits - want)[seen].abs().max() / want[seen].abs().max()).item()
+        self.at, self.worst, self.flips = self.at + 1, max(self.worst, error), self.flips + int((logits.argmax(-1) != want.argmax(-1)).sum())
+        assert error <= self.tol, f"step {self.at}: logits differ by {error:.1e} of their largest"
+        return want.clone()
 
 
 class PlainStore:
