@@ -305,7 +305,7 @@ def speculate(
     said.tokens.append(last)
     while len(said.tokens) < new_tokens:
         L = cache.get_seq_length()
-        n = min(draft_length, next_packing(cache, L) - L - 1, new_tokens - len(said.tokens) - 1)
+        n = min(draft_length, next_packing(cache, L) - L - 1, cache.block - 1, new_tokens - len(said.tokens) - 1)
         proposals = _draft(step, said.tokens[-1], n, cache, reading)
         decided = step([said.tokens[-1], *proposals])
         good = next((i for i, (p, d) in enumerate(zip(proposals, decided)) if p != d), n)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from reference import CONFIG
+from reference import CONFIG, in_float64
 from ndkv import report
 from ndkv.results import Run
 
@@ -23,7 +23,7 @@ def one_thread():
 def model():
     "Two layers of random weights, in float64, large enough that attention is no mere mean."
     torch.manual_seed(0)
-    m = LlamaForCausalLM(CONFIG).double().eval()
+    m = in_float64(LlamaForCausalLM(CONFIG))
     for p in m.parameters(): p.data *= 4 if p.dim() > 1 else 1
     return m
 

@@ -32,6 +32,17 @@ def absmax(d, bits, *, layer, kind, heads, seed, group): return Absmax(group)
 # computation may be compared bit for bit, and any other only within a tolerance; a choice (a code, a token, the order of a sort) that is made
 # of such numbers may fall the other way at a tie and must not be compared at all, but what it was made of.
 
+def in_float64(model):
+    "The model in float64, its norms too, which `transformers` takes in float32: sums in other orders then differ by 1e-15."
+    for module in list(model.modules()):
+        for name, m in module.named_children():
+            if type(m).__name__.endswith("RMSNorm") and not isinstance(m, torch.nn.RMSNorm):
+                new = torch.nn.RMSNorm(len(m.weight), m.variance_epsilon)
+                new.weight = m.weight
+                setattr(module, name, new)
+    return model.double().eval()
+
+
 class Steady(NormDirectionCodec):
     "The rotation's codes, read by sums in float64 that are rounded once: the same to the last bit however a stream or a batch is cut."
     def decode(self, enc, pos=0, dtype=torch.float32):

@@ -195,7 +195,7 @@ def test_nothing_is_encoded_twice():
 
 # --- the cache in a model -----------------------------------------------------------------------------------------------------------------
 
-KW = dict(window=16, sinks=4, block=8)
+KW = dict(method="test-rotation", window=16, sinks=4, block=8)
 PROMPT = torch.randint(1, 61, (2, 70), generator=torch.Generator().manual_seed(0))
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT
-from reference import Follow
+from reference import Follow, in_float64
 from ndkv.cache import NDCache
 from ndkv.fisher import calibrate
 from ndkv.parallel import bytes_by_device, local_cache
@@ -54,8 +54,12 @@ def runs(model, folder, heard=None, rank=(0, 1)):
         if name != "exact": out[f"{name} bytes"] = cache.nbytes
     model.set_attn_implementation("ndkv_packed")
     server = Server(model, slots=2, length=200, bits=4, window=8)
-    server.choose = lambda logits: follow["server"](None, logits).argmax(-1)
-    out["server"] = [r.generated_tokens for r in server.generate_batch(queue(), max_new_tokens=80).values()]
+    def listen(module, args, found):
+        found.logits[:, -1] = follow["server"](None, found.logits[:, -1])
+        return found
+    hook = model.register_forward_hook(listen)
+    with torch.no_grad(): out["server"] = [r.generated_tokens for r in server.generate_batch(queue(), max_new_tokens=80).values()]
+    hook.remove()
     out["server heads"] = server.pool.layers[0].store.shape[1]
     if heard:
         for f in follow.values(): f.done()

@@ -45,7 +45,7 @@ def filled(path, config=LLAMA, **kw):
        group=st.sampled_from([None, 4]), memo=st.booleans(), record=st.booleans(), window=st.integers(0, 12), sinks=st.integers(0, 4), after=st.integers(1, 30))
 def test_round_trip(tmp_path_factory, sizes, crop, config, bits, group, memo, record, window, sinks, after):
     "After any updates and crops: saved and loaded, or forked, a cache holds the same bytes, goes on in the same way, and leaves the first alone."
-    kw = dict(bits=bits, window=window, sinks=sinks, block=8) | (dict(method="test-absmax", group=group) if group else {})
+    kw = dict(bits=bits, window=window, sinks=sinks, block=8) | (dict(method="test-absmax", group=group) if group else dict(method="test-rotation"))
     cache, g = NDCache(config, **kw), torch.Generator().manual_seed(0)
     if record: cache.activate_past_recording()
     for q in sizes: feed(cache, q, g)
