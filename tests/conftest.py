@@ -1,4 +1,5 @@
 "What several test files share: a small model, and a small repository with results by formula."
+import os
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True, scope='session')
 def one_thread():
-    "The tensors of these tests are small: a second thread would only wait."
-    torch.set_num_threads(1)
+    "The tensors of these tests are small: a second thread would only wait. (`make test-cpus` asks for one all the same.)"
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 
 @pytest.fixture(scope='module')
@@ -58,6 +59,13 @@ def small_repository(tmp_path, clean_code):
     write_synthetic(tmp_path / 'results')
     report.report(tmp_path)
     return tmp_path
+
+
+def pytest_report_header():
+    "Say so where sums are reordered: see tests/noise."
+    import sys
+    sitecustomize = sys.modules.get('sitecustomize')
+    if hasattr(sitecustomize, 'NDKV_NOISE'): return f'sums in another order: NDKV_NOISE={sitecustomize.SEED}'
 
 
 # --- tables made by tests: pytest tests/test_architectures.py tests/test_modes.py --record results ------------------------------------

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT
-from reference import Follow, in_float64
+from reference import Follow
 from ndkv.cache import NDCache
 from ndkv.fisher import calibrate
 from ndkv.parallel import bytes_by_device, local_cache
