@@ -70,6 +70,11 @@ class InPieces:
         return torch.cat([self.codec.decode({name: t[:, :, i:i+1] for name, t in enc.items()}, pos + i*g, dtype) for i in range(n)], 2)
 
 
+def other_codes(a, b):
+    "Share of vectors that are read differently by more than rounding: where two codes err alike, rounding decides which is found."
+    return ((a - b).norm(dim=-1) > 1e-3 * b.norm(dim=-1)).double().mean().item()
+
+
 class Follow(LogitsProcessor):
     """Makes every choice of a first run again. In that run it notes the logits of each step; in the runs after `again()` the logits must agree
     with those up to `tol`, a share of their largest, and the noted ones are handed on, so that tokens, samples and beams are those of the first run.

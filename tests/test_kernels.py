@@ -67,7 +67,7 @@ def test_launch_options_of_encoding_change_no_word(bits, page):
     assert want.any(1).any(1).all()
     for kw in (dict(each=1), dict(each=3, warps=2)):
         same = (write(**kw) == want).float().mean().item()
-        assert same == 1 if DEVICE == 'cpu' else same > .99, kw
+        assert same > .99, kw # but for codes at a tie
 
 
 @pytest.mark.parametrize('size', [1e-4, 1., 1e4])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT
-from reference import Follow
+from reference import Follow, other_codes
 from ndkv.cache import NDCache
 from ndkv.fisher import calibrate
 from ndkv.parallel import bytes_by_device, local_cache
@@ -64,11 +64,6 @@ def runs(model, folder, heard=None, rank=(0, 1)):
     if heard:
         for f in follow.values(): f.done()
     return out, {name: f.heard for name, f in follow.items()}, held
-
-
-def other_codes(a, b):
-    "Share of vectors that two caches read differently by more than rounding: of two codes that err alike the one and the other is found."
-    return ((a - b).norm(dim=-1) > 1e-3 * b.norm(dim=-1)).double().mean().item()
 
 
 def one_rank(folder, where):
