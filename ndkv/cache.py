@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DTYPES', 'method', 'rotation_method', 'exact_method', 'spectral_method', 'Packed', 'MemoPacked',
-           'HostPacked', 'Pieces', 'Store', 'NDLayer', 'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'NDCache',
-           'encoder_decoder', 'prompt_cache', 'refresh']
+           'HostPacked', 'Pieces', 'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of',
+           'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
-import copy, importlib, inspect
+import copy, functools, importlib, inspect
 from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import NamedTuple
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, masking_utils
 from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache,
                                       LinearAttentionAndFullAttentionLayer, LinearAttentionLayer)
 from .codec import NormDirectionCodec
@@ -243,6 +246,16 @@ class Store(Pieces):
         self.sink, self.window = f(self.sink), f(self.window)
         self.packed.apply(f)
 
+# %% ../nbs/40_cache.ipynb #a219fb2f
+def packed_tokens(
+    n:int,      # Tokens of a text
+    window:int, # Recent ones that stay exact, at least
+    sinks:int,  # First ones that stay exact
+    block:int,  # Tokens encoded together
+) -> int: # Tokens behind the sinks that are packed
+    "Whole blocks behind the sinks that have left the window."
+    return max(n - window - sinks, 0) // block * block
+
 # %% ../nbs/40_cache.ipynb #b2bc1bdd
 def _read_only(layer, x):
     if x is not None: raise AttributeError("keys and values of an NDLayer are read from its stores; use update")
@@ -250,15 +263,17 @@ def _read_only(layer, x):
 # %% ../nbs/40_cache.ipynb #f27bad1a
 class _Library(DynamicLayer):
     "What `transformers` asks of a layer, for one that has a list of `stores`."
-    keys = property(lambda self: self.stores[0].read() if self.stores else None, _read_only)
-    values = property(lambda self: self.stores[1].read() if self.stores else None, _read_only)
+    keys = property(lambda self: self.read(0) if self.stores else None, _read_only)
+    values = property(lambda self: self.read(1) if self.stores else None, _read_only)
+    def read(self, i): return self.stores[i].read() # keys (0) or values (1)
 
     def apply(self, f):
         for s in self.stores: s.apply(f)
 
-    def reorder_cache(self, beam_idx): self.apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
-    def batch_repeat_interleave(self, repeats): self.apply(lambda t: t.repeat_interleave(repeats, 0))
-    def batch_select_indices(self, indices): self.apply(lambda t: t[torch.as_tensor(indices, device=t.device)])
+    def change_batch(self, f): self.apply(f) # `f` takes and gives tensors along axis 0, the rows of the batch
+    def reorder_cache(self, beam_idx): self.change_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+    def batch_repeat_interleave(self, repeats): self.change_batch(lambda t: t.repeat_interleave(repeats, 0))
+    def batch_select_indices(self, indices): self.change_batch(lambda t: t[torch.as_tensor(indices, device=t.device)])
     def offload(self): self.apply(lambda t: t.to("cpu", non_blocking=True))
     def prefetch(self): self.apply(lambda t: t.to(self.device, non_blocking=True))
     def reset(self): self.stores, self.is_initialized = [], False
@@ -273,7 +288,12 @@ class _Library(DynamicLayer):
     def crop(self, tokens_to_remove):
         "Forget the last tokens; the number is negative, as in `transformers` (which may give it as a tensor)."
         if tokens_to_remove > 0: raise ValueError(f"crop({tokens_to_remove}) would be a length; give the number of tokens to remove as a negative one, crop(-n)")
-        for s in self.stores: s.crop(-int(tokens_to_remove))
+        self.check_crop(-int(tokens_to_remove))
+        self.crop_stores(-int(tokens_to_remove))
+
+    def check_crop(self, n): pass # refuse to take back what is not there
+    def crop_stores(self, n):
+        for s in self.stores: s.crop(n)
 
 # %% ../nbs/40_cache.ipynb #7cc53903
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64 # Of keys and values
@@ -297,7 +317,15 @@ class NDLayer(_Library):
         super().__init__()
         self.layer, self.bits, self.method, self.method_kw, self.seed = layer, bits, method, method_kw, seed
         self.window, self.sinks, self.block, self.exact_new, self.memo, self.offload_packed = window, sinks, block, exact_new, memo, offload
-        self.stores, self.record_past = [], False
+        self.stores, self.parts, self.record_past = [], [], False # `parts`: see "Rows of different lengths"
+
+    @property
+    def settings(self):
+        "Arguments that make such a layer."
+        return dict(layer=self.layer, bits=self.bits, method=self.method, window=self.window, sinks=self.sinks, block=self.block, exact_new=self.exact_new,
+                    memo=self.memo, offload=self.offload_packed, seed=self.seed, **self.method_kw)
+
+    def alone(self): return NDLayer(**self.settings) # an empty layer for some rows
 
     def lazy_initialization(self, key_states, value_states):
         if key_states.dtype not in DTYPES: raise ValueError(f"layer {self.layer}: keys of {key_states.dtype} can't be cached; run the model in float16, bfloat16 or float32")
@@ -314,9 +342,10 @@ class NDLayer(_Library):
         return codec
 
     @torch.compiler.disable
-    def update(self, key_states, value_states, *args, **kwargs):
-        "Take `[B, H, q, D]` keys and values; return those that this call's attention reads."
+    def update(self, key_states, value_states, *args, told=None, **kwargs):
+        "Take `[B, H, q, D]` keys and values, of which a mask may have told more; return those that this call's attention reads."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
+        if told is not None and self.differ(told, len(key_states)): return self.update_parts(key_states, value_states, told)
         new, L, q = (key_states, value_states), self.get_seq_length(), key_states.shape[2]
         first = self.first(L)
         self.flush(L, first)
@@ -327,15 +356,16 @@ class NDLayer(_Library):
         if not self.exact_new: out = [s.read() for s in self.stores]
         return tuple(x[:, :, x.shape[2] - (L - first + q):] for x in out)
 
-    def activate_past_recording(self): self.record_past = True
+    def activate_past_recording(self):
+        for layer in (self, *(p.layer for p in self.parts)): layer.record_past = True
 
     def flush(self, L, first):
         "Encode the whole blocks that end at or before `L - window`; both kinds are encoded before either is stored."
-        last, todo = (L - self.window - self.sinks)//self.block*self.block + self.sinks, []
+        packed, todo = packed_tokens(L, self.window, self.sinks, self.block), []
         for s, kind in zip(self.stores, ("keys", "values")):
             if first > 0: s.drop(first, self.block)
-            n = last - s.starts[2]
-            if s.packed.codec is not None and n > 0:
+            n = self.sinks + packed - s.starts[2]
+            if s.packed.codec is not None and packed and n > 0:
                 self._check(s.window[:, :, :n], kind)
                 todo.append((s, n, self._encode(s, n, kind)))
         for s, n, enc in todo: s.commit(n, enc)
@@ -348,6 +378,167 @@ class NDLayer(_Library):
     def _check(self, x, kind):
         if not torch.isfinite(x).all():
             raise ValueError(f"layer {self.layer}: {kind} hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
+
+# %% ../nbs/40_cache.ipynb #7a61602b
+class Told(NamedTuple):
+    "What a call says of its new tokens before their keys come."
+    length:int          # Tokens of the text before them
+    own:Tensor|None     # bool `[B or 1, q]` on the CPU: which are tokens of their row, the others being padding; None = all
+    places:Tensor|None=None # `[B or 1, q]` on the CPU, their positions for RoPE; None = not said
+
+@dataclass
+class Part:
+    "Rows of a batch with the same padding."
+    rows:list       # Their numbers in the batch
+    columns:Tensor  # bool `[L]`: which columns hold their tokens
+    layer:NDLayer   # What they hold
+    shift:int=0     # Position of their first token
+
+# %% ../nbs/40_cache.ipynb #e45b9dea
+class Shifted:
+    "A codec of keys whose first token stands at position `shift`."
+    def __init__(self, codec, rope, shift): self.codec, self.rope, self.shift = codec, replace(rope, scaling=1.), shift
+
+    def __getattr__(self, name):
+        if name == "codec": raise AttributeError(name) # an empty object, while it is copied
+        return getattr(self.codec, name)
+
+    def _at(self, x): return torch.full((x.shape[2],), self.shift, device=x.device)
+    def encode(self, x, pos=0): return self.codec.encode(self.rope.undo(x.float(), self._at(x)), pos)
+
+    def decode(self, enc, pos=0, dtype=torch.float32):
+        x = self.codec.decode(enc, pos, torch.float32)
+        return self.rope.apply(x, self._at(x)).to(dtype)
+
+def rope_of(codec):
+    "The rotary embedding that a codec takes keys out of; None = where a token stands does not matter to it."
+    rope = getattr(getattr(codec, "home", None), "rope", None) or getattr(codec, "rope", None)
+    return rope if rope is not None and len(rope.inv_freq) else None
+
+# %% ../nbs/40_cache.ipynb #b035b5ab
+def _differ(self:NDLayer, told, B):
+    "Are the rows of the batch not all alike, or do positions not count from 0?"
+    if told.own is not None and len(told.own) not in (1, B): raise ValueError(f"a mask of {len(told.own)} rows came before keys of {B}; give the cache the mask of this batch")
+    if self.parts or told.own is not None and not told.own.all(): return True
+    rope = self.stores and rope_of(self.stores[0].packed.codec)
+    return bool(rope) and told.places is not None and bool((told.places[:, 0] != told.length).any())
+
+def _take_rows(self:NDLayer, index):
+    "A layer with some of the rows."
+    new = copy.copy(self)
+    new.stores = [copy.copy(s) for s in self.stores]
+    for s in new.stores:
+        s.packed = copy.copy(s.packed)
+        s.apply(lambda t: t[index.to(t.device)])
+    return new
+
+def _whole(self:NDLayer, B):
+    "The layer as its only part, if it has none yet."
+    if self.parts: return
+    layer = self.alone()
+    layer.stores, layer.record_past = self.stores, self.record_past
+    layer.is_initialized, layer.dtype, layer.device = True, self.dtype, self.device
+    self.parts = [Part(list(range(B)), torch.ones(layer.get_seq_length(), dtype=torch.bool), layer)]
+
+NDLayer.differ, NDLayer._take_rows, NDLayer._whole = _differ, _take_rows, _whole
+
+# %% ../nbs/40_cache.ipynb #773476fd
+def _start(part, own, places):
+    "Position of the first token of a part's row, of which `own` are new at `places`; refused if positions do not count up."
+    held = part.layer.get_seq_length()
+    if not own.any(): return part.shift
+    if places is None: raise ValueError(f"layer {part.layer.layer}: this model does not tell a cache the positions of a padded batch, which the codec of a profile needs; batch prompts of equal length, or leave the profile out")
+    at = places[own] - held - torch.arange(int(own.sum()))
+    if (at != at[0]).any() or held and at[0] != part.shift:
+        raise ValueError(f"layer {part.layer.layer}: positions {places[own].tolist()[:3]}... do not count up from the {held} tokens before, as the codec of a profile needs; give position_ids that count each row's own tokens, or leave the profile out")
+    return int(at[0])
+
+def _split(self:NDLayer, own, places):
+    "Tell rows apart by what is new of them."
+    split = []
+    for p in self.parts:
+        alike, rope = {}, rope_of(p.layer.stores[0].packed.codec)
+        for i, row in enumerate(p.rows):
+            start = _start(p, own[row], None if places is None else places[row]) if rope else 0
+            alike.setdefault((start, own[row].numpy().tobytes()), []).append(i)
+        for (start, _), index in alike.items():
+            layer = p.layer if len(index) == len(p.rows) else p.layer._take_rows(torch.tensor(index))
+            split.append(Part([p.rows[i] for i in index], p.columns, layer, start))
+            if rope: shift_codec(layer.stores[0].packed, start)
+    self.parts = split
+
+def shift_codec(packed, start):
+    "Tell the codec of keys at which position the first token stands."
+    if start == getattr(packed.codec, "shift", 0): return
+    codec = packed.codec.codec if isinstance(packed.codec, Shifted) else packed.codec
+    packed.codec = Shifted(codec, rope_of(codec), start) if start else codec
+
+NDLayer._split = _split
+
+# %% ../nbs/40_cache.ipynb #ee687c0a
+def _update_parts(self:NDLayer, k, v, told):
+    "`update` for rows that differ."
+    (B, q, L), first = (len(k), k.shape[2], self.get_seq_length()), self.first(self.get_seq_length())
+    own = torch.ones(B, q, dtype=torch.bool) if told.own is None else told.own.expand(B, q)
+    self._whole(B)
+    self._split(own, None if told.places is None else told.places.expand(B, q))
+    out = [x.new_zeros(*x.shape[:2], L - first + q, x.shape[3]) for x in (k, v)]
+    data = own[:, None, :, None].to(k.device)
+    for o, x in zip(out, (k, v)) if self.exact_new else (): o[:, :, L - first:] = torch.where(data | x.isfinite(), x, 0) # NaN of padding spoils a sum
+    for p in self.parts:
+        new = own[p.rows[0]]
+        rows, at = torch.tensor(p.rows, device=k.device), new.nonzero()[:, 0].to(k.device)
+        got = p.layer.update(*(x[rows][:, :, at] for x in (k, v)))
+        p.columns = torch.cat([p.columns, new])
+        for o, x in zip(out, got): _place(o, x, rows, p.columns, first)
+    self.stores = [s for p in self.parts for s in p.layer.stores]
+    return tuple(out)
+
+def _place(out, x, rows, columns, first):
+    "Put the tokens `[rows, H, n, D]` of a part into its columns of `out`, whose first column is `first`."
+    at = columns.nonzero()[:, 0]
+    at = at[len(at) - x.shape[2]:] - first
+    seen = at >= 0 # a hole in a row makes it see fewer of its own tokens than its window has room for
+    out[rows[:, None], :, at[seen].to(out.device)] = x[:, :, seen.to(x.device)].transpose(1, 2).to(out.dtype)
+
+NDLayer.update_parts = _update_parts
+
+# %% ../nbs/40_cache.ipynb #82d3b567
+def _length(self:NDLayer): return len(self.parts[0].columns) if self.parts else _Library.get_seq_length(self)
+
+def _read(self:NDLayer, i):
+    "Keys (0) or values (1) `[B, H, columns, D]` from the first column that any row still holds; padding is zero."
+    if not self.parts: return _Library.read(self, i)
+    held, L = [(p, p.layer.stores[i].read()) for p in self.parts], self.get_seq_length()
+    first = min((int(p.columns.nonzero()[-x.shape[2], 0]) for p, x in held if x.shape[2]), default=L)
+    out = held[0][1].new_zeros(sum(len(p.rows) for p in self.parts), held[0][1].shape[1], L - first, held[0][1].shape[3])
+    for p, x in held: _place(out, x, torch.tensor(p.rows, device=x.device), p.columns, first)
+    return out
+
+def _crop_parts(self:NDLayer, n):
+    "Forget the last `n` columns."
+    if not self.parts: return _Library.crop_stores(self, n)
+    cut = max(self.get_seq_length() - n, 0)
+    for p in self.parts: p.layer.check_crop(int(p.columns[cut:].sum()))
+    for p in self.parts:
+        p.layer.crop(-int(p.columns[cut:].sum()))
+        p.columns = p.columns[:cut]
+
+def _change_batch(self:NDLayer, f):
+    "Let `f` choose rows, parts of which may go or come several times."
+    if not self.parts: return self.apply(f)
+    chosen, parts = f(torch.arange(sum(len(p.rows) for p in self.parts))).tolist(), []
+    for p in self.parts:
+        rows = [i for i, row in enumerate(chosen) if row in p.rows]
+        if rows: parts.append(Part(rows, p.columns, p.layer._take_rows(torch.tensor([p.rows.index(chosen[i]) for i in rows])), p.shift))
+    self.parts = parts
+    self.stores = [s for p in parts for s in p.layer.stores]
+
+def _reset(self:NDLayer):
+    self.parts = []
+    _Library.reset(self)
+
+NDLayer.get_seq_length, NDLayer.read, NDLayer.crop_stores, NDLayer.change_batch, NDLayer.reset = _length, _read, _crop_parts, _change_batch, _reset
 
 # %% ../nbs/40_cache.ipynb #7dbfc01d
 class NDSlidingLayer(NDLayer):
@@ -362,16 +553,19 @@ class NDSlidingLayer(NDLayer):
         super().__init__(*args, **kwargs)
         self.sliding_window = sliding_window
 
+    def alone(self): return NDSlidingLayer(self.sliding_window, **self.settings)
     def first(self, L): return max(L - self.sliding_window + 1, 0)
     def get_max_length(self): return self.sliding_window
     def flush(self, L, first): super().flush(L, 0 if self.record_past else first)
 
-    def crop(self, tokens_to_remove):
-        first = self.first(self.get_seq_length() + int(tokens_to_remove))
+    def check_crop(self, n):
+        first = self.first(self.get_seq_length() - n)
         if any(s.starts[0] > first for s in self.stores):
-            raise RuntimeError(f"layer {self.layer}: tokens that crop({tokens_to_remove}) needs back have slid out of the window; call activate_past_recording() before the tokens come")
+            raise RuntimeError(f"layer {self.layer}: tokens that crop({-n}) needs back have slid out of the window; call activate_past_recording() before the tokens come")
+
+    def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
-        for s in self.stores: s.drop(first, self.block)
+        for s in self.stores if not self.parts else (): s.drop(self.first(self.get_seq_length()), self.block)
 
 # %% ../nbs/40_cache.ipynb #857eb1bf
 class NDHybridLayer(NDLayer, LinearAttentionAndFullAttentionLayer):
@@ -392,7 +586,14 @@ class NDHybridLayer(NDLayer, LinearAttentionAndFullAttentionLayer):
 
     def apply(self, f):
         super().apply(f)
+        self.apply_states(f)
+
+    def apply_states(self, f):
         for states in (self.conv_states, self.recurrent_states): states.update({i: f(t) for i, t in states.items() if t is not None})
+
+    def change_batch(self, f):
+        super().change_batch(f)
+        if self.parts: self.apply_states(f)
 
     def crop(self, tokens_to_remove):
         LinearAttentionLayer.crop(self, tokens_to_remove)
@@ -430,9 +631,9 @@ def _parts(layer):
 
 # %% ../nbs/40_cache.ipynb #cb08529c
 def _rows(layer):
-    "One row for each store of a layer; `width` is the number of elements that a token of the whole batch has."
+    "One row for each store of a layer; `width` is the number of elements that a token of all its rows has."
     return [dict(layer=layer.layer, kind=kind, bits=bits, packed=s.packed.n, exact=s.sink.shape[2] + s.window.shape[2], width=s.width)
-            for s, kind, bits in zip(layer.stores, "kv", layer.bits)]
+            for s, kind, bits in zip(layer.stores, cycle("kv"), cycle(layer.bits))]
 
 # %% ../nbs/40_cache.ipynb #ecdb7f69
 class _Accounts:
@@ -446,8 +647,8 @@ class _Accounts:
     @property
     def bytes_per_token(self):
         "Allocated bytes for each token of each sequence."
-        layer = self._mine[0]
-        return self.nbytes / max(layer.get_seq_length() * layer.stores[0].window.shape[0], 1) if layer.stores else 0.
+        stores = self._mine[0].stores[::2] # keys, of each part of the batch
+        return self.nbytes / max(sum(s.end * s.window.shape[0] for s in stores), 1)
 
     def report(self) -> dict:
         "Bytes by part, bits per element of the packed part and of all that is held, and a row for each layer and kind."
@@ -489,9 +690,10 @@ def model_modules(
     config:PreTrainedConfig, # `model.config`
 ) -> list: # Its own module first, then those of the configurations that it inherits from; empty = none was found
     "Modules that hold the code of a configuration's model."
-    kinds = type(config.get_text_config(decoder=True)).__mro__
-    names = [c.__module__.replace("configuration_", "modeling_") for c in kinds[:kinds.index(PreTrainedConfig)]]
-    found = []
+    kinds, found = type(config.get_text_config(decoder=True)).__mro__, []
+    kinds = kinds[:kinds.index(PreTrainedConfig)]
+    names = [getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(c, None), "__module__", "") for c in kinds] # a configuration may name another's model
+    names = [n for n in names if n] + [c.__module__.replace("configuration_", "modeling_") for c in kinds]
     for name in dict.fromkeys(names):
         try: found.append(importlib.import_module(name))
         except ImportError: pass
@@ -544,6 +746,51 @@ def _swap(i, layer, pair, bits, kw):
     return layer
 
 # %% ../nbs/40_cache.ipynb #57cb142f
+def _shown(
+    mask,  # As a model is given it: `[B, tokens]`, `[B, heads, q, tokens]`, or None
+    L:int, # Tokens before the call
+    q:int, # New ones
+) -> Tensor|None: # bool `[B, L + q]`, or `[B, q]` where a mask has other columns; None = all
+    "Which tokens a mask shows."
+    if mask is None: return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4): raise ValueError(f"NDCache cannot read padding from a mask of type {type(mask).__name__}; give attention_mask [batch, tokens], or one for each query [batch, 1, queries, tokens]")
+    if mask.dim() == 2: return torch.nn.functional.pad(mask != 0, (0, max(L + q - mask.shape[1], 0)))[:, :L+q]
+    seen = (mask if mask.dtype == torch.bool else mask > -1e4).any(1)
+    if seen.shape[1] > 1: seen = seen & ~torch.cat([seen[:, :-1].all(-1), seen.new_zeros(len(seen), 1)], 1)[..., None]
+    return seen.any(1)[:, -(L + q if seen.shape[-1] == L + q else q):]
+
+def _show(make):
+    "`transformers`' function that prepares masks, which also shows them to the cache of the call."
+    names = inspect.signature(make)
+    @functools.wraps(make)
+    def shown(*args, **kwargs):
+        given = names.bind(*args, **kwargs).arguments
+        cache = given.get("past_key_values")
+        see = getattr(getattr(cache, "self_attention_cache", cache), "see", None)
+        if see and given.get("encoder_hidden_states") is None: see(given["attention_mask"], given.get("position_ids"), given["inputs_embeds"].shape[1])
+        return make(*args, **kwargs)
+    return shown
+
+masking_utils._preprocess_mask_arguments = _show(masking_utils._preprocess_mask_arguments)
+
+# %% ../nbs/40_cache.ipynb #e00b5427
+def _makes_own_masks(config):
+    "Does no module of the model take its masks from `transformers`?"
+    if config.is_encoder_decoder: return False
+    return not any(getattr(x, "__module__", "") == masking_utils.__name__ for m in model_modules(config) for x in vars(m).values())
+
+def _check_hidden(parts, L, q, shown):
+    "Refuse a call that is shown padding of the calls before."
+    B = sum(len(p.rows) for p in parts)
+    if shown is None: bad = any(not p.columns.all() for p in parts)
+    elif shown.shape[1] == q < L + q: bad = False # a mask with columns of its own says nothing of the past
+    elif len(shown) not in (1, B): raise ValueError(f"a mask of {len(shown)} rows for a cache of {B}; give the mask of this batch")
+    else: bad = any((shown.expand(B, -1)[p.rows, :L].cpu() & ~p.columns).any() for p in parts)
+    if bad: raise ValueError("a mask shows tokens that were padding when they came, which NDCache has not kept; give every call the mask of the whole text")
+
+def _wants_places(kw): return any(name in ("profile", "codecs") or isinstance(x, dict) and _wants_places(x) for name, x in kw.items())
+
+# %% ../nbs/40_cache.ipynb #cead65a0
 class NDCache(_Accounts, DynamicCache):
     "A cache for `transformers` models that quantizes keys and values by norm and direction."
     def __init__(self,
@@ -575,6 +822,34 @@ class NDCache(_Accounts, DynamicCache):
         if method == "spectral": pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
         self.layers = [_swap(i, layer, pair, bits, kw) for i, layer in enumerate(self.layers)]
         if not self._mine: raise ValueError(f"{type(config).__name__} has no attention layer whose keys and values NDCache can hold; use DynamicCache(config=model.config)")
+        self.told, self.own_masks, self.wants_places = None, _makes_own_masks(config), _wants_places(method_kw)
+
+    @torch.compiler.disable
+    def see(self,
+        attention_mask,     # As the model is given it; None = all tokens are data
+        position_ids=None,  # `[B or 1, q]`
+        q:int|None=None,    # New tokens; None = as many as the mask says
+    ) -> None:
+        "Take note of the padding of the call that is about to come. Models of `transformers` do this by themselves."
+        L, parts = self.get_seq_length(), next((layer.parts for layer in self._mine), [])
+        q = attention_mask.shape[-1] - L if q is None else q
+        shown = _shown(attention_mask, L, q)
+        if shown is not None and not parts and shown.all(): shown = None
+        if parts: _check_hidden(parts, L, q, shown)
+        if not self.wants_places or position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != q: position_ids = None
+        self.told = Told(L, *(None if x is None else x[:, -q:].cpu() for x in (shown, position_ids)))
+
+    @torch.compiler.disable
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        layer, q, told = self.layers[layer_idx], key_states.shape[2], self.told
+        if told is not None and (told.length != layer.get_seq_length() or told.own is not None and told.own.shape[1] != q): told = None
+        if told is None and self.own_masks and len(key_states) > 1:
+            raise ValueError("this model makes its masks by itself, so NDCache cannot see which tokens of a batch are padding; give it one sequence at a time, or call cache.see(attention_mask) before each call")
+        return super().update(key_states, value_states, layer_idx, *args, told=told, **kwargs)
+
+    def reset(self):
+        super().reset()
+        self.told = None
 
     def chunks(self,
         n:int, # Tokens to come
@@ -600,7 +875,9 @@ def encoder_decoder(
     if kw.keys() & {"profile", "codecs"}: raise ValueError("encoder_decoder: a profile describes one cache, here are two; use a method without one, such as 'rotation'")
     text = copy.deepcopy(config.get_text_config(decoder=True))
     text.is_encoder_decoder = False
-    return EncoderDecoderCache(NDCache(text, bits, **kw), NDCache(text, cross_bits, **kw | dict(window=0)))
+    caches = NDCache(text, bits, **kw), NDCache(text, cross_bits, **kw | dict(window=0))
+    for c in caches: c.own_masks = False # a decoder begins without padding
+    return EncoderDecoderCache(*caches)
 
 # %% ../nbs/40_cache.ipynb #62b814f5
 @torch.no_grad()
@@ -658,6 +935,7 @@ def refresh(
     gain:float=.8,    # New frames must cost at most this share of what the present ones cost
 ) -> float: # That share; where it is not above `gain` new frames are in use
     "Measure frames anew on the latest tokens, for the blocks to come, if that makes codes cheaper."
+    if any(layer.parts for layer in cache._mine): raise ValueError("refresh: the rows of this cache begin at different columns; it takes a batch without padding")
     prices = prices or getattr(cache, "prices", None)
     places = [(layer.layer, s, keys) for layer in cache._mine for s, keys in zip(layer.stores, (True, False))]
     if not prices or not places or any(_latest(s).home.rope is None for _, s, keys in places if keys):

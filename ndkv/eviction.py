@@ -218,9 +218,10 @@ class EvictingLayer(NDLayer):
 
 # %% ../nbs/77_eviction.ipynb #1f407d04
 @torch.compiler.disable
-def _update(self:EvictingLayer, key_states, value_states, *args, **kwargs):
+def _update(self:EvictingLayer, key_states, value_states, *args, told=None, **kwargs):
     "Take `[B, H, q, D]` keys and values; return what is held and them."
     if not self.is_initialized: self.lazy_initialization(key_states, value_states)
+    if told is not None and self.differ(told, len(key_states)): raise ValueError("an EvictingCache holds rows without padding, whose positions count from 0; batch prompts of equal length, or use NDCache")
     new, L, q = (key_states, value_states), self.get_seq_length(), key_states.shape[2]
     self.flush(L)
     out = [s.read(x) if L else x for s, x in zip(self.stores, new)]

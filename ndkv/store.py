@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
-from .cache import NDCache, NDLayer
+from .cache import NDCache, NDLayer, Part, rope_of, shift_codec
 from .profile import describe
 
 # %% ../nbs/42_store.ipynb #3492b016
@@ -30,10 +30,21 @@ def _states(layer):
     return {f"{kind}.{i}": t for kind in ("conv", "recurrent") for i, t in getattr(layer, f"{kind}_states").items() if t is not None}
 
 # %% ../nbs/42_store.ipynb #3b2c7cb2
+def _places(layer):
+    "(name, store) of a layer: `k` and `v`, or `part0.k`, … where rows of the batch differ in padding."
+    names = [f"part{i}.{kind}" for i in range(len(layer.parts)) for kind in "kv"] or "kv"
+    return list(zip(names, layer.stores))
+
+def _parts(layer):
+    "What a header says of the parts of a batch, but for their columns."
+    return [dict(rows=p.rows, shift=p.shift) for p in layer.parts]
+
+# %% ../nbs/42_store.ipynb #c286e27e
 def _layer_tensors(i, layer):
     "Name -> tensor for layer `i` of a cache."
     out = {}
-    if isinstance(layer, NDLayer): out |= {f"{kind}.{name}": t for kind, s in zip("kv", layer.stores) for name, t in _store_tensors(s).items()}
+    if isinstance(layer, NDLayer): out |= {f"{where}.{name}": t for where, s in _places(layer) for name, t in _store_tensors(s).items()}
+    if getattr(layer, "parts", None): out["columns"] = torch.stack([p.columns for p in layer.parts])
     if isinstance(layer, LinearAttentionLayer): out |= _states(layer)
     if getattr(layer, "queries", None) is not None: out["queries"] = layer.queries # what a policy of `77_eviction` waits with
     if not out and any(isinstance(t, Tensor) for t in vars(layer).values()):
@@ -69,7 +80,8 @@ def save_cache(
     if not isinstance(cache, NDCache): raise ValueError(f"save_cache: a {type(cache).__name__} is no NDCache; of an EncoderDecoderCache save self_attention_cache and cross_attention_cache, each to its file")
     if not cache.get_seq_length(): raise ValueError("save_cache: the cache is empty; run the model over a prompt first")
     tensors = {name: t for i, layer in enumerate(cache.layers) for name, t in _layer_tensors(i, layer).items()}
-    layers = {str(i): dict(settings=_settings(layer), end=layer.get_seq_length()) for i, layer in enumerate(cache.layers) if isinstance(layer, NDLayer)}
+    layers = {str(i): dict(settings=_settings(layer), end=layer.get_seq_length()) | ({"parts": _parts(layer)} if layer.parts else {})
+              for i, layer in enumerate(cache.layers) if isinstance(layer, NDLayer)}
     head = dict(format=FORMAT, model=describe(model), layers=layers)
     head["sha256"] = _digest(head, tensors)
     path = Path(path)
@@ -93,7 +105,9 @@ def _read_head(path):
     except SafetensorError as e: raise _mend(path, f"damaged ({str(e).splitlines()[0][:100]})") from None
     except (KeyError, ValueError, RecursionError): raise _mend(path, "a safetensors file without the header of a cache") from None
     if not isinstance(h, dict) or h.get("format") != FORMAT: raise ValueError(f"{path}: format {h.get('format') if isinstance(h, dict) else None!r}, this version reads {FORMAT}; save the cache anew")
-    layer = lambda d: isinstance(d, dict) and isinstance(d.get("settings"), dict) and type(d.get("end")) is int and 0 < d["end"] < 2**40
+    part = lambda p: isinstance(p, dict) and isinstance(p.get("rows"), list) and all(type(n) is int for n in [*p["rows"], p.get("shift")])
+    whole = lambda parts: isinstance(parts, list) and all(map(part, parts)) and sorted(n for p in parts for n in p["rows"]) == list(range(sum(len(p["rows"]) for p in parts)))
+    layer = lambda d: isinstance(d, dict) and isinstance(d.get("settings"), dict) and type(d.get("end")) is int and 0 < d["end"] < 2**40 and whole(d.get("parts", []))
     if not (isinstance(h.get("model"), dict) and isinstance(h.get("layers"), dict) and all(map(layer, h["layers"].values()))): raise _mend(path, "the header's fields are not those of a cache")
     return h
 
@@ -165,20 +179,39 @@ def _load_codec(path, name, codec, t):
     except Exception as e: raise _mend(path, f"{name}: the codec does not take its state ({type(e).__name__})") from None
 
 # %% ../nbs/42_store.ipynb #a9630585
-def _load_layer(path, i, layer, tensors, end, device):
-    "One layer from its tensors (`k.window`, ...)."
+def _load_stores(path, name, layer, tensors, end, device, shift=0):
+    "Keys and values of a layer, or of a part of its batch, from their tensors (`k.window`, ...)."
     kv = {kind: {name[2:]: t for name, t in tensors.items() if name.startswith(kind + ".")} for kind in "kv"}
+    like = [kv[kind].get("window", torch.zeros(0)) for kind in "kv"]
+    if any(x.dim() != 4 for x in like) or like[0].shape[0] != like[1].shape[0]: raise _mend(path, f"layer {name}: keys and values do not belong together")
+    layer.lazy_initialization(*(x.to(device) for x in like))
+    for s, kind in zip(layer.stores, "kv"):
+        _load_codec(path, f"{name}.{kind}", s.packed.codec, kv[kind])
+        _check_pieces(path, f"{name}.{kind}", s, kv[kind], end, getattr(layer, "sliding_window", None))
+        s.end = end
+        if kind == "k" and shift and not rope_of(s.packed.codec): raise _mend(path, f"{name}: keys are moved by {shift} positions, of which the codec knows nothing")
+        if kind == "k" and shift: shift_codec(s.packed, shift)
+        _fill(path, f"{name}.{kind}", s, kv[kind], device)
+
+def _load_parts(path, i, layer, tensors, head, device):
+    "The parts of a batch whose rows differ in padding."
+    columns = tensors.pop("columns", torch.zeros(0))
+    if columns.dtype != torch.bool or columns.shape != (len(head["parts"]), head["end"]): raise _mend(path, f"layer {i}: columns {list(columns.shape)} are not those of {len(head['parts'])} parts of {head['end']} tokens")
+    for g, p in enumerate(head["parts"]):
+        mine = {name.removeprefix(f"part{g}."): tensors.pop(name) for name in [*tensors] if name.startswith(f"part{g}.")}
+        part = Part(p["rows"], columns[g], layer.alone(), p["shift"])
+        _load_stores(path, f"{i}.part{g}", part.layer, mine, int(columns[g].sum()), device, p["shift"])
+        if part.layer.stores[0].window.shape[0] != len(p["rows"]): raise _mend(path, f"layer {i}: part {g} is not of {len(p['rows'])} rows")
+        layer.parts.append(part)
+    layer.stores = [s for p in layer.parts for s in p.layer.stores]
+    layer.is_initialized, layer.dtype, layer.device = True, part.layer.dtype, part.layer.device
+
+def _load_layer(path, i, layer, tensors, head, device):
+    "One layer from its tensors and its entry of the header."
     rest = {name: t for name, t in tensors.items() if name[:2] not in ("k.", "v.")}
-    if isinstance(layer, NDLayer):
-        like = [kv[kind].get("window", torch.zeros(0)) for kind in "kv"]
-        if any(x.dim() != 4 for x in like) or like[0].shape[0] != like[1].shape[0]: raise _mend(path, f"layer {i}: keys and values do not belong together")
-        layer.lazy_initialization(*(x.to(device) for x in like))
-        for s, kind in zip(layer.stores, "kv"):
-            _load_codec(path, f"{i}.{kind}", s.packed.codec, kv[kind])
-            _check_pieces(path, f"{i}.{kind}", s, kv[kind], end, getattr(layer, "sliding_window", None))
-            s.end = end
-            _fill(path, f"{i}.{kind}", s, kv[kind], device)
-    if "queries" in rest and hasattr(layer, "recall"): layer.recall(rest.pop("queries").to(device), end)
+    if isinstance(layer, NDLayer) and head.get("parts"): _load_parts(path, i, layer, rest, head, device)
+    elif isinstance(layer, NDLayer): _load_stores(path, i, layer, tensors, head["end"], device)
+    if "queries" in rest and hasattr(layer, "recall"): layer.recall(rest.pop("queries").to(device), head["end"])
     if rest: _load_states(path, i, layer, rest, device)
 
 # %% ../nbs/42_store.ipynb #ea06c9ab
@@ -201,7 +234,7 @@ def load_cache(
         if not i.isdecimal() or int(i) not in mine: raise _mend(path, f"tensor {name!r} belongs to no layer")
         mine[int(i)][rest] = t
     try:
-        for i, layer in enumerate(cache.layers): _load_layer(path, i, layer, mine[i], head["layers"].get(str(i), {}).get("end", 0), device)
+        for i, layer in enumerate(cache.layers): _load_layer(path, i, layer, mine[i], head["layers"].get(str(i), {}), device)
     except Exception:
         cache.reset()
         raise
@@ -214,5 +247,5 @@ def fork(
     "A copy of a cache that shares its tensors."
     mine = [layer for layer in cache.layers if isinstance(layer, NDLayer)]
     keep = [x for layer in mine for s in layer.stores for x in (*s.tensors.values(), *[s.packed.codec] * bool(s.packed.n))]
-    keep += [layer.method_kw for layer in mine] # plans and profiles
+    keep += [x for layer in mine for l in (layer, *(p.layer for p in layer.parts)) for x in (l.method_kw, *l.method_kw.values())] # plans and profiles
     return copy.deepcopy(cache, {id(x): x for x in keep})

@@ -1,4 +1,6 @@
 "A cache as plainly as it can be said, to compare NDCache with: lists of tokens, no counting backwards, nothing in place."
+import copy
+
 import torch
 from transformers import LlamaConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
@@ -147,39 +149,64 @@ class PlainLayer:
 
 
 class _InModel:
-    "A `PlainLayer` where `transformers` expects a layer of a cache; it copies the settings of an `NDLayer`."
+    """Plain layers where `transformers` expects a layer of a cache, one for each row of the batch, which is given that row's own tokens; the settings are
+    copied from an `NDLayer`."""
     def __init__(self, mine):
-        self.mine, self.plain, self.is_sliding = mine, None, isinstance(mine, NDSlidingLayer)
+        self.mine, self.rows, self.length, self.is_sliding = mine, [], 0, isinstance(mine, NDSlidingLayer) # rows: (plain layer, its columns)
 
-    def update(self, k, v, *args, **kwargs):
+    def _new_row(self, k, v):
         m = self.mine
-        if not self.plain:
-            codecs = [b and METHODS[m.method](x.shape[-1], b, layer=m.layer, kind=kind, heads=x.shape[1], seed=m.seed, **m.method_kw) for x, kind, b in zip((k, v), "kv", m.bits)]
-            self.plain, self.is_initialized = PlainLayer(codecs, m.window, m.sinks, m.block, m.exact_new, getattr(m, "sliding_window", 10**6)), True
-        self.plain.recording = self.record_past
-        return self.plain.update(k, v)
+        codecs = [b and METHODS[m.method](x.shape[-1], b, layer=m.layer, kind=kind, heads=x.shape[1], seed=m.seed, **m.method_kw) for x, kind, b in zip((k, v), "kv", m.bits)]
+        return PlainLayer(codecs, m.window, m.sinks, m.block, m.exact_new, getattr(m, "sliding_window", 10**6)), []
 
-    keys = property(lambda self: torch.stack(self.plain.stores[0].read(), 2), lambda self, x: None)
-    values = property(lambda self: torch.stack(self.plain.stores[1].read(), 2), lambda self, x: None)
+    def update(self, k, v, *args, told=None, **kwargs):
+        B, q, first = len(k), k.shape[2], self.get_mask_sizes(k.shape[2])[1]
+        if not self.rows: self.rows, self.is_initialized = [self._new_row(k, v) for _ in range(B)], True
+        own = torch.ones(B, q, dtype=torch.bool) if told is None or told.own is None else told.own.expand(B, q)
+        out = [x.new_zeros(*x.shape[:2], self.length - first + q, x.shape[3]) for x in (k, v)]
+        for b, (plain, columns) in enumerate(self.rows):
+            plain.recording, at = self.record_past, own[b].nonzero()[:, 0].tolist()
+            if self.mine.exact_new:
+                for o, x in zip(out, (k, v)): o[b, :, self.length - first:] = x[b]
+            columns += [self.length + i for i in at]
+            if not columns: continue
+            got = plain.update(*(x[b:b+1, :, at] for x in (k, v)))
+            for o, x in zip(out, got):
+                for c, t in zip(reversed(columns), reversed(x[0].unbind(1))):
+                    if c >= first: o[b, :, c - first] = t
+        self.length += q
+        return tuple(out)
+
+    def _all(self, i):
+        read = [plain.stores[i].read() for plain, _ in self.rows]
+        like = next(x for r in read for x in r)
+        out = like.new_zeros(len(self.rows), like.shape[1], self.length, like.shape[2])
+        for b, (r, (_, columns)) in enumerate(zip(read, self.rows)):
+            for c, t in zip(columns, r): out[b, :, c] = t
+        return out
+
+    keys = property(lambda self: self._all(0), lambda self, x: None)
+    values = property(lambda self: self._all(1), lambda self, x: None)
     def lazy_initialization(self, *args, **kwargs): pass
     def activate_past_recording(self): self.record_past = True
-    def get_seq_length(self): return len(self.plain.stores[0].tokens) if self.plain else 0
+    def get_seq_length(self): return self.length
     def get_max_length(self): return -1
 
     def get_mask_sizes(self, q):
-        L = self.get_seq_length()
-        first = max(L - getattr(self.mine, "sliding_window", 10**6) + 1, 0)
-        return L - first + q, first
-
-    def apply(self, f):
-        for s in self.plain.stores if self.plain else (): s.apply(f)
+        first = max(self.length - getattr(self.mine, "sliding_window", 10**6) + 1, 0)
+        return self.length - first + q, first
 
     def crop(self, n):
-        for s in self.plain.stores: s.crop(-int(n))
+        self.length += int(n)
+        for plain, columns in self.rows:
+            gone = sum(c >= self.length for c in columns)
+            for s in plain.stores: s.crop(gone)
+            del columns[len(columns) - gone:]
 
-    def reorder_cache(self, beams): self.apply(lambda t: t[beams])
-    def batch_repeat_interleave(self, n): self.apply(lambda t: t.repeat_interleave(n, 0))
-    def batch_select_indices(self, i): self.apply(lambda t: t[i])
+    def choose(self, rows): self.rows = [copy.deepcopy(self.rows[i]) for i in rows]
+    def reorder_cache(self, beams): self.choose(beams.tolist())
+    def batch_repeat_interleave(self, n): self.choose([b for b in range(len(self.rows)) for _ in range(n)])
+    def batch_select_indices(self, i): self.choose(torch.arange(len(self.rows))[torch.as_tensor(i)].tolist())
 
 
 class InModel(_InModel, DynamicLayer):
