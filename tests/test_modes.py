@@ -240,8 +240,7 @@ def test_shared_by_a_batch(models, note):
 # --- positions that are not places in the cache ------------------------------------------------------------------------------------------
 
 def test_block_relative_codes_with_left_padding(models, note):
-    """In a row padded on the left a token's position is not its place in the cache. Block-relative codes are given the place when they are written
-    and when they are read, so that rows stay what they are; only the statistics of the turned keys are slightly off."""
+    "A row padded on the left is coded at its own positions, as a plain list of its own tokens is."
     note("modes", model="llama", method="spectral", mode="left padding, block-relative codes", window=8, sinks=4, block=16)
     model = models["llama"]
     text = torch.randint(1, 61, (16, 96), generator=torch.Generator().manual_seed(0))
