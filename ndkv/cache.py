@@ -722,13 +722,13 @@ def _latent_pair(bits, layer):
     return latent, None
 
 # %% ../nbs/40_cache.ipynb #d9822f9d
-def _calibrated(config, profile, bits, method, block, sinks, kw):
+def _calibrated(config, profile, bits, method, window, block, sinks, length, kw):
     "What a method gets from a profile of this very model: the profile itself if it has such an option, else planned codecs; or one line why not."
     asks = method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters
     if not asks and method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
     if not asks and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8): raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
     profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else load_profile(profile, config, ("dtype",))
-    return dict(profile=profile) if asks else dict(codecs=plan(profile, bits, block, sinks, kw.pop("trellis", 256)))
+    return dict(profile=profile) if asks else dict(codecs=plan(profile, bits, block, sinks, kw.pop("trellis", 256), length=length, window=window, model=config))
 
 # %% ../nbs/40_cache.ipynb #7da2e9d4
 def _check_counts(**counts):
@@ -797,7 +797,7 @@ class NDCache(_Accounts, DynamicCache):
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
         method:str|None=None,     # One of `METHODS`; None = "spectral" with a profile, else "rotation"
-        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all layers, in which the frames are not counted
+        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all packed tokens at `length`, in which the frames are not counted
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
         block:int=64,             # Tokens encoded together as they leave the window
@@ -805,10 +805,11 @@ class NDCache(_Accounts, DynamicCache):
         memo:bool=False,          # Keep decoded copies, for fast evaluation?
         offload:bool=False,       # Keep packed bytes in the CPU's memory?
         seed:int=0,               # Of the rotations
+        length:int=4096,          # With a profile: tokens of text after which at most `bits` are stored, over all layers
         **method_kw               # Options of the method
     ):
         _check_config(config)
-        if profile is not None: method_kw |= _calibrated(config, profile, bits, method, block, sinks, method_kw)
+        if profile is not None: method_kw |= _calibrated(config, profile, bits, method, window, block, sinks, length, method_kw)
         method = method or ("rotation" if profile is None else "spectral")
         _check_method(method, method_kw)
         _check_counts(window=window, sinks=sinks, block=block)
@@ -893,8 +894,10 @@ def _partings(model, ids, cut, caches):
 def prompt_cache(
     model,                # A causal language model of `transformers`
     ids:Tensor,           # The prompt `[B, T]`, without padding; sequences of a batch share the frames
-    bits:float=1.,        # Budget, the mean over all that is cached; frames are in it if `tokens` is given
+    bits:float=1.,        # Budget, bits an element of packed tokens; frames are in it if `tokens` is given
     tokens:int|None=None, # That will share the frames
+    length:int=4096,      # Tokens of text after which the budget holds, as in `NDCache`
+    window:int=128,       # As in `NDCache`
     least:int=512,        # Tokens of a prompt that has frames
     most:int=1024,        # First tokens of the prompt that are measured
     trellis:int=256,      # States; 0 = Lloyd–Max
@@ -903,11 +906,12 @@ def prompt_cache(
     **kw                  # Other arguments of `NDCache`
 ) -> NDCache: # Empty; feed it the prompt
     "A cache in frames measured on the prompt, or in the rotation where the prompt is short or its frames do worse."
-    kw |= dict(sinks=sinks, block=block)
+    kw |= dict(window=window, sinks=sinks, block=block)
     rotated = lambda: NDCache(model.config, max(1, int(bits)), **kw)
     def measured(ids):
         profile = prompt_profile(model, ids, sinks=sinks, block=block)
-        cache = NDCache(model.config, method="spectral", codecs=plan(profile, bits, block, sinks, trellis, tokens=tokens), **kw)
+        codecs = plan(profile, bits, block, sinks, trellis, tokens=tokens, length=length, window=window, model=model)
+        cache = NDCache(model.config, method="spectral", codecs=codecs, **kw)
         cache.prices = profile.prices  # for `refresh`
         return cache
     if ids.shape[1] < least: return rotated()

@@ -164,6 +164,8 @@ def make_cells(
     bits, # Numbers; of a profile's budget, or bits a channel
     layers:int, # Of the model
     profile=None, # From `calibrate`
+    length:int=4096, # Tokens of text after which its budgets hold
+    model=None, # Model or configuration; None = as the profile describes it
     **shape, # window, sinks, block
 ) -> list: # One `Cell` for each method and number
     "Caches to measure."
@@ -174,7 +176,7 @@ def make_cells(
         if profile is None and m in ('spectral', *CALIBRATED): raise ValueError(f'method {m} needs --profile; make one with `ndkv calibrate`')
         for b in bits:
             options = dict(profile=profile) if m in CALIBRATED else dict(layers=layers) if m == 'turboquant' else {}
-            if m == 'spectral': options = dict(codecs=plan(profile, b, shape.get('block', Cell.block), shape.get('sinks', Cell.sinks), 256))
+            if m == 'spectral': options = dict(codecs=plan(profile, b, shape.get('block', Cell.block), shape.get('sinks', Cell.sinks), 256, length=length, window=shape.get('window', Cell.window), model=model))
             out.append(Cell(m, b, b, **shape, options=options))
     return out
 
@@ -197,7 +199,7 @@ def demonstrate(
 ) -> list: # A dict for each cache
     "Generate with the ordinary cache and with ndkv's, and compare."
     ids = tokenizer(prompt, return_tensors='pt')['input_ids'].to(model.device)
-    cells = make_cells(['spectral' if profile else 'rotation'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, **kw)
+    cells = make_cells(['spectral' if profile else 'rotation'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, ids.shape[1] + new_tokens, model, **kw)
     cells = {f'ndkv {c.k_bits:g} bits': c for c in cells}
     caches = {'ordinary': DynamicCache(config=model.config)} | {name: c.cache(model.config, memo=False) for name, c in cells.items()}
     done = {name: generate(model, ids, cache, new_tokens, name if bar else None) for name, cache in caches.items()}
@@ -383,9 +385,9 @@ def calibrate(
 # %% ../nbs/95_cli.ipynb #781df503
 GRIDS = dict( # name -> f(profile or None, number of layers, budgets if given)
     rotation=lambda profile, layers: first_grid(),
-    bits=lambda profile, layers, *bits, tokens=4096: bits_grid(profile, *bits, tokens=tokens),
-    adaptive=lambda profile, layers, *bits: adaptive_grid(profile, *bits),
-    ablation=lambda profile, layers, *bits: ablation_grid(profile, *(b[0] for b in bits)),
+    bits=lambda profile, layers, *bits, tokens=4096, **kw: bits_grid(profile, *bits, tokens=tokens, **kw),
+    adaptive=lambda profile, layers, *bits, **kw: adaptive_grid(profile, *bits, **kw),
+    ablation=lambda profile, layers, *bits, **kw: ablation_grid(profile, *(b[0] for b in bits), **kw),
     baselines=lambda profile, layers: [NOISE, *ROTATIONS, *(Cell(**c) for c in baseline_grid(layers, profile, third_party=find_spec('optimum') is not None))],
 )
 
@@ -445,8 +447,8 @@ def evaluate(
     lm = lm.to(getattr(torch, dtype))
     name = name or dict(rotation='frontier').get(grid, grid)
     layers,loaded = lm.config.get_text_config().num_hidden_layers,profile and load_profile(profile, lm, ('dtype',))
-    if method: cells = [Cell('bf16', None, None, window, sinks)] + make_cells(method, numbers(bits or '4,3,2'), layers, loaded, window=window, sinks=sinks)
-    else: cells = GRIDS[grid](loaded, layers, *([tuple(numbers(bits))] if bits and grid in ('bits', 'adaptive', 'ablation') else []), **(dict(tokens=tokens_) if grid == 'bits' else {}))
+    if method: cells = [Cell('bf16', None, None, window, sinks)] + make_cells(method, numbers(bits or '4,3,2'), layers, loaded, length, lm, window=window, sinks=sinks)
+    else: cells = GRIDS[grid](loaded, layers, *([tuple(numbers(bits))] if bits and grid in ('bits', 'adaptive', 'ablation') else []), **(dict(tokens=tokens_) if grid == 'bits' else {}), **(dict(length=length) if grid in ('bits', 'adaptive', 'ablation') else {}))
     tokens = text_windows(path, tokenizer, length, windows)
     folder = zoo()/model if (zoo()/model).is_dir() else model
     options = dict(grid=None if method else grid, bits=bits, profile=profile and Path(profile).name, data=path.name if data.is_file() else None, text=None if data.is_file() else path.name.split('.')[0], length=length, windows=windows, batch=batch, dtype=dtype, prompt=prompt or None, shared=tokens_ if grid == 'bits' and tokens_ != 4096 else None, name=name)

@@ -127,10 +127,10 @@ def compare(
 
 
 def _frames(cache):
-    "Bits an element of the frames that a cache's codecs read, for one token."
-    codecs = [s.packed.codec for layer in getattr(cache, "layers", ()) for s in getattr(layer, "stores", ())]
-    codecs = {i: c for i, c in enumerate(codecs) if hasattr(c, "frame_bits")}
-    return frame_bits(codecs) if codecs else None
+    "Bits an element of the frames that a cache's codecs read, for one token of the fullest layer."
+    stores = {(i, kind): s.packed for i, layer in enumerate(getattr(cache, "layers", ())) for kind, s in zip("kv", getattr(layer, "stores", ()))}
+    codecs = {key: p.codec for key, p in stores.items() if hasattr(p.codec, "frame_bits")}
+    return frame_bits(codecs, {i: p.n for (i, _), p in stores.items()}) if codecs else None
 
 
 def _judge(reference, logits, target):
@@ -289,12 +289,13 @@ def spectral_cell(
     classes: bool = True,  # Of tokens by forecast price?
     tokens: int | None = None,  # That share the frames, which are then paid from the budget
     window: int = 128,  # Recent tokens kept exact
+    length: int = 4096,  # Tokens of text after which the budget holds; those of the windows to be measured
 ) -> Cell:
     "A cell of the method `spectral`."
     eye = lambda s: tuple(torch.eye(c.shape[-1], dtype=torch.float64).expand_as(c) for c in (s.k_cov, s.v_cov))
     reading = lambda s: (query_weight(s), s.o_gram)
     made = dict(fisher=None, reading={i: reading(s) for i, s in profile.layers.items()}, none={i: eye(s) for i, s in profile.layers.items()})[prices]
-    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge, norm=norm, group=64, tokens=tokens, **({} if classes else dict(classes=None)))
+    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge, norm=norm, group=64, tokens=tokens, length=length, window=window, **({} if classes else dict(classes=None)))
     note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices, allocation=allocation, ridge=ridge, norm=norm or "level", classes=len(next(iter(codecs.values())).counts), tokens=tokens or 0, profile="+".join(d["name"] for d in profile.data))
     return Cell("spectral", bits, bits, window, options=dict(codecs=codecs), note=note)
 
@@ -303,19 +304,21 @@ def prompt_cell(
     bits: float,  # Budget, frames included
     tokens: int,  # That share the frames
     trellis: int = 0,  # States; 0 = Lloyd–Max, quick to encode
+    length: int = 4096,  # Tokens of text after which the budget holds
 ) -> Cell:
     "A cell of `prompt_cache`, to be run with a prompt, a window at a time."
     note = dict(home="64", trellis=trellis, prices="fisher", allocation="global", classes=1, tokens=tokens, profile="prompt")
-    return Cell("prompt", bits, bits, options=dict(trellis=trellis, tokens=tokens), note=note)
+    return Cell("prompt", bits, bits, options=dict(trellis=trellis, tokens=tokens, length=length), note=note)
 
 
 def bits_grid(
     profile: Profile,  # From `calibrate`
     bits: tuple = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5),  # Budgets, frames included
     tokens: int = 4096,  # That share the frames
+    length: int = 4096,  # Tokens of text after which budgets hold
 ) -> list[Cell]:
     "How few bits are enough? The rotation, and spectral codes from very few bits on."
-    return [NOISE, *ROTATIONS, *(spectral_cell(profile, b, tokens=tokens) for b in bits)]
+    return [NOISE, *ROTATIONS, *(spectral_cell(profile, b, tokens=tokens, length=length) for b in bits)]
 
 
 def adaptive_grid(
@@ -323,22 +326,24 @@ def adaptive_grid(
     bits: tuple = (0.6, 0.85, 1.25, 2.0),  # Budgets, frames for `tokens` included
     tokens: int = 4096,  # That share the frames
     trellis: int = 0,  # States; 0 = Lloyd–Max, quick to encode
+    length: int = 4096,  # Tokens of text after which budgets hold
 ) -> list[Cell]:
     "What is measured on the text itself: classes of tokens, beside one class, and frames from the prompt (to be run with one, a window at a time); the rotation."
-    cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens, trellis=trellis)
-    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *(prompt_cell(b, tokens, trellis) for b in bits[1:])]
+    cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens, trellis=trellis, length=length)
+    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *(prompt_cell(b, tokens, trellis, length) for b in bits[1:])]
 
 
 def ablation_grid(
     profile: Profile,  # From `calibrate`
     bits: float = 1.5,  # Budget of all cells
+    length: int = 4096,  # Tokens of text after which it holds
 ) -> list[Cell]:
     "The default with Lloyd–Max codes (quick to encode), and cells that differ from it in one choice."
-    base = dict(trellis=0)
+    base = dict(trellis=0, length=length)
     homes = [dict(home=h) for h in (None, 256, 16, 1)]
     prices = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"), dict(prices="none", allocation="layer", classes=False), dict(ridge=0.001), dict(ridge=0.1)]
     codes = [dict(norm=n) for n in (4, 8, 16)] + [dict(trellis=256), dict(classes=False)]
-    small = [Cell("bf16", None, None, 32), Cell(k_bits=3, v_bits=3, window=32), spectral_cell(profile, bits, trellis=0, window=32)]
+    small = [Cell("bf16", None, None, 32), Cell(k_bits=3, v_bits=3, window=32), spectral_cell(profile, bits, window=32, **base)]
     return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **base | kw) for kw in ({}, *homes, *prices, *codes)), *small]
 
 # %% ../nbs/76_evaluate.ipynb #8501ea81

@@ -13,7 +13,7 @@ from torch import Tensor
 from .evaluate import ROTATIONS, Cell, account, compare
 from .metrics import mean_stderr, quantile
 from .profile import Profile, effective_rank, mean_share, probe
-from .spectral import key_frame, klt, plan
+from .spectral import effective_bits, held_tokens, key_frame, klt, plan
 
 # %% ../nbs/84_inspect.ipynb #3c1a3975
 def sink_norms(
@@ -43,12 +43,15 @@ def anatomy(
     model,              # A causal language model
     ids:Tensor,         # Some text `[B, T]` from its beginning, for the sinks
     profile:Profile,    # From `calibrate`
-    bits:float=2.,      # Budget to divide, bits an element, frames apart
+    bits:float=2.,      # Budget to divide, bits an element of packed tokens, frames apart
     block:int=64,       # Of the cache
     sinks:int=4,        # Of the cache
+    window:int=128,     # Of the cache
+    length:int=4096,    # Tokens of text after which the budget holds
 ) -> list[dict]: # One row a layer and kind ("k", "v"): sink, outlier, mean, rank, cost, bits, head_bits, spectrum
     "Numbers of every layer's keys and values, and the bits that a budget gives them."
-    codecs, first, rows = plan(profile, bits, block, sinks, 256), sink_norms(model, ids), []
+    codecs = plan(profile, bits, block, sinks, 256, length=length, window=window, model=model)
+    first, rows = sink_norms(model, ids), []
     for (i, kind), codec in codecs.items():
         s, lam = profile.layers[i], codec_spectrum(profile, i, kind, block)
         mean, cov = (s.k_mean, s.k_cov) if kind == "k" else (s.v_mean, s.v_cov)
@@ -110,19 +113,26 @@ def frontier(
     bits:tuple=BUDGETS,   # Budgets of spectral codes, frames apart
     batch:int=8,          # Windows at a time
     bar:bool=True,        # Show progress
+    length:int=4096,      # Tokens of text after which budgets hold, and at which `bits` are counted
     **shape               # window, sinks, block
 ) -> list[dict]: # method, budget, bits (of what is packed: codes, norms, classes; frames apart), kl, stderr, p999, flips; cheapest first
     "Divergence of several budgets, measured side by side."
-    block, sinks = shape.get("block", Cell.block), shape.get("sinks", Cell.sinks)
+    at = dict(length=length, **{k: shape.get(k, getattr(Cell, k)) for k in ("window", "sinks", "block")})
+    plans = {b: _plan(profile, b, model, **at) for b in bits} if profile else {}
     cells = [Cell(k_bits=c.k_bits, v_bits=c.v_bits, **shape) for c in ROTATIONS] + [Cell("bf16", None, None, **shape)]
-    if profile: cells += [Cell("spectral", b, b, **shape, options=dict(codecs=plan(profile, b, block, sinks, 256))) for b in bits]
+    cells += [Cell("spectral", b, b, **shape, options=dict(codecs=p)) for b, p in plans.items()]
     found, reports = compare(model, tokens, cells, batch, bar)
     first, rows = cells[0].sinks + cells[0].window + cells[0].block, []
     for c in cells:
         kl, flips = (found[c][name][:, first:] for name in ("kl", "flips"))
         mean, err = mean_stderr(kl)
-        rows.append(dict(method=c.method, budget=c.k_bits, bits=account(reports[c])["bits"] if c in reports else 16., kl=mean, stderr=err, p999=quantile(kl, .999), flips=flips.mean().item()))
+        stored = effective_bits(plans[c.k_bits], held_tokens(profile, model=model, **at)) if c.method == "spectral" else account(reports[c])["bits"] if c in reports else 16.
+        rows.append(dict(method=c.method, budget=c.k_bits, bits=stored, kl=mean, stderr=err, p999=quantile(kl, .999), flips=flips.mean().item()))
     return sorted(rows, key=lambda r: (r["bits"], r["method"]))
+
+def _plan(profile, bits, model, length, window, sinks, block):
+    return plan(profile, bits, block, sinks, 256, length=length, window=window, model=model)
+
 
 def choose(
     rows:list[dict],            # From `frontier`

@@ -63,11 +63,15 @@ def local_cache(
     block:int=64,  # As in `NDCache`
     sinks:int=4,   # As in `NDCache`
     trellis:int=256, # As in `NDCache` with a profile
+    window:int=128,  # As in `NDCache`
+    length:int=4096, # As in `NDCache` with a profile
     **kw           # Of `NDCache`
 ) -> NDCache:
     "`NDCache` for one rank of a tensor-parallel model."
-    if profile is None: return NDCache(config, bits=bits, block=block, sinks=sinks, **kw)
+    kw |= dict(window=window, sinks=sinks, block=block)
+    if profile is None: return NDCache(config, bits=bits, **kw)
     if rank is None: rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
-    codecs = {key: own_heads(c, rank_heads(len(c.widths), rank, world)) for key, c in plan(profile, bits, block, sinks, trellis).items()}
-    return NDCache(config, method="spectral", codecs=codecs, block=block, sinks=sinks, **kw)
+    codecs = plan(profile, bits, block, sinks, trellis, length=length, window=window, model=config)
+    codecs = {key: own_heads(c, rank_heads(len(c.widths), rank, world)) for key, c in codecs.items()}
+    return NDCache(config, method="spectral", codecs=codecs, **kw)

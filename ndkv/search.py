@@ -27,7 +27,7 @@ from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate
 from .metrics import mean_stderr
-from .profile import Profile, fingerprint, probe, tokens_hash
+from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
 from .results import Run, code_version, load_rows, newest, merge, write_atomic
 from .spectral import plan
 from .stress import EDITIONS, load_twin
@@ -146,7 +146,8 @@ def make_cell(
         if cell["k_bits"] != cell["v_bits"]: raise ValueError("spectral spends one budget on keys and values; give one number of bits")
         note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global", tokens=options.pop("tokens", 0))
         if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis or tokens")
-        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"], tokens=note["tokens"] or None))
+        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"], tokens=note["tokens"] or None,
+                                   length=cell["length"], window=cell["window"], model=_load(cell, where)[0]))
         note["classes"] = len(next(iter(options["codecs"].values())).counts)
     return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
 
@@ -453,13 +454,13 @@ class Recommendation:
         return f"{self.model}, {self.method}\n  bits   mean KL (nats)\n" + "\n".join(sorted(marks, key=lambda m: float(m.split()[0]))) + f"\n\n{self.command}"
 
 # %% ../nbs/80_search.ipynb #dda24929
-def _prices(model, tokens, method, choices, options):
-    "(place, bits) -> stored bits of one token, from the method's own codecs."
+def _prices(model, tokens, method, choices, options, held):
+    "(place, bits) -> stored bits of all tokens that layers hold, from the method's own codecs; place -> elements of them."
     shapes, out = {}, {}
     probe(model, tokens[:1, :8], lambda m, q, k, v, kw: shapes.update({(m.layer_idx, 0): k.shape, (m.layer_idx, 1): v.shape}))
     for (l, x), (_, H, _, d) in sorted(shapes.items()):
-        for b in choices: out[(l, x), b] = METHODS[method](d, b, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d
-    return out, {p: s[1] * s[3] for p, s in shapes.items()}
+        for b in choices if l in held else (): out[(l, x), b] = METHODS[method](d, b, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d * held[l]
+    return out, {p: s[1] * s[3] * held[p[0]] for p, s in shapes.items() if p[0] in held}
 
 
 def recommend(
@@ -476,13 +477,15 @@ def recommend(
     window: int = 128,  # Recent tokens kept exact
     sinks: int = 4,  # First tokens kept exact
     block: int = 64,  # Tokens encoded together
+    length: int = 4096,  # Tokens of text after which the budget holds
     **options,  # Of the method
 ) -> Recommendation:
     "Search bits over layers, keys and values."
     if (budget is None) == (max_kl is None): raise ValueError("give either a budget of bits or a max_kl")
     if len(tokens) < 2: raise ValueError("recommend needs two windows or more: one half to measure sensitivities, the other to verify")
     half, shape = len(tokens) // 2, dict(window=window, sinks=sinks, block=block)
-    prices, width = _prices(model, tokens, method, choices, options)
+    held = {i: max(n, 1e-3) for i, n in packed_tokens(layer_reach(model), length, window, sinks, block).items()}  # what holds nothing is almost free
+    prices, width = _prices(model, tokens, method, choices, options, held)
     s = sensitivities(model, tokens[:half], sorted({l for l, _ in width}), method, choices[0], batch, bar, shape, **options)
     path = bit_path(s, prices, choices)
     cost = [sum(prices[p, b] for p, b in q.items()) / sum(width.values()) for q in path]

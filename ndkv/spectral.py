@@ -6,7 +6,7 @@
 __all__ = ['OCTAVES', 'NORM_BITS', 'CHANNEL_BYTES', 'HEAD_BYTES', 'WIDER', 'SHARES', 'klt', 'BitRow', 'norm_bits', 'norm_code',
            'norm_value', 'Home', 'eight_bits', 'SmallFrame', 'code_table', 'Strings', 'Classes', 'SpectralCodec',
            'class_bytes', 'key_frame', 'whole_bytes', 'token_bytes', 'water', 'spend', 'classes_of', 'plan',
-           'frame_bits', 'Refreshed']
+           'held_tokens', 'effective_bits', 'frame_bits', 'Refreshed']
 
 # %% ../nbs/34_spectral.ipynb #1b83395b
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .codebooks import lloyd_max
 from .frames import Frame, head_rows
-from .profile import RANKS, LayerStats, Profile, Rope, allocate, distortion_table, rotated_average
+from .profile import RANKS, LayerStats, Profile, Rope, allocate, distortion_table, layer_reach, packed_tokens, rotated_average
 from .trellis import Trellis, trellis_distortion
 
 # %% ../nbs/34_spectral.ipynb #774a8b13
@@ -187,6 +187,7 @@ def code_table(
 ) -> list[float]:  # D(0..max_bits)
     "Distortion of a unit Gaussian for each width."
     return [trellis_distortion(b, trellis) if trellis and 1 <= b <= 4 else d for b, d in enumerate(distortion_table(max_bits))]
+
 
 
 # %% ../nbs/34_spectral.ipynb #a8130e34
@@ -497,22 +498,25 @@ def token_bytes(
 def water(
     spectra: list[Tensor],  # [C, H, D] variances of the classes
     shares: list[Tensor],  # [C] of the tokens
-    bits: float,  # For all channels of one token, in the mean
+    bits: float,  # For all channels of one token, on average
     table: list,  # D(0..max_bits)
-    frame: float = 0.0,  # Bits a token that a channel's row and column of the frame cost, if it is coded in any class
+    frame: float | list = 0.0,  # Bits a token that a channel's row and column of the frame cost, if it is coded in any class; of all spectra, or of each
+    held: list | None = None,  # Tokens of each spectrum's layer for one of the fullest; None = all alike
 ) -> tuple[list[Tensor], float]:  # Widths [C, H, D], and the level
     "Reverse water-filling: a bit is given where it removes more than the level, a channel where it removes more than it costs."
     t = torch.tensor(table, dtype=torch.float64)
     spectra = [s * torch.linspace(1, 1.001, s[0].numel(), dtype=torch.float64).view_as(s[0]) for s in spectra]  # equal channels may get unequal bits
+    held, frame = held or [1.0] * len(spectra), frame if isinstance(frame, list) else [frame] * len(spectra)
     def at(level):
         widths, cost = [], 0.0
-        for s, n in zip(spectra, shares):
-            n, w = n[:, None, None], (s[..., None] * -t.diff() > level).sum(-1)
-            on = (n * (s * (1 - t[w]) - level * w)).sum(0) > level * frame
+        for s, n, m, f in zip(spectra, shares, held, frame):
+            n, w = n[:, None, None], (s[..., None] * -t.diff() > level * m).sum(-1)
+            on = (n * (s * (1 - t[w]) - level * m * w)).sum(0) > level * f
             widths.append(w * on)
-            cost += (n * widths[-1]).sum().item() + frame * widths[-1].any(0).sum().item()
+            cost += m * (n * widths[-1]).sum().item() + f * widths[-1].any(0).sum().item()
         return widths, cost
-    low, high = 1e-18 * max(s.max().item() for s in spectra), max(s.max().item() for s in spectra)
+    high = max(s.max().item() / m for s, m in zip(spectra, held))
+    low = 1e-18 * high
     if at(low)[1] <= bits: return at(low)[0], low
     while high / low > 1 + 1e-6:
         middle = math.sqrt(low * high)
@@ -523,27 +527,31 @@ def water(
 def spend(
     spectra: list[Tensor],  # [C, H, D] variances of the classes of keys and values of some layers
     counts: list[tuple],  # Tokens of each class
-    bits: float,  # All-in bits an element
+    bits: float,  # Effective bits an element
     table: list,  # D(0..max_bits)
     trellis: int = 0,  # States; 0 = Lloyd–Max
     norm: int | None = None,  # Bits of every norm; None = as the water level says
-    tokens: int | None = None,  # That share the frames, which are then paid from the budget
+    tokens: float | None = None,  # Of the fullest layer that share the frames, which are then paid from the budget
+    held: list | None = None,  # As in `water`
 ) -> list[list[tuple[Tensor, Tensor]]]:  # Widths [H, D] and bits of norms [H] of each class
     "Water-filling in full bytes, norms, classes and frames paid."
-    D, shares = spectra[0].shape[-1], [torch.tensor(c, dtype=torch.float64) / sum(c) for c in counts]
-    frame = 8 * CHANNEL_BYTES(D) / tokens if tokens else 0.0
-    room = bits * sum(s[0].numel() for s in spectra) / 8 - sum(class_bytes(s.shape[1], c) / sum(c) for s, c in zip(spectra, counts))
-    room -= sum(HEAD_BYTES(D) * s.shape[1] for s in spectra) / tokens if tokens else 0.0
+    shares, held = [torch.tensor(c, dtype=torch.float64) / sum(c) for c in counts], held or [1.0] * len(spectra)
+    frame = [8 * CHANNEL_BYTES(s.shape[-1]) / tokens if tokens else 0.0 for s in spectra]
+    room = sum(m * (bits * s[0].numel() / 8 - class_bytes(s.shape[1], c) / sum(c)) for s, c, m in zip(spectra, counts, held))
+    room -= sum(HEAD_BYTES(s.shape[-1]) * s.shape[1] for s in spectra) / tokens if tokens else 0.0
     total, over, out = room, 1.0, []
     while over > 0 and total > 0:
-        widths, level = water(spectra, shares, 8 * total, table, frame)
-        norms = [torch.stack([norm_bits(c, level) if norm is None else torch.full((len(c),), norm) for c in s]) for s in spectra]
+        widths, level = water(spectra, shares, 8 * total, table, frame, held)
+        norms = [torch.stack([norm_bits(c, level * m) if norm is None else torch.full((len(c),), norm) for c in s]) for s, m in zip(spectra, held)]
         out = [[whole_bytes(c * w.any(0), x, n, table, trellis) for c, x, n in zip(s, w, ns)] for s, w, ns in zip(spectra, widths, norms)]
-        over = sum(n * token_bytes(*o, trellis) for share, classes in zip(shares, out) for n, o in zip(share.tolist(), classes)) - room
-        over += frame / 8 * sum(torch.stack([w for w, _ in classes]).any(0).sum().item() for classes in out)
+        over = sum(m * _mean_bytes(share, classes, trellis) for share, classes, m in zip(shares, out, held)) - room
+        over += sum(f / 8 * torch.stack([w for w, _ in classes]).any(0).sum().item() for f, classes in zip(frame, out))
         total -= max(over, 0.25) if over > 0 else 0
     if over > 0 or not any(w.any() for classes in out for w, _ in classes): raise ValueError(f"plan: {bits} bits an element do not even pay for the norms{' and frames' * bool(tokens)}; give more")
     return out
+
+
+def _mean_bytes(share, classes, trellis): return sum(n * token_bytes(*c, trellis) for n, c in zip(share.tolist(), classes))  # of a token
 
 
 def classes_of(
@@ -563,7 +571,7 @@ def classes_of(
 
 def plan(
     profile: Profile,  # Covariances, and prices
-    bits: float,  # Budget, bits an element: codes, norms and classes; and frames, if `tokens` is given
+    bits: float,  # Budget, effective bits an element of packed tokens: codes, norms and classes; and frames, if `tokens` is given
     block: int | None = 64,  # Of the cache; 1 = pre-RoPE keys, None = post-RoPE keys
     first: int = 4,  # Position where blocks start: the cache's sinks
     trellis: int = 0,  # States of the trellis; 0 = Lloyd–Max
@@ -575,28 +583,68 @@ def plan(
     classes: tuple | None = SHARES,  # Of the tokens, where the profile has forecasts and `group` can be cut so; None = all tokens alike
     group: int | None = None,  # Tokens ranked together, a divisor of the cache's block; None = the largest that also divides 64
     tokens: int | None = None,  # That share the frames, which are then paid from the budget; None = frames are not in the budget
+    length: int = 4096,  # Tokens of text after which the budget holds, over the layers as they are filled then
+    window: int = 128,  # Of the cache
+    model=None,  # Model or configuration whose layers hold them; None = as the profile describes it
 ) -> dict[tuple[int, str], SpectralCodec]:  # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget of bits."
     prices, group = prices or profile.prices, group or math.gcd(block or 64, 64)
     if not prices: raise ValueError("plan: the profile holds no prices of errors; make it with `calibrate`, or pass `prices`")
+    held = held_tokens(profile, length, window, first, block or 64, model)
     frames, homes = {}, {}
-    for i, s in profile.layers.items():
+    for i, s in ((i, s) for i, s in profile.layers.items() if i in held):
         frames[i, "k"], frames[i, "v"] = key_frame(s, prices[i][0], block, ridge), klt(s.v_cov, prices[i][1], s.v_mean, ridge)
         homes[i, "k"], homes[i, "v"] = Home(s.rope, block, first) if block else Home(), Home()
     kinds = {key: classes_of(profile, key, group, classes) for key in frames}
     spectra = {key: torch.stack([w[:, None] * f.scale.double() ** 2 for w in kinds[key][1]]) for key, f in frames.items()}
     table, out = code_table(trellis, max_bits), {}
-    for keys in [[key] for key in frames] if equal else [list(frames)]:
-        spent = spend([spectra[k] for k in keys], [kinds[k][2] for k in keys], bits, table, trellis, norm, tokens)
+    for keys in [[key] for key in frames] if equal else _filled_and_empty(frames, held):
+        most = max(held[i] for i, _ in keys)
+        weights = [held[i] / most for i, _ in keys] if most else None
+        sharing = tokens * most / length if tokens and most else None  # of `length` tokens `most` are packed
+        spent = spend([spectra[k] for k in keys], [kinds[k][2] for k in keys], bits, table, trellis, norm, sharing, weights)
         out |= {k: SpectralCodec(frames[k], [w for w, _ in s], homes[k], trellis, [n for _, n in s], kinds[k][0]) for k, s in zip(keys, spent)}
     return out
 
 
+def held_tokens(
+    profile: Profile,
+    length: int = 4096,  # Tokens of text
+    window: int = 128,  # Of the cache
+    sinks: int = 4,  # Of the cache
+    block: int = 64,  # Of the cache
+    model=None,  # Model or configuration; None = as the profile describes it
+) -> dict[int, int]:  # Layer -> packed tokens, for the layers that hold any keys and values
+    "What the layers of a profile will hold."
+    reach = profile.model.get("reach") if model is None else layer_reach(model)
+    if reach is None and profile.model: raise ValueError("plan: this profile does not say how many tokens its layers hold; pass model=model.config, or calibrate anew")
+    return packed_tokens(reach or [None] * (1 + max(profile.layers)), length, window, sinks, block)  # a made-up profile: all see everything
+
+
+def _filled_and_empty(keys, held):
+    "Keys (layer, kind) of layers that hold packed tokens, and of those that hold none."
+    return [some for some in ([k for k in keys if held[k[0]]], [k for k in keys if not held[k[0]]]) if some]
+
+
+def effective_bits(
+    codecs: dict,  # From `plan`
+    held: dict | None = None,  # Layer -> packed tokens; None = all alike
+) -> float:
+    "Bits an element of packed tokens, frames apart."
+    n = _elements(codecs, held)
+    return sum(n[key] * c.bits_per_element for key, c in codecs.items()) / max(sum(n.values()), 1)
+
+
 def frame_bits(
     codecs: dict,  # From `plan`
-) -> float:  # Bits for each element of one token; over T tokens that share the frames, a T-th of it
-    "Memory of all frames, in bits an element."
-    return sum(c.frame_bits * c.widths.numel() for c in codecs.values()) / sum(c.widths.numel() for c in codecs.values())
+    held: dict | None = None,  # Layer -> packed tokens; None = all alike
+) -> float:  # Bits for each element of one token of the fullest layer; over T such tokens that share the frames, a T-th of it
+    "Memory of the frames of all layers that hold something, in bits an element."
+    n, most = _elements(codecs, held), max(held.values()) if held else 1
+    return most * sum(c.frame_bits * c.widths.numel() for key, c in codecs.items() if n[key]) / max(sum(n.values()), 1)
+
+
+def _elements(codecs, held): return {key: (held[key[0]] if held else 1) * c.widths.numel() for key, c in codecs.items()}
 
 # %% ../nbs/34_spectral.ipynb #7b648d34
 class Refreshed:

@@ -15,6 +15,7 @@ MLA = MHA | EXPERTS | dict(q_lora_rank=16, kv_lora_rank=32, qk_nope_head_dim=16,
                            n_shared_experts=1, n_group=1, topk_group=1)
 HALF_LINEAR = ["linear_attention", "full_attention"]
 SLIDES = dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+GEMMA4 = TEXT | dict(head_dim=16, global_head_dim=32, num_hidden_layers=4, sliding_window=24, layer_types=["sliding_attention", "full_attention"]*2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=61)
 CODER = dict(vocab_size=61, d_model=64, pad_token_id=0, bos_token_id=1, eos_token_id=None, decoder_start_token_id=1)
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
 
@@ -47,6 +48,9 @@ FAMILIES = {
                                           layer_types=["chunked_attention", "full_attention"])),
     "Gemma 3n":    ("Gemma3n", TEXT | dict(head_dim=16, num_hidden_layers=4, num_kv_shared_layers=2, sliding_window=24, layer_types=["sliding_attention", "full_attention"]*2, hidden_size_per_layer_input=16,
                                            vocab_size_per_layer_input=61, altup_num_inputs=2, laurel_rank=8, activation_sparsity_pattern=[0.]*4)),
+    "Gemma 4":     ("Gemma4", GEMMA4 | dict(num_global_key_value_heads=1, attention_k_eq_v=True)),
+    "Gemma 4, shared": ("Gemma4", GEMMA4 | dict(num_kv_shared_layers=2)),
+    "MiMo-V2-Flash": ("MiMoV2Flash", TEXT | EXPERTS | dict(head_dim=24, v_head_dim=16, sliding_window=24, layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"], n_routed_experts=4)),
     "DeepSeek-V2": ("DeepseekV2", MLA | dict(topk_method="greedy")),
     "DeepSeek-V3": ("DeepseekV3", MLA),
     "Qwen3-Next":  ("Qwen3Next", TEXT | EXPERTS | dict(head_dim=16, layer_types=HALF_LINEAR, num_experts=4, shared_expert_intermediate_size=32, linear_num_value_heads=4,
@@ -69,6 +73,8 @@ NOTES = {
     "gpt-oss": "sliding and full layers", "Qwen3-Next": "linear-attention layers passed through", "Jamba": "state-space layers passed through", "Cohere 2": "sliding and full layers", "DeepSeek-V2": "latents at 4 bits or more, rotary keys exact",
     "Llama 4": "chunked and full layers", "Gemma 3n": "layers that share keys and values", "LFM2": "convolutions passed through",
     "Falcon-H1": "state-space part of each layer passed through", "BART": "decoder's own and cross-attention cache", "T5": "decoder's own and cross-attention cache",
+    "Gemma 4": "sliding and full layers, heads of two widths", "Gemma 4, shared": "heads of two widths, layers that share keys and values",
+    "MiMo-V2-Flash": "values narrower than keys, more KV heads in sliding layers",
     "LLaVA": "text decoder, with an image in the prompt", "Gemma 3 VLM": "text decoder, with an image in the prompt",
 }
 QUANTIZED = dict(method="test-rotation", bits=4, window=8, sinks=2, block=8)
@@ -77,7 +83,7 @@ QUANTIZED = dict(method="test-rotation", bits=4, window=8, sinks=2, block=8)
 def load(family, folder):
     "A random model of the family, weights enlarged so that what it says depends on its cache, saved and loaded."
     prefix, fields = FAMILIES[family]
-    config_class = getattr(tf, prefix + ("TextConfig" if family in ("Gemma 3", "Gemma 3n", "Llama 4") else "Config"))
+    config_class = getattr(tf, prefix + ("TextConfig" if family in ("Gemma 3", "Gemma 3n", "Gemma 4", "Gemma 4, shared", "Llama 4") else "Config"))
     cls = getattr(tf, prefix + KINDS.get(family, "ForCausalLM"))
     torch.manual_seed(0)
     model = cls(config_class(**fields))
