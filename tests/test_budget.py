@@ -14,7 +14,7 @@ from ndkv.search import recommend
 from ndkv.spectral import effective_bits, frame_bits, held_tokens, plan
 from ndkv.store import load_cache, save_cache
 from ndkv.fisher import calibrate
-from test_architectures import FAMILIES, KINDS, TEXT, load, prompt
+from test_architectures import FAMILIES, TEXT, load
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 PLAIN = [f for f in FAMILIES if f not in ("BART", "T5", "LLaVA", "Gemma 3 VLM", "DeepSeek-V2", "DeepSeek-V3", "Falcon", "BLOOM")]  # that a profile describes
