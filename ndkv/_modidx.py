@@ -615,6 +615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ndkv.kernels_decode._exact': ('kernels_decode.html#_exact', 'ndkv/kernels_decode.py'),
                                      'ndkv.kernels_decode._fast': ('kernels_decode.html#_fast', 'ndkv/kernels_decode.py'),
                                      'ndkv.kernels_decode._fetch': ('kernels_decode.html#_fetch', 'ndkv/kernels_decode.py'),
+                                     'ndkv.kernels_decode._fit': ('kernels_decode.html#_fit', 'ndkv/kernels_decode.py'),
                                      'ndkv.kernels_decode._from_lanes': ('kernels_decode.html#_from_lanes', 'ndkv/kernels_decode.py'),
                                      'ndkv.kernels_decode._from_segment': ('kernels_decode.html#_from_segment', 'ndkv/kernels_decode.py'),
                                      'ndkv.kernels_decode._interpreted': ('kernels_decode.html#_interpreted', 'ndkv/kernels_decode.py'),

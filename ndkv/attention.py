@@ -10,6 +10,7 @@ __all__ = ['NEUTRAL', 'SDPA', 'PagedPast', 'template', 'spectral_pages', 'Call',
 from copy import copy
 from itertools import product
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
@@ -143,10 +144,10 @@ def template(
     D, power = scale.shape[1], scale.double().square().sum(0)
     step, widths = (32, (4, 3, 2, 1)) if codes == "trellis" else (16, (4, 2))
     loss = {b: trellis_distortion(b, 256) if codes == "trellis" else distortion(cubic(b) if codes == "cubic" else uniform(b)) for b in widths}
-    power, best = power.unflatten(0, (-1, step)).sum(1), None
-    for counts in product(range(D//step + 1), repeat=len(widths)):
+    power, best = F.pad(power, (0, -D % step)).unflatten(0, (-1, step)).sum(1), None # the last run may be filled up with zeros
+    for counts in product(range(len(power) + 1), repeat=len(widths)):
         spent = step * sum(n*b for n, b in zip(counts, widths))
-        if not 0 < sum(counts) <= D//step or spent + 16 > bits*D or codes == "trellis" and spent % 64: continue
+        if not 0 < sum(counts) <= len(power) or spent + 16 > bits*D or codes == "trellis" and spent % 64: continue
         at, error = 0, power[sum(counts):].sum().item()
         for n, b in zip(counts, widths): error, at = error + loss[b]*power[at:at+n].sum().item(), at + n
         if best is None or error < best[0]: best = error, counts

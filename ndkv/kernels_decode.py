@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 import math
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .codebooks import Codebook, distortion, uniform
 from .codec import ls_gain, unit_rms
@@ -406,25 +407,26 @@ def _combine_kernel(part, part_ml, qconst, eout, eml, Wv, reach, mean, out, H, s
 # %% ../nbs/52_kernels_decode.ipynb #a93d0f9c
 @triton.jit
 def _relative_kernel(q, M, means, cos, sin, reach, query, bias, qscale, qconst, H, NB, sm_scale,
-                     D: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr):
+                     D: tl.constexpr, HP: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, QB: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr):
     "The queries of `TURNS · ROWS / GP` blocks: turned back by the block's start, then into the frame; and the scores of the block's turned means."
     _after(EARLY)
     bh, p = tl.program_id(0), tl.program_id(1)
-    r, d, c, j = tl.arange(0, ROWS), tl.arange(0, D//2), tl.arange(0, KP), tl.arange(0, QB)
-    row, cols = r % GP, (c < KD)[None, :]
+    r, d, c, j = tl.arange(0, ROWS), tl.arange(0, HP), tl.arange(0, KP), tl.arange(0, QB)
+    row, cols, half = r % GP, (c < KD)[None, :], d < D//2
     at = q + (bh*GROUP + row[:, None])*D + d[None, :]
-    x1 = tl.load(at, mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
-    x2 = tl.load(at + D//2, mask=(row < GROUP)[:, None], other=0.).to(tl.float32)
+    x1 = tl.load(at, mask=(row < GROUP)[:, None] & half[None, :], other=0.).to(tl.float32)
+    x2 = tl.load(at + D//2, mask=(row < GROUP)[:, None] & half[None, :], other=0.).to(tl.float32)
     size = tl.maximum(tl.sqrt(tl.max(tl.sum(x1*x1 + x2*x2, 1))), 1e-30)
     size = tl.exp2(tl.ceil(tl.log2(size)) - BOUND) # the frame comes divided by its reach
     x1, x2 = x1 / size, x2 / size
     A, B = M + (bh % H)*D*KD + d[:, None]*KD + c[None, :], means + (bh % H)*D*QB + d[:, None]*QB + j[None, :]
-    A1, A2, B1, B2 = tl.load(A, mask=cols, other=0.), tl.load(A + D//2*KD, mask=cols, other=0.), tl.load(B), tl.load(B + D//2*QB)
+    A1, A2 = tl.load(A, mask=cols & half[:, None], other=0.), tl.load(A + D//2*KD, mask=cols & half[:, None], other=0.)
+    B1, B2 = tl.load(B, mask=half[:, None], other=0.), tl.load(B + D//2*QB, mask=half[:, None], other=0.)
     for t in range(TURNS):
         block = (p*TURNS + t)*(ROWS//GP) + r//GP
         live = (block < NB) & (row < GROUP)
-        co = tl.load(cos + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.)
-        si = tl.load(sin + block[:, None]*(D//2) + d[None, :], mask=live[:, None], other=0.)
+        co = tl.load(cos + block[:, None]*(D//2) + d[None, :], mask=live[:, None] & half[None, :], other=0.)
+        si = tl.load(sin + block[:, None]*(D//2) + d[None, :], mask=live[:, None] & half[None, :], other=0.)
         y1, y2 = (x1*co + x2*si).to(tl.float16), (x2*co - x1*si).to(tl.float16)
         to = (bh*NB + block).to(tl.int64)*GROUP + row
         tl.store(query + to[:, None]*KD + c[None, :], tl.dot(y2, A2, tl.dot(y1, A1)).to(tl.float16), mask=live[:, None] & cols)
@@ -450,13 +452,15 @@ class Tuning:
     early: int = 0       # Launches that start while the one before them ends (Hopper and later): 0 = none, 1 = the last, 2 = all, n = all, and n - 2 pages are fetched meanwhile
 
 # %% ../nbs/52_kernels_decode.ipynb #6d1b78dc
+def _fit(x, n): return F.pad(x[..., :n], (0, max(n - x.shape[-1], 0))) # the first `n` channels, zeros where there are fewer
+
 class PackedAttention:
     "Attention of one layer that reads pages: frames, levels and kernels put together."
     raw = False # Does the split kernel take queries as they come?
     short = False # Allow blocks below 64 on a GPU
     def __init__(self,
         layout:Layout,
-        k_frame,       # `Frame`; the first channels are stored, as many as the layout has
+        k_frame,       # `Frame`; the first channels are stored, as many as the layout has, filled up with zeros if it has more
         v_frame,       # `Frame`
         heads:int,     # KV heads
         home=None,     # `Home` of block-relative keys, in whose coordinates `k_frame` lives
@@ -479,9 +483,9 @@ class PackedAttention:
     def _read(self, frame, kind):
         "float64 `[H, D, channels]`: stored units, times this matrix's transpose, are vectors."
         _, step = self._levels(kind)
-        A = frame.A_inv.double().expand(self.heads, self.d, self.d)[..., :len(step)]
-        scale = 1. if frame.scale is None else frame.scale.double().expand(self.heads, self.d)[:, None, :len(step)]
-        return A * scale * step
+        A = frame.A_inv.double().expand(self.heads, self.d, self.d)
+        if frame.scale is not None: A = A * frame.scale.double().expand(self.heads, self.d)[:, None]
+        return _fit(A, len(step)) * step
 
     @staticmethod
     def _mean(frame, heads): return None if frame.mean is None or not frame.mean.any() else frame.mean.float().expand(heads, frame.A.shape[-1])
@@ -504,13 +508,14 @@ class PackedAttention:
         return to_pages(self.layout, out[0], out[2], out[1], out[3])
 
     def _coordinates(self, x, frame, kind, pos):
-        "Directions `[B, H, T, D]` in the frame, their RMS, and the standard deviations."
+        "Directions `[B, H, T, channels]` in the frame, the RMS of all of them, and the standard deviations."
         mean = self._mean(frame, self.heads)
         if kind == "k" and self.home is not None: x = self.home.enter(x, torch.arange(pos, pos + x.shape[2], device=x.device), frame.mean.to(x.device))
         else: x = x.float() - (0 if mean is None else mean[:, None].to(x.device))
         sigma = torch.ones(self.d) if frame.scale is None else frame.scale
-        sigma = sigma.expand(self.heads, self.d)[:, None].to(x.device)
-        return *unit_rms((x @ frame.A.mT.to(x.device)) / sigma), sigma
+        sigma, n = sigma.expand(self.heads, self.d)[:, None].to(x.device), sum(n for n, _ in getattr(self.layout, kind))
+        u, rms = unit_rms((x @ frame.A.mT.to(x.device)) / sigma)
+        return _fit(u, n), rms, _fit(sigma, n)
 
     def decode(self,
         pages:Tensor, # int16 `[B, H, pages, words]`
@@ -597,7 +602,7 @@ def _attend(self,
         cos, sin = _turns(self, NB, dev)
         GP, ROWS, TURNS = _pow2(G), 64, 4
         _relative_kernel[(BH, -(-NB // (TURNS*ROWS//GP)))](q, c["K16"], c["turned"], cos, sin, c["reach"], query, bias, qscale, qconst, H, NB, scale,
-            D=D, KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, EARLY=t.early, num_warps=4, num_stages=1, **_pdl(t))
+            D=D, HP=max(16, _pow2(D//2)), KD=kd, KP=max(16, _pow2(kd)), GROUP=G, GP=GP, QB=QB, ROWS=ROWS, TURNS=TURNS, BOUND=6, EARLY=t.early, num_warps=4, num_stages=1, **_pdl(t))
     self._split((BH, splits), t, G, store, table, lens, query, qscale, bias, part, ml, H, table.stride(0), NB, splits, **(dict(scale=scale) if self.raw else {}))
     SP, zero = _pow2(splits), c["zero"]
     ROWS = G if BH*G >= 1024 else 1

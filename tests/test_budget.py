@@ -22,7 +22,7 @@ PLAIN = [f for f in FAMILIES if f not in ("BART", "T5", "LLaVA", "Gemma 3 VLM", 
 
 def config_of(family):
     prefix, fields = FAMILIES[family]
-    return getattr(tf, prefix + ("TextConfig" if hasattr(tf, prefix + "TextConfig") and family not in KINDS else "Config"))(**fields)
+    return getattr(tf, prefix + ("TextConfig" if hasattr(tf, prefix + "TextConfig") and family not in ("LLaVA", "Gemma 3 VLM") else "Config"))(**fields)
 
 
 def statistics(H, D, Dv, seed, rope=None):
