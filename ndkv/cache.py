@@ -83,7 +83,7 @@ def spectral_method(
     "Measured frames and widths (`34_spectral`), one codec for each (layer, kind)."
     codec = codecs.get((layer, kind))
     if codec is None: raise ValueError(f"the plan has no codec for {'keys' if kind == 'k' else 'values'} of layer {layer}; make it from a profile of this model")
-    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model has {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache")
+    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model caches {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats heads after the cache no profile fits, use method='rotation'")
     return codec
 
 # %% ../nbs/40_cache.ipynb #67b0bdda

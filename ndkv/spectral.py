@@ -591,6 +591,8 @@ def plan(
     prices, group = prices or profile.prices, group or math.gcd(block or 64, 64)
     if not prices: raise ValueError("plan: the profile holds no prices of errors; make it with `calibrate`, or pass `prices`")
     held = held_tokens(profile, length, window, first, block or 64, model)
+    if missing := sorted(held.keys() - profile.layers.keys()) if model is not None or profile.model else ():
+        raise ValueError(f"plan: the cache packs layer {missing[0]}, the profile describes {sorted(profile.layers)}: its attention reads something else than the cache holds; use a method without a profile, such as method='rotation'")
     frames, homes = {}, {}
     for i, s in ((i, s) for i, s in profile.layers.items() if i in held):
         frames[i, "k"], frames[i, "v"] = key_frame(s, prices[i][0], block, ridge), klt(s.v_cov, prices[i][1], s.v_mean, ridge)
