@@ -706,7 +706,8 @@ def _check_config(config):
         raise ValueError(f"NDCache needs the model's configuration, got {type(config).__name__}; write NDCache(model.config)")
     text = config.get_text_config(decoder=True)
     heads = "num_attention_heads", "num_key_value_heads", "num_heads", "num_query_heads"
-    if not any(getattr(text, name, None) for name in heads) or not hasattr(text, "num_hidden_layers"):
+    layers = getattr(text, "per_layer_config", [text]) if hasattr(text, "num_hidden_layers") else ()
+    if not any(getattr(layer, name, None) for layer in layers for name in heads):
         raise ValueError(f"{type(text).__name__} names no attention heads or no layers, so there are no keys and values to quantize; run this model with its own cache")
     if config.is_encoder_decoder:
         raise ValueError(f"{type(config).__name__} has an encoder, whose keys and values need a cache of their own; write encoder_decoder(model.config, ...) in place of NDCache(model.config, ...)")

@@ -42,6 +42,7 @@ def card(
     texts = ", ".join(sorted({d["name"] or "an unnamed text" for d in profile.data}))
     priced = ", with the price of an error in every direction" if profile.prices else ", without prices of errors (run `ndkv calibrate` for codes of 2 bits and fewer)"
     m = {k: profile.model.get(k) for k in ("architecture", "layers", "kv_heads", "head_dim")} | dict(weights=profile.model.get("weights", "unknown"))
+    m = {k: " or ".join(map(str, sorted(set(x)))) if isinstance(x, list) else x for k, x in m.items()} # layers may differ
     return CARD.format(**m, source=source, bits=2, tokens=profile.tokens, texts=texts, priced=priced)
 
 # %% ../nbs/36_hub.ipynb #6c14d275

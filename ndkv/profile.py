@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEANS', 'MATRICES', 'PRICES', 'FORECASTS', 'RANKS', 'HOLDS', 'FORMAT', 'watching', 'probe', 'Rope', 'find_rope',
-           'LayerStats', 'layer_stats', 'layer_reach', 'packed_tokens', 'describe', 'fingerprint', 'tokens_hash',
-           'Profile', 'collect', 'rotary_basis', 'rotated_average', 'block_cov', 'block_mean', 'query_weight',
-           'distortion_table', 'allocate', 'allocate_global', 'water_level', 'effective_rank', 'mean_share']
+           'LayerStats', 'layer_stats', 'layer_reach', 'packed_tokens', 'layer_shapes', 'describe', 'fingerprint',
+           'tokens_hash', 'Profile', 'collect', 'rotary_basis', 'rotated_average', 'block_cov', 'block_mean',
+           'query_weight', 'distortion_table', 'allocate', 'allocate_global', 'water_level', 'effective_rank',
+           'mean_share']
 
 # %% ../nbs/30_profile.ipynb #a6b36f01
 import hashlib, json, os, struct, sys
@@ -313,10 +314,15 @@ FORMAT = 2 # Of the file; other formats are refused
 def _rope_fields(config):
     return {k: v for k, v in (getattr(config, "rope_parameters", None) or {}).items() if v is not None}
 
-def _shape(layer):
-    "Query heads, KV heads and channels of a head in one layer's configuration."
-    heads, hidden = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
-    return heads, getattr(layer, "num_key_value_heads", None) or heads, getattr(layer, "head_dim", None) or (hidden // heads if heads else None)
+def layer_shapes(
+    config, # A configuration
+) -> list: # For each layer: query heads, KV heads, channels of a head
+    "Heads of every layer, which may differ."
+    def shape(layer):
+        heads, hidden = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
+        return heads, getattr(layer, "num_key_value_heads", None) or heads, getattr(layer, "head_dim", None) or (hidden // heads if heads else None)
+    text = config.get_text_config()
+    return list(map(shape, getattr(text, "per_layer_config", [text] * text.num_hidden_layers)))
 
 def _alike(values): return values[0] if all(v == values[0] for v in values) else list(values) # one value, or one a layer
 
@@ -326,7 +332,7 @@ def describe(
     "Architecture, shapes and RoPE of a model; with its dtype and a fingerprint of its weights where there are weights."
     config = getattr(model, "config", model)
     c = config.get_text_config()
-    heads, kv_heads, head_dim = map(_alike, zip(*map(_shape, getattr(c, "per_layer_config", [c]))))
+    heads, kv_heads, head_dim = map(_alike, zip(*layer_shapes(config)))
     out = dict(architecture=c.model_type, layers=c.num_hidden_layers, hidden_size=getattr(c, "hidden_size", None), heads=heads, kv_heads=kv_heads,
                head_dim=head_dim, reach=layer_reach(config), rope=_rope_fields(c))
     if model is not config: out |= dict(dtype=str(model.dtype).removeprefix("torch."), weights=fingerprint(model))

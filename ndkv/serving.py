@@ -18,6 +18,7 @@ from transformers import (EosTokenCriteria, GenerationConfig, LogitsProcessorLis
                           MinPLogitsWarper, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 from transformers.cache_utils import DynamicLayer
 from .attention import Call, PagedCache, exactly
+from .profile import layer_shapes
 from .tiles import attend_tiles, by_kernel, write_pages
 
 # %% ../nbs/59_serving.ipynb #0f5e8b5f
@@ -501,10 +502,9 @@ def users(
     **kw              # Of `PagedCache`
 ) -> dict: # pool: bytes of the pool, one: bytes of one request in `dtype`, ratio: requests in the memory of one
     "Requests that a pool holds in the memory of one request's ordinary cache, by allocated bytes."
-    text = config.get_text_config()
-    d = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    pool = PagePool(config, slots, 0, length, **kw)
+    pool, one = PagePool(config, slots, 0, length, **kw), 0
     pool.pages = slots * pool.most
-    for layer in pool.layers: layer.lazy_initialization(*(torch.empty(1, text.num_key_value_heads, 0, d, dtype=dtype) for _ in "kv"))
-    one = 2 * len(pool.layers) * text.num_key_value_heads * length * d * dtype.itemsize
+    for layer, (_, heads, d) in zip(pool.layers, layer_shapes(config)):
+        layer.lazy_initialization(*(torch.empty(1, heads, 0, d, dtype=dtype) for _ in "kv"))
+        one += 2 * heads * length * d * dtype.itemsize
     return dict(pool=pool.nbytes, one=one, ratio=slots * one / pool.nbytes)

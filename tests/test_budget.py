@@ -12,6 +12,8 @@ from ndkv.parallel import local_cache
 from ndkv.profile import MATRICES, MEANS, LayerStats, Profile, Rope, describe, layer_reach, packed_tokens, probe
 from ndkv.search import recommend
 from ndkv.spectral import effective_bits, frame_bits, held_tokens, plan
+from ndkv.hub import card
+from ndkv.serving import users
 from ndkv.store import load_cache, save_cache
 from ndkv.fisher import calibrate
 from test_architectures import FAMILIES, TEXT, load
@@ -209,3 +211,23 @@ def test_recommend_weighs_layers_too():
     setting = found.choice["setting"]
     assert sum(held[l] * (b + 1) for l, pair in setting.items() for b in pair) / 2 / sum(held.values()) <= 4.2 + 1e-9  # 16 bits of norm over 16 channels
     assert math.isclose(min(setting[0]), 6)  # what holds next to nothing gets all bits
+
+
+def test_heads_of_every_layer_are_asked():
+    "A configuration that overrides heads and widths layer by layer, wherever it is read once for a whole model."
+    config = tf.LlamaConfig(**BASE, num_hidden_layers=2, per_layer_config={1: dict(head_dim=32, num_key_value_heads=4)}, attn_implementation="ndkv_packed")
+    assert [describe(config)[k] for k in ("kv_heads", "head_dim")] == [[2, 4], [16, 32]]
+    assert len(NDCache(config)._mine) == 2
+    uneven, even = users(config, 512, 2), users(tf.LlamaConfig(**BASE, num_hidden_layers=2, attn_implementation="ndkv_packed"), 512, 2)
+    assert uneven["one"] == 2.5 * even["one"]
+    profile = profile_of({0: (2, 16, 16), 1: (4, 32, 32)}, config)
+    assert "2 or 4 KV heads of 16 or 32 channels" in card(profile)
+    cache = NDCache(config, 3, profile=profile, window=8, block=16, length=200)
+    feed(cache, 200, {0: (2, 16, 16), 1: (4, 32, 32)})
+    assert 2.8 <= cache.report()["bits_packed"] <= 3
+
+
+def test_zamba_says_what_cannot_be():
+    "Blocks that several layers share do not say which layer of the cache they read."
+    config = tf.LlamaConfig(**BASE, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"packs layer 0, the profile describes \[-1\].*method='rotation'"): plan(profile_of({-1: (2, 16, 16)}, config), 3.)
