@@ -46,10 +46,10 @@ def in_float64(model):
 
 
 class Steady(NormDirectionCodec):
-    "The rotation's codes, read by sums in float64 that are rounded once: the same to the last bit however a stream or a batch is cut."
+    "The rotation's codes, read by sums in float64 that are rounded to 2^-20 of the norm: the same to the last bit however a stream or a batch is cut."
     def decode(self, enc, pos=0, dtype=torch.float32):
-        levels = self.codebook.decode(unpack(enc["codes"], self.bits, self.d)).double() * enc["norm"].double()[..., None]
-        return (levels @ self.frame.A_inv.double().mT).float().to(dtype)
+        y = self.codebook.decode(unpack(enc["codes"], self.bits, self.d)).double() @ self.frame.A_inv.double().mT
+        return ((y * 2**20).round() / 2**20 * enc["norm"].double()[..., None]).float().to(dtype)
 
 
 @method("test-rotation")
