@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from .cache import NDCache, model_modules
+from .cache import NDCache, Sees, model_modules
 from .frames import rotation
 from .codebooks import distortion, uniform
 from .kernels_decode import Layout, PackedAttention, cubic
@@ -72,6 +72,7 @@ class PagedPast:
 
     def _flush(self, rows):
         first, p, at, n, pages = self.sinks, self.page, self._at(rows), self.n[rows[0]], self.pages[rows[0]]
+        if not all(buffer[at, :, first:first+p].isfinite().all() for buffer in self.exact): raise ValueError("keys or values hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
         self._make_room(pages)
         write_pages(self.pa, *(buffer[at] for buffer in self.exact), self.store, self.table[at, pages:pages+1], first, first + pages*p)
         for buffer in self.exact: buffer[at, :, first:n-p] = buffer[at, :, first+p:n].clone()
@@ -221,17 +222,32 @@ class PagedCall(Call):
         v:Tensor, # `[B, H, n, D]`
         past:PagedPast,
         layer:int=0, # For messages
+        places=None, # `[B or 1, n]`: positions for RoPE
     ):
         super().__init__(k, v, past.length + k.shape[2], layer)
+        self.places = places
         self.past, self.first, self.before, self.skip = past, not past.length, None, None
 
     def _take(self, mask):
         "Add the new tokens to the past, without padding."
         n = self.k.shape[2]
         skip = padding(mask, self.past, n)
+        if self.past.pa.home is not None: self._check_places(skip or [0]*len(self.k))
         self.before = self.past.before() if n > 1 and not self.first else self.past
         self.past.append(self.k, self.v, skip)
-        self.skip = torch.tensor(skip, device=self.k.device) if skip and any(skip) else None
+        if skip and any(skip):
+            self.skip = torch.tensor(skip, device=self.k.device)
+            pad = (torch.arange(n, device=self.k.device) < self.skip[:, None])[:, None, :, None]
+            self.k, self.v = (torch.where(pad & ~x.isfinite(), 0, x) for x in (self.k, self.v)) # NaN of padding spoils a sum
+
+    def _check_places(self, skip):
+        "Block-relative codes count each row's own tokens from 0: refuse other positions."
+        n = self.k.shape[2]
+        if self.places is None and not any(skip) and not any(self.past.pads) or self.places is not None and self.places.is_cuda and n == 1 and not self.first: return # no waiting for the GPU
+        at = torch.arange(n) + torch.tensor(self.past.held)[:, None] - torch.tensor(skip)[:, None]
+        real = torch.arange(n) >= torch.tensor(skip)[:, None]
+        if self.places is None or (self.places.cpu() != at)[real].any():
+            raise ValueError("a PagedCache with a profile counts the tokens of each row from 0, and the positions of this call do not; give position_ids that do, or use NDCache")
 
     def attend(self, module, q, mask, scale, how):
         if self.before is None: self._take(mask)
@@ -304,10 +320,10 @@ class PagedLayer(DynamicLayer):
         self.is_initialized = True
 
     @torch.compiler.disable
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states, value_states, *args, places=None, **kwargs):
         "Hand new keys and values over to `ndkv_packed`, with the past."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-        return PagedCall(key_states, value_states, self.past, self.layer).pair
+        return PagedCall(key_states, value_states, self.past, self.layer, places).pair
 
     keys = property(lambda self: self.past.decoded()[0] if self.past else None, lambda self, x: None)
     values = property(lambda self: self.past.decoded()[1] if self.past else None, lambda self, x: None)
@@ -329,7 +345,7 @@ def _why_not(config):
     if any(type(l) is not DynamicLayer for l in DynamicCache(config=config).layers): return f"{name} has layers that are not full attention; use NDCache for this model"
 
 # %% ../nbs/58_attention.ipynb #3f9d37c0
-class PagedCache(DynamicCache):
+class PagedCache(Sees, DynamicCache):
     "A packed cache that `attn_implementation='ndkv_packed'` reads by kernel."
     def __init__(self,
         config,         # `model.config`
@@ -344,6 +360,14 @@ class PagedCache(DynamicCache):
         super().__init__(config=config)
         if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) != "ndkv_packed": raise ValueError("PagedCache is read by ndkv_packed only; load the model with attn_implementation='ndkv_packed'")
         self.layers = [PagedLayer(i, None, bits, window, sinks, seed, profile, codes) for i in range(len(self.layers))]
+        self.places = None # of the tokens of a call
+
+    @torch.compiler.disable
+    def see(self, attention_mask, position_ids=None, q=None):
+        "Note the positions of a call; its mask comes with the attention."
+        self.places = position_ids if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == q else None
+
+    def update(self, *args, **kwargs): return super().update(*args, places=self.places, **kwargs)
 
     @property
     def nbytes(self): return sum(t.numel() * t.element_size() for l in self.layers if l.past for t in (*l.past.exact, l.past.store, l.past.table)) # allocated

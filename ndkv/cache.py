@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'DTYPES', 'method', 'rotation_method', 'exact_method', 'spectral_method', 'Packed', 'MemoPacked',
            'HostPacked', 'Pieces', 'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of',
-           'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
+           'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache',
+           'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, functools, importlib, inspect
@@ -386,6 +387,8 @@ class Told(NamedTuple):
     own:Tensor|None     # bool `[B or 1, q]` on the CPU: which are tokens of their row, the others being padding; None = all
     places:Tensor|None=None # `[B or 1, q]` on the CPU, their positions for RoPE; None = not said
 
+    def count_up(self): return bool((self.places == torch.arange(self.length, self.length + self.places.shape[1])).all()) # as in a text without padding
+
 @dataclass
 class Part:
     "Rows of a batch with the same padding."
@@ -421,7 +424,7 @@ def _differ(self:NDLayer, told, B):
     if told.own is not None and len(told.own) not in (1, B): raise ValueError(f"a mask of {len(told.own)} rows came before keys of {B}; give the cache the mask of this batch")
     if self.parts or told.own is not None and not told.own.all(): return True
     rope = self.stores and rope_of(self.stores[0].packed.codec)
-    return bool(rope) and told.places is not None and bool((told.places[:, 0] != told.length).any())
+    return bool(rope) and told.places is not None and not told.count_up()
 
 def _take_rows(self:NDLayer, index):
     "A layer with some of the rows."
@@ -747,6 +750,11 @@ def _swap(i, layer, pair, bits, kw):
     return layer
 
 # %% ../nbs/40_cache.ipynb #57cb142f
+class Sees:
+    "A cache that is shown the mask and the positions of a call before the keys come."
+    def see(self, attention_mask, position_ids=None, q=None): raise NotImplementedError
+
+# %% ../nbs/40_cache.ipynb #03392e6b
 def _shown(
     mask,  # As a model is given it: `[B, tokens]`, `[B, heads, q, tokens]`, or None
     L:int, # Tokens before the call
@@ -762,13 +770,13 @@ def _shown(
 
 def _show(make):
     "`transformers`' function that prepares masks, which also shows them to the cache of the call."
-    names = inspect.signature(make)
+    names = list(inspect.signature(make).parameters)
     @functools.wraps(make)
     def shown(*args, **kwargs):
-        given = names.bind(*args, **kwargs).arguments
-        cache = given.get("past_key_values")
-        see = getattr(getattr(cache, "self_attention_cache", cache), "see", None)
-        if see and given.get("encoder_hidden_states") is None: see(given["attention_mask"], given.get("position_ids"), given["inputs_embeds"].shape[1])
+        def given(name): return kwargs[name] if name in kwargs else args[names.index(name)] if names.index(name) < len(args) else None
+        cache = given("past_key_values")
+        cache = getattr(cache, "self_attention_cache", cache)
+        if isinstance(cache, Sees) and given("encoder_hidden_states") is None: cache.see(given("attention_mask"), given("position_ids"), given("inputs_embeds").shape[1])
         return make(*args, **kwargs)
     return shown
 
@@ -792,7 +800,7 @@ def _check_hidden(parts, L, q, shown):
 def _wants_places(kw): return any(name in ("profile", "codecs") or isinstance(x, dict) and _wants_places(x) for name, x in kw.items())
 
 # %% ../nbs/40_cache.ipynb #cead65a0
-class NDCache(_Accounts, DynamicCache):
+class NDCache(_Accounts, Sees, DynamicCache):
     "A cache for `transformers` models that quantizes keys and values by norm and direction."
     def __init__(self,
         config:PreTrainedConfig,  # `model.config`

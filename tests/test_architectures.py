@@ -159,6 +159,24 @@ def test_beams(family, tmp_path):
     torch.manual_seed(1); assert torch.equal(mine, run(as_plain(make(model, **QUANTIZED))))
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("BART", "T5", "LLaVA", "Gemma 3 VLM")])
+def test_padded_batch(family, tmp_path):
+    "A row with padding before it: as with the ordinary cache, and quantized as a plain list of its own tokens is."
+    model, ids = load(family, tmp_path), torch.randint(2, 58, (2, 56), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    @torch.no_grad()
+    def run(cache):
+        cuts = [0, 40, *range(41, 57)]
+        return torch.cat([model(ids[:, a:b] * mask[:, a:b], attention_mask=mask[:, :b], position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, a:b], past_key_values=cache, use_cache=True).logits
+                          for a, b in zip(cuts, cuts[1:])], 1)[mask.bool()]
+    ordinary, exact, cache = run(DynamicCache(config=model.config)), run(make(model, method="exact")), make(model, **QUANTIZED)
+    assert torch.allclose(ordinary, exact, rtol=0, atol=1e-4 * ordinary.abs().max().item())
+    mine, reference = run(cache), run(as_plain(make(model, **QUANTIZED)))
+    assert torch.allclose(mine, reference, rtol=0, atol=1e-4 * ordinary.abs().max().item())
+    assert all([p.rows for p in layer.parts] == [[0], [1]] for layer in cache._mine)
+
+
 def test_quantized_layers(tmp_path):
     "Which layers of the hybrids are quantized, and that nothing else is."
     for family, expected in {"Qwen3-Next": [False, True], "Falcon-H1": [True, True], "LFM2": [False, True], "Gemma 2": [True, True]}.items():
