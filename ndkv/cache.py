@@ -23,7 +23,8 @@ from .codec import NormDirectionCodec
 from .fisher import prompt_profile
 from .frames import rotation
 from .hub import load_profile
-from .profile import Profile, collect, rotated_average
+from .probe import Halves, device_of, divergence, private_copy
+from .profile import Profile, _differences, collect, describe, rotated_average
 from .spectral import Refreshed, SpectralCodec, code_table, key_frame, klt, plan
 
 # %% ../nbs/40_cache.ipynb #2e5a5e1c
@@ -893,11 +894,12 @@ def encoder_decoder(
 @torch.no_grad()
 def _partings(model, ids, cut, caches):
     "Mean divergence, in nats, of what each cache predicts from token `cut` on from what an exact one predicts."
+    halves = Halves(model)
     def read(cache):
-        model.base_model(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True)
-        return model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True).logits.float().log_softmax(-1)
-    p = read(DynamicCache(config=model.config))
-    return [(p.exp() * (p - read(c))).sum(-1).mean().item() for c in caches]
+        halves.body(ids[:, :cut], past_key_values=cache, use_cache=True)
+        return halves.body(ids[:, cut:], past_key_values=cache, use_cache=True)
+    h = read(DynamicCache(config=model.config))
+    return [divergence(halves, h, read(c)).mean().item() for c in caches]
 
 # %% ../nbs/40_cache.ipynb #022e7d58
 def prompt_cache(
@@ -921,10 +923,11 @@ def prompt_cache(
         profile = prompt_profile(model, ids, sinks=sinks, block=block)
         codecs = plan(profile, bits, block, sinks, trellis, tokens=tokens, length=length, window=window, model=model)
         cache = NDCache(model.config, method="spectral", codecs=codecs, **kw)
-        cache.prices = profile.prices  # for `refresh`
+        cache.prices, cache.source = profile.prices, profile.model  # for `refresh`
         return cache
     if ids.shape[1] < least: return rotated()
-    ids, cut = ids[:, :most].to(model.device), min(ids.shape[1], most) * 3 // 4
+    model = private_copy(model)
+    ids, cut = ids[:, :most].to(device_of(model)), min(ids.shape[1], most) * 3 // 4
     spectral, plain = _partings(model, ids, cut, (measured(ids[:, :cut]), rotated()))
     return measured(ids) if spectral < plain else rotated()
 
@@ -953,7 +956,8 @@ def refresh(
     places = [(layer.layer, s, keys) for layer in cache._mine for s, keys in zip(layer.stores, (True, False))]
     if not prices or not places or any(_latest(s).home.rope is None for _, s, keys in places if keys):
         raise ValueError("refresh: it takes a cache of spectral codes that was fed, keys relative to their block, and prices; make it with prompt_cache, or pass profile.prices")
-    cut = ids.shape[1] * 3 // 4
+    cut, model = ids.shape[1] * 3 // 4, private_copy(model)
+    for name, a, b in _differences(getattr(cache, "source", {}), describe(model)): raise ValueError(f"refresh: the cache was made on a model with {name} = {a}, this one has {b}; give the model that fed it")
     first, last = collect(model, ids[:, :cut], 1, cache.sinks, "latest", 1, bar=False).layers, collect(model, ids, 1, cut, "latest", 0, bar=False).layers
     def cost(i, s, keys, frame): return _cost(_latest(s), frame, last[i], prices[i][not keys], keys)
     def frame(i, s, keys, stats): return key_frame(stats, prices[i][0], _latest(s).home.block) if keys else klt(stats.v_cov, prices[i][1], stats.v_mean)

@@ -14,6 +14,7 @@ __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'MODEL', 'OPTION', 'JSON', 'PROFILE
 import json, math, sys, tempfile, time
 from contextlib import nullcontext
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -99,7 +100,8 @@ def generate(
     bar:str|None=None, # Title of the progress bar, none by default
 ) -> tuple: # Tokens [1, T + new_tokens], tokens per second
     "Greedy continuation of `ids` through `cache`."
-    logits = model(ids, past_key_values=cache, use_cache=True).logits
+    kept = dict(logits_to_keep=1) if 'logits_to_keep' in signature(model.forward).parameters else {} # of a long prompt the last ones alone
+    logits = model(ids, past_key_values=cache, use_cache=True, **kept).logits
     for i in tqdm(range(new_tokens), bar, leave=False, mininterval=.5, disable=bar is None):
         if i == 1: start = time.perf_counter()
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)

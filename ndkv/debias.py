@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from .fisher import packed_mask
 from .metrics import quantile, token_kl
+from .probe import hooked
 from .profile import Profile, distortion_table
 from .results import Run
 from .spectral import key_frame, norm_value, plan
@@ -47,7 +47,7 @@ def debiased_logits(
     last, now = int(packed[-1].sum()) + sinks, {}
     pos, causal = torch.arange(sinks, last, device=ids.device), torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
     frames = {i: key_frame(s, profile.prices[i][0], block) for i, s in profile.layers.items()}
-    def attend(module, q, k, v, mask, **kw):
+    def attend(run, module, q, k, v, mask, **kw):
         i, scale, G = module.layer_idx, kw.get("scaling") or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
         ck, cv = codecs[i, "k"], codecs[i, "v"]
         enc = ck.encode(k[:, :, sinks:last], sinks)
@@ -60,13 +60,9 @@ def debiased_logits(
         if now["share"]: rough = rough - now["share"] / 2 * _logit_variance(ck, frames[i], q, norms, sinks, pos, scale)
         both = torch.cat([exact.masked_fill(~(causal & ~packed), -torch.inf), rough.masked_fill(~packed[:, sinks:last], -torch.inf)], -1).softmax(-1)
         return (both @ torch.cat([up(v), up(v_hat)], 2)).transpose(1, 2).contiguous(), None
-    AttentionInterface.register("ndkv_debias", attend)
-    before, out = model.config._attn_implementation, []
-    try:
-        model.set_attn_implementation("ndkv_debias")
-        for now["share"] in shares:
-            with torch.inference_mode(): out.append(model(ids, use_cache=False).logits)
-    finally: model.set_attn_implementation(before)
+    copied, out = hooked(model, attend), []
+    for now["share"] in shares:
+        with torch.inference_mode(): out.append(copied(ids, use_cache=False).logits)
     return out
 
 

@@ -22,7 +22,8 @@ from .cache import NDCache, prompt_cache
 from .data import read_documents, windows
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
 from .models import load_model
-from .profile import Profile, effective_rank, probe, query_weight, water_level
+from .probe import Halves, device_of, private_copy, probe
+from .profile import Profile, effective_rank, query_weight, water_level
 from .results import Run
 from .spectral import frame_bits, key_frame, klt, plan
 from .tasks import cell_fields, greedy
@@ -83,18 +84,23 @@ def step(
     halves: bool = False,  # In two forward passes instead of one
 ) -> Tensor:  # Logits [B, q, V]
     "Predict after each new token, reading the past through the cache."
-    parts = ids.tensor_split(2, 1) if halves and ids.shape[1] > 1 else [ids]
-    return torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in parts], 1)
+    return _hidden(lambda x, **kw: model(x, **kw).logits, ids, cache, halves)
+
+
+def _hidden(body, ids, cache, in_two=False):
+    "What `body` makes of new tokens behind a cache [B, q, ...], in one forward pass or in two."
+    parts = ids.tensor_split(2, 1) if in_two and ids.shape[1] > 1 else [ids]
+    return torch.cat([body(x, past_key_values=cache, use_cache=True) for x in parts], 1)
 
 # %% ../nbs/76_evaluate.ipynb #cb70ddc0
 @torch.inference_mode()
 def compare(
-    model,  # A causal language model, in eval mode
+    model,  # A causal language model
     tokens: Tensor,  # Windows [N, T]
     cells: list[Cell],  # Caches to measure, all with the same window, sinks and block (`NOISE` apart)
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
-    known: dict | None = None,  # Keeps the exact cache's predictions of these tokens from one call to the next
+    known: dict | None = None,  # Keeps the hidden states behind the exact cache's predictions of these tokens from one call to the next
     prompt: int = 0,  # Tokens that come at once; at least what is exact and one block
 ) -> tuple[dict[Cell, dict[str, Tensor]], dict[Cell, dict]]:  # Per-token tensors [N, T-1] on the CPU; the caches' reports
     "Per-token metrics of several caches against the exact one, in decode mode."
@@ -103,7 +109,8 @@ def compare(
     window, sinks, block = (shapes or {(c.window, c.sinks, c.block) for c in cells}).pop()
     if tokens.shape[1] <= window + sinks + block:
         raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
-    edges, device = chunk_edges(tokens.shape[1], max(sinks + window + block, prompt), block), next(model.parameters()).device
+    edges, device = chunk_edges(tokens.shape[1], max(sinks + window + block, prompt), block), device_of(model)
+    halves = Halves(private_copy(model))
     found, reports, shape = {c: [] for c in cells}, {}, (window, sinks, block, batch, prompt)
     given, seen = iter((known or {}).get(shape, ())), []
     progress = tqdm(total=len(tokens) * len(edges), desc="compare", disable=not bar, mininterval=2)
@@ -113,10 +120,10 @@ def compare(
         rows = {c: [] for c in cells}
         for a, b in edges:
             reference, target = next(given, None), ids[:, a + 1 : b + 1]
-            if reference is None: reference = step(model, ids[:, a:b], exact)
+            if reference is None: reference = _hidden(halves.body, ids[:, a:b], exact)
             if known is not None: seen.append(reference)
-            for c in cells:
-                rows[c].append(_judge(reference, step(model, ids[:, a:b], caches[c], halves=c.exact), target))
+            hidden = {c: _hidden(halves.body, ids[:, a:b], caches[c], in_two=c.exact) for c in cells}
+            for c, r in _judge(halves, reference, hidden, target).items(): rows[c].append(r)
             progress.update(len(ids))
         for c in cells:
             found[c].append({k: torch.cat([r[k] for r in rows[c]], 1).cpu() for k in rows[c][0]})
@@ -133,11 +140,17 @@ def _frames(cache):
     return frame_bits(codecs, {i: p.n for (i, _), p in stores.items()}) if codecs else None
 
 
-def _judge(reference, logits, target):
-    "Per-token metrics of one chunk; the last token of a window has no target and is left out."
-    reference, logits = reference[:, : target.shape[1]], logits[:, : target.shape[1]]
-    nll, nll_ref = token_nll(logits, target), token_nll(reference, target)
-    return dict(kl=token_kl(reference, logits), flips=token_flips(reference, logits), nll=nll, dnll=nll - nll_ref)
+def _judge(halves, reference, hidden, target):
+    "Per-token metrics of one chunk for each cache's hidden states [B, q, C]; the last token of a window has no target and is left out."
+    flat, goal, rows = (lambda h: h[:, : target.shape[1]].flatten(0, 1)), target.flatten(), {c: [] for c in hidden}
+    for i, j in halves.pieces(len(goal)) or [(0, 0)]:
+        exact, here = halves.head(flat(reference)[i:j]), goal[i:j]
+        nll_ref = token_nll(exact, here)
+        for c, h in hidden.items():
+            logits = halves.head(flat(h)[i:j])
+            nll = token_nll(logits, here)
+            rows[c].append(dict(kl=token_kl(exact, logits), flips=token_flips(exact, logits), nll=nll, dnll=nll - nll_ref))
+    return {c: {k: torch.cat([r[k] for r in some]).view(target.shape) for k in some[0]} for c, some in rows.items()}
 
 # %% ../nbs/76_evaluate.ipynb #be4e9b59
 def layer_errors(

@@ -8,19 +8,24 @@ __all__ = ['POLICIES', 'Recent', 'KeyNorm', 'KeyDiff', 'last_attention', 'TOVA',
            'frontier_table']
 
 # %% ../nbs/77_eviction.ipynb #e2cb04a7
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .baselines import Sixteen
 from .cache import NDCache, NDLayer, Packed
 from .codec import pack, packed_size, unpack
 from .evaluate import Cell, evaluate, spectral_cell, text_windows
 from .models import load_model
-from .profile import Profile, watching
+from .probe import bare, inner_attention, plain_attention
+from .profile import Profile
 from .results import Run
 from .tasks import task_scores
 
@@ -297,13 +302,57 @@ def _reset(self:EvictingLayer):
 EvictingLayer.crop, EvictingLayer.apply, EvictingLayer.reset = _crop, _apply_layer, _reset
 
 # %% ../nbs/77_eviction.ipynb #0c7311ee
+def _showing(inner):
+    "The plain attention `inner`, after a layer of an `EvictingCache` has seen the query that its keys are read with."
+    def attention(module, query, key, value, attention_mask, **kw):
+        if layer := getattr(key, "ndkv_layer", None): layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
+        return plain_attention(inner, module)(module, query, key, value, attention_mask, **kw)
+    return attention
+
+for _name in ("eager", "sdpa"):
+    AttentionInterface.register(f"ndkv_observed_{_name}", _showing(_name))
+    AttentionMaskInterface.register(f"ndkv_observed_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+_turn = threading.Lock() # While a model's attention is exchanged
+
+def _how(model):
+    "Attention of each configuration and mode of each module, to be put back."
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs[id(model.config)] = model.config
+    return [(c, c._attn_implementation) for c in configs.values()], [(m, m.training) for m in model.modules()]
+
+def _put_back(how):
+    for c, name in how[0]: c._attn_implementation_internal = name
+    for m, training in how[1]: m.training = training
+
+def _enter(model):
+    "One more is inside; the first exchanges the attention."
+    with _turn:
+        how, count = vars(model).get("ndkv_observed") or (_how(model), 0)
+        try:
+            if not count: model.eval().set_attn_implementation(f"ndkv_observed_{inner_attention(model)}")
+        except BaseException:
+            _put_back(how)
+            raise
+        vars(model)["ndkv_observed"] = how, count + 1
+
+def _leave(model):
+    "One fewer is inside; the last puts everything back."
+    with _turn:
+        how, count = vars(model).pop("ndkv_observed")
+        if count > 1: vars(model)["ndkv_observed"] = how, count - 1
+        else: _put_back(how)
+
+# %% ../nbs/77_eviction.ipynb #4517efcc
+@contextmanager
 def observed(
     model, # A causal language model
 ):
     "Within this context, layers whose policy wants queries see them."
-    def see(module, query, key, value, kw):
-        if layer := getattr(key, "ndkv_layer", None): layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
-    return watching(model, see)
+    model = bare(model)
+    _enter(model)
+    try: yield
+    finally: _leave(model)
 
 # %% ../nbs/77_eviction.ipynb #51e464dc
 class EvictingCache(NDCache):

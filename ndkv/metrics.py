@@ -14,14 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .probe import PIECE
+
 # %% ../nbs/72_metrics.ipynb #328ef8d7
+def _by_rows(f, logits, *others):
+    "f(logits, ...) of a few rows at a time: what it needs on the way is of the size of `PIECE` logits."
+    if logits.dim() < 2 or logits.numel() <= PIECE: return f(logits, *others)
+    rows, depth = max(1, PIECE // logits.shape[-1]), logits.dim() - 2
+    parts = zip(*(x.flatten(0, depth).split(rows) for x in (logits, *others)))
+    return torch.cat([f(*p) for p in parts]).view(logits.shape[:-1])
+
+
 def token_kl(
     reference: Tensor,  # Logits [..., V] through the exact cache
     logits: Tensor,  # Logits [..., V] through the quantized cache
 ) -> Tensor:  # float32 [...], nats, not negative
     "KL(reference || quantized) of each token."
-    p, q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    def kl(a, b):
+        p, q = a.float().log_softmax(-1), b.float().log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    return _by_rows(kl, reference, logits)
 
 # %% ../nbs/72_metrics.ipynb #0d023d97
 def token_flips(
@@ -37,7 +49,8 @@ def token_nll(
     target: Tensor,  # Next tokens [...]
 ) -> Tensor:  # float32 [...], nats
     "Negative log-likelihood of the next token."
-    return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+    nll = lambda x, t: F.cross_entropy(x.float().flatten(0, -2), t.flatten(), reduction="none").view(t.shape)
+    return _by_rows(nll, logits, target)
 
 # %% ../nbs/72_metrics.ipynb #375ffd8b
 def quantile(

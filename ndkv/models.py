@@ -14,6 +14,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
 
+from .probe import Halves, private_copy
 from .data import Mix, encode_documents, read_documents, split_novels, synthetic_documents, text_sha256, windows
 
 # %% ../nbs/70_models.ipynb #0edb07ad
@@ -86,23 +88,20 @@ def held_out_loss(
 ) -> float:  # Mean negative log-likelihood, nats a token
     "Mean next-token loss over windows."
     total, count, device = 0.0, 0, next(model.parameters()).device
+    halves = Halves(private_copy(model))
     for x in tokens.split(batch):
         x = x.to(device)
-        logits = model(x, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
-        count += x[:, 1:].numel()
+        h, y = halves.body(x, use_cache=False)[:, :-1].flatten(0, 1), x[:, 1:].flatten()
+        total += sum(F.cross_entropy(halves.head(h[i:j]).float(), y[i:j], reduction="sum").item() for i, j in halves.pieces(len(y)))
+        count += len(y)
     return total / count
 
 # %% ../nbs/70_models.ipynb #ef125c3a
-_masks: dict = {}
-
-
+@cache
 def _window_mask(T, window, device):
     "Block mask of causal attention within a window, made once."
-    if (T, window, device) not in _masks:
-        near = lambda b, h, q, k: (k <= q) & (q - k < window)
-        _masks[T, window, device] = create_block_mask(near, None, None, T, T, device=device)
-    return _masks[T, window, device]
+    near = lambda b, h, q, k: (k <= q) & (q - k < window)
+    return create_block_mask(near, None, None, T, T, device=device)
 
 
 def _written_out(query, key, value, scaling, window, softcap):

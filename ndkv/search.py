@@ -7,7 +7,7 @@ __all__ = ['GRID', 'CROSSED', 'read_grid', 'cells_of', 'find_text', 'make_cell',
            'LayerCell', 'sensitivities', 'bit_path', 'Recommendation', 'recommend']
 
 # %% ../nbs/80_search.ipynb #3ffb3552
-import fcntl, hashlib, itertools, json, os, tempfile, traceback
+import fcntl, hashlib, itertools, json, os, tempfile, threading, traceback
 import multiprocessing as mp
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
@@ -84,13 +84,16 @@ def cells_of(
     return out
 
 # %% ../nbs/80_search.ipynb #8348fc10
-_kept = {}  # What was loaded last: kind -> (key, value)
+_kept = threading.local()  # What this thread loaded last: kind -> (key, value)
 
 
 def _keep(kind, key, make):
     "The last value of a kind, made anew when its key changes."
-    if kind not in _kept or _kept[kind][0] != key: _kept.pop(kind, None), _kept.update({kind: (key, make())})
-    return _kept[kind][1]
+    kept = vars(_kept)
+    if kept.get(kind, (None,))[0] != key:
+        kept.pop(kind, None)  # free the old before the new
+        kept[kind] = key, make()
+    return kept[kind][1]
 
 
 def find_text(
@@ -172,7 +175,7 @@ def measure(
         path = find_text(cell["task"], data)
         tokens = _keep("tokens", (cell["model"], cell.get("revision"), str(path), cell["length"], cell["n"]), lambda: text_windows(path, tokenizer, cell["length"], cell["n"]))
         exact = _keep("exact", tuple(cell.get(k) for k in ("model", "revision", "dtype", "length", "n", "batch", "window", "sinks", "block")) + (str(path),), dict)
-        if tokens.numel() * model.config.get_text_config().vocab_size > 2**31: exact = None
+        if tokens.numel() * model.config.get_text_config().hidden_size > 2**28: exact = None
         evaluate(model, tokens, [make_cell(cell, where)], run, name, path.name.split(".")[0], cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
 
 # %% ../nbs/80_search.ipynb #815fd485

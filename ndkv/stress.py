@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .models import load_model
-from .profile import Rope, find_rope, probe
+from .probe import show, vocabulary, watched
+from .profile import Rope, find_rope
 
 # %% ../nbs/71_stress.ipynb #9e329956
 class Planted(nn.Module):
@@ -88,14 +89,15 @@ def sites(
 ) -> list[Site]:  # One an attention layer, in order
     "The attention layers of a model, checked."
     ropes, seen, found = find_rope(model), {}, []
-    hooks = [m.register_forward_hook(lambda m, x, y: seen.__setitem__(m, y)) for m in model.modules() if isinstance(m, nn.Linear)]
-
     def look(module, q, k, v, kw):
-        found.append(Site(module.layer_idx, module, ropes[module.layer_idx], q.shape[1], k.shape[1], k.shape[-1]))
+        found.append(Site(module.layer_idx, own[module], ropes[module.layer_idx], q.shape[1], k.shape[1], k.shape[-1]))
         _check_site(found[-1], seen, v)
 
-    try: probe(model, torch.arange(8)[None] % model.get_input_embeddings().num_embeddings, look)
-    finally: [h.remove() for h in hooks]
+    copied = watched(model, look)
+    own = dict(zip(copied.modules(), model.modules()))  # module of the copy -> that of the model
+    for m in copied.modules():
+        if isinstance(m, nn.Linear): m.register_forward_hook(lambda m, x, y: seen.__setitem__(own[m], y))
+    show(copied, torch.arange(8)[None] % vocabulary(model))
     return found
 
 # %% ../nbs/71_stress.ipynb #a611093b

@@ -8,7 +8,7 @@ __all__ = ['NOUNS', 'ADJECTIVES', 'RETRIEVAL', 'QA_FILES', 'TASKS', 'plain_cell'
            'cell_fields', 'task_scores', 'greedy', 'QuantizedLM', 'register_lm_eval', 'lm_eval_main']
 
 # %% ../nbs/74_tasks.ipynb #d492ac4a
-import inspect, json, math, random, re
+import json, math, random, re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .cache import NDCache
 from .data import copying, needle, pairs, variables
 from .models import load_model
+from .probe import Halves, device_of, private_copy
 
 # %% ../nbs/74_tasks.ipynb #6f104963
 def plain_cell(
@@ -50,20 +51,22 @@ def _padded(items, device):
 
 # %% ../nbs/74_tasks.ipynb #f554e8bb
 @torch.inference_mode()
-def _stream(model, ids, wanted, cell):
+def _stream(halves, ids, wanted, cell):
     "Log-probability of each next token and whether it is the first choice [B, T-1]; zeros where no row wants them."
-    cache, T = cell.cache(model.config), ids.shape[1]
-    keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    cache, T = cell.cache(halves.model.config), ids.shape[1]
     logp, top = torch.zeros(wanted.shape, device=ids.device), torch.zeros_like(wanted)
     for a, b in _edges(cell, T):
         here = slice(a, min(b, T - 1))
-        need = wanted[:, here].any()
-        logits = model(ids[:, a:b], past_key_values=cache, use_cache=True, **({} if need or not keep else dict(logits_to_keep=1))).logits
-        if not need: continue
-        logits, target = logits[:, : here.stop - a].float(), ids[:, a + 1 : here.stop + 1, None]
-        logp[:, here] = logits.gather(-1, target)[..., 0] - logits.logsumexp(-1)
-        top[:, here] = logits.argmax(-1, keepdim=True).eq(target)[..., 0]
-    return logp * wanted, top & wanted
+        h, need = halves.body(ids[:, a:b], past_key_values=cache, use_cache=True), wanted[:, here]
+        h, target = h[:, : here.stop - a][need], ids[:, a + 1 : here.stop + 1][need]
+        found = [_judged(halves.head(h[i:j]).float(), target[i:j]) for i, j in halves.pieces(len(h))]
+        if found: logp[:, here][need], top[:, here][need] = (torch.cat(x).to(ids.device) for x in zip(*found))
+    return logp, top
+
+
+def _judged(logits, target):
+    "Log-probabilities of targets [n], and whether they are the first choices."
+    return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1), logits.argmax(-1) == target
 
 
 def answer_scores(
@@ -77,11 +80,12 @@ def answer_scores(
     for c, a in items:
         if not c or not a: raise ValueError("a context or an answer has no tokens; start the context with the tokenizer's end-of-text token")
     order = sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
+    halves = Halves(private_copy(model))
     out, progress = [None] * len(items), tqdm(total=len(items), desc="answers", disable=not bar, mininterval=2, leave=False)
     for i in range(0, len(order), batch):
         group = order[i : i + batch]
-        ids, wanted = _padded([items[j] for j in group], next(model.parameters()).device)
-        logp, top = _stream(model, ids, wanted, cell)
+        ids, wanted = _padded([items[j] for j in group], device_of(halves.model))
+        logp, top = _stream(halves, ids, wanted, cell)
         for j, n, p, w in zip(group, wanted.sum(1).tolist(), logp.double().sum(1).tolist(), top.sum(1).tolist()): out[j] = (p, w, n)
         progress.update(len(group))
     progress.close()

@@ -225,7 +225,7 @@ def test_cache_with_classes_reads_in_any_chunks(profile, model, text):
         x, y = (model(text[:2, 200:201], past_key_values=c).logits for c in (one, cut))
     assert torch.isfinite(x).all() and one.layers[0].stores[0].packed.n == cut.layers[0].stores[0].packed.n
     report = one.report()
-    assert abs(report['bits_packed'] - 2) < .1
+    assert 2 - 8/32 < report['bits_packed'] < 2 + .1  # a byte of a token is a quarter of a bit here
 
 
 def test_blocks_that_cannot_be_cut_have_one_class(profile):
@@ -266,10 +266,10 @@ def test_one_batch_alone_has_no_forecasts(model, text):
 def test_interrupted_calibrations_go_on(model, text, tmp_path):
     "Forecasts too: half of them fitted before, half ranked after."
     whole, calls = calibrate(model, text, window=16, batch=2, bar=False), []
-    def stop(*args):
-        calls.append(1)
-        if len(calls) == 3: raise KeyboardInterrupt # in the third batch of the backward pass
-    hook = model.register_forward_pre_hook(stop)
+    def stop(module, args, kw):
+        calls.extend([1] * (kw['input_ids'].shape[0] == 2)) # not those of `find_rope` and `Halves`
+        if len(calls) == 4 + 3: raise KeyboardInterrupt # in the third of four batches of the backward pass
+    hook = model.model.register_forward_pre_hook(stop, with_kwargs=True)
     with pytest.raises(KeyboardInterrupt): calibrate(model, text, window=16, batch=2, bar=False, checkpoint=tmp_path / 'part', every=1)
     hook.remove()
     again = calibrate(model, text, window=16, batch=2, bar=False, checkpoint=tmp_path / 'part', every=1)
