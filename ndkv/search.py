@@ -90,7 +90,7 @@ _kept = threading.local()  # What this thread loaded last: kind -> (key, value)
 def _keep(kind, key, make):
     "The last value of a kind, made anew when its key changes."
     kept = vars(_kept)
-    if kept.get(kind, (None,))[0] != key:
+    if kind not in kept or kept[kind][0] != key:
         kept.pop(kind, None)  # free the old before the new
         kept[kind] = key, make()
     return kept[kind][1]

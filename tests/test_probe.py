@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, DynamicCache
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 
 from ndkv.cache import NDCache, prompt_cache, refresh
 from ndkv.eviction import EvictingCache, observed
 from ndkv.evaluate import Cell, compare
 from ndkv.fisher import _Reader, calibrate, fisher, own_text, packed_mask, prompt_profile
-from ndkv.probe import Halves, identity, fingerprint, private_copy, probe, watched
+from ndkv.probe import Halves, identity, fingerprint, private_copy, probe
 from ndkv.profile import Profile, collect, find_rope
 from ndkv.store import load_cache, save_cache
 
@@ -182,9 +182,8 @@ def test_compiled_models_are_measured():
 @pytest.mark.parametrize('kind, kw', [('llama', {}), ('gemma2', dict(query_pre_attn_scalar=8, final_logit_softcapping=3., attn_implementation='eager')), ('cohere', dict(logit_scale=.5))])
 def test_gradients_are_those_of_the_whole_graph(kind, kw, monkeypatch):
     "Against autograd through all logits at once, with the same draws; and against pieces of other sizes."
-    from ndkv import fisher as F, probe as P
-    kw.pop('head_dim', None)
-    m, ids, u, kept = tiny(kind, **kw), words(2, 48), torch.rand(2, 48, generator=torch.Generator().manual_seed(7)), {}
+    from ndkv import probe as P
+    m, ids, u = tiny(kind, **kw), words(2, 48), torch.rand(2, 48, generator=torch.Generator().manual_seed(7))
     whole = _Reader(m, packed_mask(48, 8, 2, 4))
     whole.start()
     with torch.enable_grad():
@@ -417,7 +416,7 @@ class Eight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, f, types, args=(), kw=None):
         if f is torch.ops.aten.detach.default: return args[0]
-        raise NotImplementedError(f'{f}: no storage')
+        raise RuntimeError(f'{f}: no storage')
 
 
 class Flat(Eight):
