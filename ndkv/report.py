@@ -5,31 +5,36 @@
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'SHARED', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY',
-           'PRINTED', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS', 'PROTOCOL',
-           'TAILS', 'SURVIVED', 'HARDLY', 'TEXTS', 'CHOICES', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS',
-           'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'Book', 'significant', 'shown',
-           'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table',
-           'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line',
-           'spectral_line', 'bits_figure', 'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log',
-           'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure', 'saved_figure', 'cache_bytes',
-           'roofline_figure', 'throughput_figure', 'pairs', 'eviction_figure', 'quality_line', 'quality', 'heads_table',
-           'bits_table', 'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst',
-           'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'bandwidth_fraction_4bit',
-           'encode_bandwidth_fraction', 'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k',
-           'cpu_slowdown_4k', 'users_ratio_paged', 'latest', 'architectures_passed', 'generation_modes_passed',
-           'setting', 'setting_name', 'swept', 'use', 'all_in', 'panels', 'zoo_figure', 'interval', 'cases',
-           'worst_table', 'tails_figure', 'stressed', 'survived', 'refused', 'stress_table', 'stress_figure',
-           'tasks_table', 'texts_table', 'share_of_bits', 'ladder_figure', 'choice_name', 'ablation_table',
-           'zoo_models', 'baselines_compared', 'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells',
-           'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown',
-           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
-           'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models',
-           'bits_tokens', 'derived', 'numbers_tex', 'claims_table', 'drawn_from', 'kind_of', 'letters', 'measured_in',
-           'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned',
-           'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'PRINTED', 'BITS_COLUMNS', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS',
+           'PROTOCOL', 'TAILS', 'SURVIVED', 'HARDLY', 'TEXTS', 'CHOICES', 'MOST', 'BEGIN', 'END', 'MARKED', 'DIGITS',
+           'NUMBERS', 'WORDS', 'MISSED', 'FIRST_ENCODER', 'ENCODERS', 'OF_ENCODERS', 'OWN_FORMAT', 'WAYS', 'NOTEBOOKS',
+           'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'notes', 'Book', 'significant', 'shown', 'tex_number',
+           'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at',
+           'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line',
+           'bits_figure', 'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series',
+           'ratedistortion_figure', 'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure',
+           'throughput_figure', 'pairs', 'eviction_figure', 'quality_line', 'quality', 'heads_table', 'total_of',
+           'bits_line', 'bits_table', 'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached',
+           'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3',
+           'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k', 'throughput_ratio_32k',
+           'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest', 'architectures_passed',
+           'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in', 'whole', 'panels',
+           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'refused',
+           'stress_table', 'stress_figure', 'tasks_table', 'texts_table', 'share_of_bits', 'ladder_figure',
+           'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
+           'needle_accuracy_drop_2bit', 'sweep_cells', 'drop_kl_ratio_2bit', 'speculative_acceptance', 'claims',
+           'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked', 'readme_with_claims', 'macro_name',
+           'number', 'eval_tokens', 'noise_floor', 'eval_device', 'kernel_device', 'among', 'speedup_least',
+           'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'total_ratio', 'half_bit_share', 'stress_pairs',
+           'stress_mixed_pairs', 'methods_tried', 'methods_everywhere', 'library_models', 'derived', 'numbers_tex',
+           'missed_before', 'missed_now', 'with_missed', 'history_table', 'claims_once_missed', 'encoder_at',
+           'by_encoder', 'listed', 'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note',
+           'claims_table', 'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
-import filecmp, hashlib, json, logging, operator, re, tempfile
+import filecmp, hashlib, json, logging, operator, re, subprocess, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -52,6 +57,16 @@ def repository(
     raise ValueError(f'{start} is not inside a checkout of ndkv; change to the folder that holds settings.ini')
 
 # %% ../nbs/90_report.ipynb #344fa8e4
+def notes(
+    folder, # Results folder
+    name:str, # `encoders` or `history`
+    default, # Where there is no such file
+):
+    "What `ndkv report` notes beside the rows."
+    path = Path(folder)/f'{name}.json'
+    return json.loads(path.read_text('utf8')) if path.exists() else default
+
+# %% ../nbs/90_report.ipynb #27f46e8a
 class Book:
     "Rows of a results folder, and a memory of which of them were used."
     def __init__(self,
@@ -65,6 +80,8 @@ class Book:
         for r in self.rows:
             for k in ('file', 'metric', 'model', 'method'): self.index.setdefault((k, r.get(k)), []).append(r)
         self.runs = load_runs(folder) if (self.folder/'runs.jsonl').exists() else {}
+        self.encoders = notes(folder, 'encoders', {})
+        self.history = notes(folder, 'history', [])
 
     def find(self, **where) -> list: # In the order of the files
         "All rows that have these values, looked for among the fewest that one of them leaves."
@@ -264,7 +281,7 @@ def frontier(book, plt):
         else: ax.set_yscale('log')
         ax.margins(.12, .15)
         draw_noise_floor(ax, max(book.value(metric=metric, **exact_at(w)) or 0 for w in (BARE, WINDOWED)))
-        ax.set(title=title, xlabel='bits per element, all included', ylabel='KL to exact cache (nats)', xticks=BITS)
+        ax.set(title=title, xlabel='effective bits per element', ylabel='KL to exact cache (nats)', xticks=BITS)
         ax.spines[['top', 'right']].set_visible(False)
     handles,labels = axes[0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2.6, columnspacing=1.4)
@@ -296,7 +313,7 @@ def spectral_line(book, metric, model, profile='wiki_cal'):
 # %% ../nbs/90_report.ipynb #5a43a628
 @figure('bits')
 def bits_figure(book, plt):
-    "Bits per element against KL, one panel a model."
+    "Effective bits per element against KL, one panel a model."
     models = models_of(book, **DEFAULTS) or ['llama']
     columns = min(len(models), 3)
     fig,axes = plt.subplots(-(-len(models)//columns), columns, figsize=(5.5, .4 + (1.9 if len(models) < 4 else 1.25)*-(-len(models)//columns)), sharex=True, sharey=True, squeeze=False, layout='constrained')
@@ -313,7 +330,7 @@ def bits_figure(book, plt):
         else: ax.set_yscale('log')
         ax.set(title=model, xticks=(1, 2, 3, 4))
         ax.spines[['top', 'right']].set_visible(False)
-    fig.supxlabel('bits per element', fontsize=8)
+    fig.supxlabel('effective bits per element', fontsize=8)
     fig.supylabel('mean KL to exact cache (nats)', fontsize=8)
     handles,labels = axes[0, 0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=3, frameon=False, handlelength=2.6, columnspacing=1.4)
@@ -535,7 +552,7 @@ def saved_figure(book, plt):
             if None in ratios: continue
             ax.plot(ratios, (i + dy, i + dy), color=color, lw=1)
             for r, mfc in zip(ratios, (color, 'white')): ax.plot(r, i + dy, marker, color=color, mfc=mfc, mew=1.1, label=f'{bits} bits' if mfc == color else None, clip_on=False)
-    ax.set(yticks=range(len(models)), yticklabels=reversed(models), ylim=(-.5, len(models) - .5), xlim=(0, 1), xlabel='share of the rotation’s bits at equal mean KL (filled: codes and norms; hollow: with frames)')
+    ax.set(yticks=range(len(models)), yticklabels=reversed(models), ylim=(-.5, len(models) - .5), xlim=(0, 1), xlabel='share of the rotation’s effective bits at equal mean KL (hollow: with frames)')
     legend_above(fig, [ax])
     open_axes([ax])
     return fig
@@ -623,12 +640,16 @@ def eviction_figure(book, plt):
     if not models: return blank(plt)
     fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, model in zip(axes[0], models):
-        for mix, points in pairs(book, 'bits', 'kl_mean', ('policy', 'method'), file='eviction', model=model).items():
+        where = dict(file='eviction', model=model)
+        mixes = pairs(book, 'bits', 'kl_mean', ('policy', 'method'), **where)
+        mixes |= pairs(book, 'bits_with_frames', 'kl_mean', ('policy', 'method'), **where) # of codes that have frames
+        for mix, points in mixes.items():
             label,color,marker,ls = MIXES.get(mix, ('other policies, exact', '#CC79A7', 'x', ''))
             ax.plot(*zip(*points), color=color, marker=marker, ls=ls, mfc='white' if ls not in ('-', '') else color, mew=1.1, label=label)
-        ax.set(xscale='log', yscale='log', xlabel='bits per element of the text', title=model)
+        ax.set(xscale='log', yscale='log', title=model)
         plain_log(ax.xaxis)
     axes[0, 0].set_ylabel('mean KL to exact cache (nats)')
+    fig.supxlabel('effective bits per element of the text', fontsize=8)
     legend_above(fig, axes[0], loc='outside right center', ncols=1)
     open_axes(axes[0])
     return fig
@@ -695,21 +716,32 @@ def heads_table(book):
 # %% ../nbs/90_report.ipynb #8bbcba98
 PRINTED = .4, .7, 1, 1.4, 2, 2.6 # Budgets of the table; the figure has all
 
+def total_of(total, bits=None, framed=None):
+    "Row of the bits of a whole cache, window and sinks in 16 bits; with the frames, where there are any."
+    return total and dict(total, value=total['value'] + (framed['value'] - bits['value'] if framed else 0))
+
+BITS_COLUMNS = [('bits', dict(digits=4)), ('bits_with_frames', dict(digits=4)), ('total', dict(digits=4)), ('kl_mean', {}), ('kl_p999', {}), ('kl_max', {}), ('ppl', dict(digits=4))]
+
+def bits_line(name, got):
+    "One line: a setting and its metrics; nothing where a code has no frames."
+    return [name, *('' if m == 'bits_with_frames' and not got[m] else res(got[m], **style) for m, style in BITS_COLUMNS)]
+
 @table('bits')
 def bits_table(book):
     "Bits, KL and perplexity of rotation and spectral codes on every model."
-    lines = [r'\begin{tabular}{@{}llrrrrrr@{}}', r'\toprule', r'& & \multicolumn{2}{c}{bits} & \multicolumn{3}{c}{KL to exact cache (nats)} & \\ \cmidrule(lr){3-4}\cmidrule(lr){5-7}',
-             r'model & codes & codes & + frames & mean & p99.9 & max & ppl \\', r'\midrule']
-    metrics = [('bits', dict(digits=4)), ('bits_with_frames', dict(digits=4)), ('kl_mean', {}), ('kl_p999', {}), ('kl_max', {}), ('ppl', dict(digits=4))]
+    lines = [r'\begin{tabular}{@{}llrrrrrrr@{}}', r'\toprule', r'& & \multicolumn{2}{c}{effective bits} & & \multicolumn{3}{c}{KL to exact cache (nats)} & \\ \cmidrule(lr){3-4}\cmidrule(lr){6-8}',
+             r'model & codes & codes & + frames & total bits & mean & p99.9 & max & ppl \\', r'\midrule']
+    metrics = [m for m, _ in BITS_COLUMNS if m != 'total'] + ['bits_total']
     for model in models_of(book, **DEFAULTS):
         exact = dict(DEFAULTS, model=model, method='bf16')
-        found = [['exact again', '16', '', *(res(book.cell(metric=m, **exact), **style) for m, style in metrics[2:])]]
+        found = [['exact again', '16', '', '16', *(res(book.cell(metric=m, **exact), **style) for m, style in BITS_COLUMNS[3:])]]
         for r in line(book, 'bits', model=model, method='rotation'):
-            where = dict(DEFAULTS, model=model, method='rotation', k_bits=r['k_bits'])
-            found.append([f"rotation, {r['k_bits']} bits", *('' if m == 'bits_with_frames' else res(book.cell(metric=m, **where), **style) for m, style in metrics)])
-        rows = {m: spectral_line(book, m, model) for m, _ in metrics}
-        for i, r in enumerate(rows['bits']):
-            if r['k_bits'] in PRINTED: found.append([f"spectral, {r['k_bits']:g}", *(res(rows[m][i], **style) for m, style in metrics)])
+            got = {m: book.cell(metric=m, **dict(DEFAULTS, model=model, method='rotation', k_bits=r['k_bits'])) for m in metrics}
+            found.append(bits_line(f"rotation, {r['k_bits']} bits", got | dict(total=total_of(got['bits_total']))))
+        rows = {m: {r['k_bits']: r for r in spectral_line(book, m, model)} for m in metrics}
+        for k in [k for k in rows['bits'] if k in PRINTED]:
+            got = {m: rows[m].get(k) for m in metrics}
+            found.append(bits_line(f'spectral, {k:g}', got | dict(total=total_of(got['bits_total'], got['bits'], got['bits_with_frames']))))
         lines += [' & '.join([model if i == 0 else '', *cells]) + r' \\' for i, cells in enumerate(found)] + [r'\addlinespace']
     return '\n'.join(lines[:-1] + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
@@ -804,7 +836,7 @@ def bits_ratio(book, model, bits, profile='wiki_cal', tokens=4096):
     return (plain + (framed - plain)*length/tokens) / book.value(metric='bits', model=model, method='rotation', k_bits=bits, **DEFAULTS)
 
 def _ratio_claim(bits, target):
-    sentence = f'Bits of spectral codes that reach the mean KL of rotation + Lloyd–Max at {bits} bits, as a share of its bits, frames counted at 4096 tokens; worst model of the zoo.'
+    sentence = f'Effective bits of spectral codes that reach the mean KL of rotation + Lloyd–Max at {bits} bits, as a share of its effective bits, frames counted at 4096 tokens; worst model of the zoo.'
     @claim(f'bits_ratio_{bits}', sentence, 'of the bits', target)
     def ratio(book): return worst(book, lambda m: bits_ratio(book, m, bits))
 
@@ -822,7 +854,7 @@ def p99_kl_ratio_3(book):
     return worst(book, ratio)
 
 def _ppl_claim(id, most, target):
-    @claim(id, f'Increase of the perplexity with at most {most} bits an element, frames counted at 4096 tokens; worst model.', '%', target)
+    @claim(id, f'Increase of the perplexity with at most {most} effective bits an element, frames counted at 4096 tokens; worst model.', '%', target)
     def ppl_increase(book):
         def increase(model):
             fits = [r['k_bits'] for r in spectral_line(book, 'bits_with_frames', model) if r['value'] <= most]
@@ -837,7 +869,7 @@ _ppl_claim('ppl_increase_1p5bit', 1.5, '<= 2.5')
 SPEED = dict(file='kernels', metric='speedup', window=132)
 
 def _speed_claim(id, what, target, batch=8, length=32768, **where):
-    @claim(id, f'Decode attention, {batch} × {length//1024}k tokens, 32 query and 8 KV heads of 128: {what}, against the faster of SDPA and FlashAttention on bfloat16.', 'times as fast', target)
+    @claim(id, f'Decode attention, {batch} × {length//1024}k tokens, 32 query and 8 KV heads of 128: {what}, against SDPA of PyTorch on bfloat16.', 'times as fast', target)
     def speedup(book): return book.value(batch=batch, length=length, **SPEED, **where)
 
 for _id, _what, _target, _where in (
@@ -937,9 +969,11 @@ def swept(
     kind:str, # `zoo`, `stress`, `tasks`, ...
     data:str|None='wiki_val', # Text or task, or None for all
     protocol:tuple=PROTOCOL, # What all rows must share
+    versions:tuple|None=None, # Of what methods store, `VERSIONS` of baselines; all if None
 ) -> dict: # (model, setting) -> (metric, data) -> row
     "Rows of a sweep under the protocol that most models share; of several, the longest."
     rows = newest([r for r in book.rows if r['file'].startswith(f'sweep_{kind}') and r.get('position') is None and r.get('layer') is None and data in (None, r['data'])])
+    if versions is not None: rows = [r for r in rows if r.get('version') in versions]
     of = lambda r: tuple(r.get(k) for k in protocol)
     models = {}
     for r in rows: models.setdefault(of(r), set()).add(r['model'])
@@ -958,6 +992,11 @@ def all_in(book, cell, data='wiki_val') -> float:
     if ('bits', data) not in cell: return 16.
     bits,framed = use(book, cell['bits', data]),use(book, cell.get(('bits_with_frames', data)))
     return bits['value'] + (framed['value'] - bits['value'])*bits['length']/SHARED_TOKENS if framed else bits['value']
+
+def whole(book, cell, data='wiki_val') -> float:
+    "Bits an element of the whole cache, frames, window and sinks counted."
+    bits,total = use(book, cell['bits', data]),use(book, cell['bits_total', data])
+    return total['value'] + all_in(book, cell, data) - bits['value']
 
 # %% ../nbs/90_report.ipynb #2e1f6ef0
 def panels(plt, n, width, height, more):
@@ -992,7 +1031,7 @@ def zoo_figure(book, plt):
             ax.minorticks_off()
         ax.set_title(model)
         ax.spines[['top', 'right']].set_visible(False)
-    fig.supxlabel('bits per element, all included', fontsize=8)
+    fig.supxlabel('effective bits per element', fontsize=8)
     fig.supylabel('mean KL to exact cache (nats)', fontsize=8)
     handles,labels = axes[0, 0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside upper center', ncols=5 if columns < 3 else 6, frameon=False, handlelength=1.4, columnspacing=1., fontsize=6)
@@ -1057,13 +1096,15 @@ def tails_figure(book, plt):
 SURVIVED = 3
 
 def stressed(book) -> dict: # (model, twin) -> setting -> (row of the twin, row of the plain model or None)
-    "Rows of stress twins beside those of the plain model, in the same protocol."
-    found,out = swept(book, 'stress'),{}
-    for (name, s), cell in found.items():
-        model,_,twin = name.partition('+')
-        if not twin or ('kl_mean', 'wiki_val') not in cell: continue
-        plain = found.get((model, s), {}).get(('kl_mean', 'wiki_val'))
-        out.setdefault((model, twin), {})[s] = use(book, cell['kl_mean', 'wiki_val']),use(book, plain)
+    "Rows of stress twins beside those of the plain model, in the same protocol and of the same version of the method; the newest version counts."
+    out = {}
+    for v in (None, *sorted({r['version'] for r in book.rows if r['file'].startswith('sweep_stress') and 'version' in r})):
+        found = swept(book, 'stress', versions=(v,))
+        for (name, s), cell in found.items():
+            model,_,twin = name.partition('+')
+            if not twin or ('kl_mean', 'wiki_val') not in cell: continue
+            out.setdefault((model, twin), {})[s] = cell['kl_mean', 'wiki_val'],found.get((model, s), {}).get(('kl_mean', 'wiki_val'))
+    for pair in [p for c in out.values() for p in c.values()]: [use(book, r) for r in pair]
     return out
 
 def survived(pair) -> bool|None:
@@ -1071,11 +1112,11 @@ def survived(pair) -> bool|None:
     return None if pair[1] is None else pair[0]['value'] <= SURVIVED*pair[1]['value']
 
 def refused(book, kind) -> dict: # (model, setting) -> error
-    "What a sweep could not measure because the method said no."
-    found = {}
+    "What a sweep could not measure because the method said no, and no later one has measured."
+    found,have = {},swept(book, kind)
     for path in sorted(book.folder.glob(f'sweep_{kind}*.failed.json')):
         for f in json.loads(path.read_text('utf8')).values(): found[f['cell']['model'], setting(f['cell'] | f['cell']['options'])] = f['error']
-    return found
+    return {k: e for k, e in found.items() if k not in have}
 
 def _stress_settings(found):
     "Settings in order of method, and twins."
@@ -1162,10 +1203,11 @@ def texts_table(book):
     for k, cell in swept(book, 'zoo').items(): found.get(k, {}).update(cell)
     order = lambda s: (['bf16', 'rotation', 'spectral', *OTHERS].index(s[0]), -(s[1] or 16), str(s))
     settings = sorted({s for _, s in found if s[1]}, key=order)
-    lines = [r'\begin{tabular}{@{}lr' + 'rrl'*len(TEXTS) + '@{}}', r'\toprule', ' & & ' + ' & '.join(rf'\multicolumn{{3}}{{c}}{{{name}}}' for name in TEXTS.values()) + r' \\',
-             'setting & bits' + ' & mean & worst & '*len(TEXTS) + r' \\', r'\midrule']
+    lines = [r'\begin{tabular}{@{}lrr' + 'rrl'*len(TEXTS) + '@{}}', r'\toprule', r' & \multicolumn{2}{c}{bits} & ' + ' & '.join(rf'\multicolumn{{3}}{{c}}{{{name}}}' for name in TEXTS.values()) + r' \\',
+             'setting & effective & total' + ' & mean & worst & '*len(TEXTS) + r' \\', r'\midrule']
     for s in settings:
-        cells = [f'{max(all_in(book, c, d) for (_, t), c in found.items() for d in TEXTS if t == s and ("bits", d) in c):.2f}']
+        stored = [(all_in(book, c, d), whole(book, c, d)) for (_, t), c in found.items() for d in TEXTS if t == s and ("bits", d) in c]
+        cells = [f'{max(x for x, _ in stored):.2f}', f'{max(x for _, x in stored):.2f}']
         for d in TEXTS:
             rows = sorted((use(book, c['kl_mean', d]) for (_, t), c in found.items() if t == s and ('kl_mean', d) in c), key=lambda r: r['value'])
             cells += [tex_number(significant(sum(r['value'] for r in rows)/len(rows))), res(rows[-1]), rows[-1]['model']] if rows else [NOT_RUN, '', '']
@@ -1174,7 +1216,7 @@ def texts_table(book):
 
 # %% ../nbs/90_report.ipynb #1d65adbb
 def share_of_bits(book, found, model, bits) -> float|None:
-    "All-in bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
+    "Effective bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
     cells = {s: c for (m, s), c in found.items() if m == model and ('kl_mean', 'wiki_val') in c}
     goal = cells.get(('rotation', bits, bits, ()))
     if goal is None: return None
@@ -1227,12 +1269,14 @@ def ablation_table(book):
     return '\n'.join(lines + ([] if cells else [NOT_RUN + r' \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #9c544e5e
-@claim('zoo_models', 'Models of different attention designs on which every method was measured.', 'models', '>= 6')
+MOST = 13 # Other methods that make a model count; the library's own caches take no sliding windows
+
+@claim('zoo_models', f'Models of different attention designs on which spectral codes and at least {MOST} of {len(OTHERS)} other methods were measured.', 'models', '>= 6')
 def zoo_models(book):
     kl = {}
     for (model, s), cell in swept(book, 'zoo').items():
         if ('kl_mean', 'wiki_val') in cell: kl.setdefault(model, set()).add(s[0]), use(book, cell['kl_mean', 'wiki_val'])
-    return sum(len(m & set(OTHERS)) >= 13 and 'spectral' in m for m in kl.values()) or None
+    return sum(len(m & set(OTHERS)) >= MOST and 'spectral' in m for m in kl.values()) or None
 
 @claim('baselines_compared', 'Settings of other methods that were measured beside ours on every model of the zoo.', 'settings', '>= 40')
 def baselines_compared(book):
@@ -1258,7 +1302,7 @@ def _best(book, found, model, most, ours):
     return min(kl, default=None)
 
 def _worst_ratio_claim(bits, most):
-    sentence = f'Mean KL of spectral codes over that of the best other method, each at its best setting of at most {most} bits, frames of ours counted at {SHARED_TOKENS} tokens; worst model.'
+    sentence = f'Mean KL of spectral codes over that of the best other method, each at its best setting of at most {most} effective bits, frames of ours counted at {SHARED_TOKENS} tokens; worst model.'
     @claim(f'worst_model_kl_ratio_{bits}', sentence, 'of the KL', '<= 0.5')
     def ratio(book):
         found = swept(book, 'zoo')
@@ -1448,7 +1492,7 @@ def speedup_least(book): return among(_rows(book, file='kernels', metric='speedu
 def speedup_most(book): return among(_rows(book, file='kernels', metric='speedup'), max)
 
 # %% ../nbs/90_report.ipynb #7dae9dfb
-WORDS = 'no one two three four five six seven eight nine ten eleven twelve'.split()
+WORDS = 'no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen'.split()
 
 def in_words(n:int) -> str:
     "Small numbers as words."
@@ -1524,6 +1568,74 @@ for _bits, _word in ((1, 'one'), (2, 'two')):
 @number('mixed_models')
 def mixed_models(book): return in_words(len(_mixed(book, 1)))
 
+# %% ../nbs/90_report.ipynb #ce98006f
+def total_ratio(book, model, bits):
+    "Total bits of spectral codes over those of the rotation at equal mean KL, and the row behind; None where not reached."
+    budget = reached(book, model, bits)
+    if budget is None: return None
+    ours = {m: next((r for r in spectral_line(book, m, model) if r['k_bits'] == budget), None) for m in ('bits_total', 'bits', 'bits_with_frames')}
+    theirs = book.value(metric='bits_total', model=model, method='rotation', k_bits=bits, **DEFAULTS)
+    return dict(ours['bits_total'], value=total_of(*ours.values())['value']/theirs) if None not in (theirs, *ours.values()) else None
+
+def _total_ratio_number(word, bits, which, pick):
+    @number(f'total_ratio_{word}_{which}')
+    def ratio(book):
+        rows = [total_ratio(book, m, bits) for m in models_of(book, **dict(DEFAULTS, method='spectral'))]
+        return NOT_RUN if not rows or None in rows else among(rows, pick, 2)
+
+for _bits, _word in ((2, 'two'), (3, 'three'), (4, 'four')):
+    for _which, _pick in (('least', min), ('most', max)): _total_ratio_number(_word, _bits, _which, _pick)
+
+_row_number('half_bit_with_frames', 2, file='eviction', metric='bits_with_frames', method='spectral', policy='none', k_bits=.5, model='llama')
+
+@number('half_bit_share')
+def half_bit_share(book):
+    "What all tokens at half a bit take, frames included, of what a quarter of the tokens takes under the better policy."
+    dropped = book.find(file='eviction', metric='kl_mean', method='exact', keep=.25, model='llama')
+    best = min(dropped, key=lambda r: r['value'], default=None)
+    bits = best and book.cell(file='eviction', metric='bits', method='exact', keep=.25, model='llama', policy=best['policy'])
+    ours = book.cell(file='eviction', metric='bits_with_frames', method='spectral', policy='none', k_bits=.5, model='llama')
+    return res(ours and bits and dict(ours, value=ours['value']/bits['value']), 2)
+
+for _id, _metric, _scale, _more in (('cal_articles', 'documents', 1, {}), ('cal_shared_articles', 'shared_documents', 1, {}), ('cal_shared_titles', 'shared_titles', 1, {}), ('cal_shared_runs', 'shared_runs', 100, dict(words=13)), ('cal_shared_passages', 'shared_runs', 100, dict(words=50))):
+    _row_number(_id, 2, _scale, file='overlap', metric=_metric, model='wiki_cal', data='wiki_val', **_more)
+
+def _key_bias(book):
+    "Rows of the rotation with a key bias, each as a multiple of the plain model's."
+    pairs = [p for (_, twin), c in stressed(book).items() if twin == 'key_bias' for s, p in c.items() if s[0] == 'rotation' and None not in p]
+    return [dict(twin, value=twin['value']/plain['value']) for twin, plain in pairs]
+
+for _which, _pick in (('least', min), ('most', max)): number(f'key_bias_{_which}')(lambda book, pick=_pick: among(_key_bias(book), pick, 2))
+
+def _encoder_pairs(book):
+    "Encoders of twin and plain model, of every pair of spectral codes that the stress table compares."
+    pairs = [p for c in stressed(book).values() for s, p in c.items() if s[0] == 'spectral' and None not in p]
+    return [tuple(book.encoders.get(book.runs[r['run']]['commit']) for r in p) for p in pairs]
+
+@number('stress_pairs')
+def stress_pairs(book): return str(len(_encoder_pairs(book)))
+
+@number('stress_mixed_pairs')
+def stress_mixed_pairs(book): return in_words(sum(a != b for a, b in _encoder_pairs(book)))
+
+def _methods_on(book):
+    "Other method -> models of the zoo on which it was measured."
+    found = {}
+    for (model, s), cell in swept(book, 'zoo').items():
+        if s[0] in OTHERS and ('kl_mean', 'wiki_val') in cell: found.setdefault(s[0], set()).add(model)
+    return found
+
+@number('methods_tried')
+def methods_tried(book): return in_words(len(_methods_on(book)))
+
+@number('methods_everywhere')
+def methods_everywhere(book):
+    found = _methods_on(book)
+    return in_words(sum(len(m) == max(map(len, found.values())) for m in found.values()))
+
+@number('library_models')
+def library_models(book): return in_words(len(_methods_on(book).get('quanto', ())))
+
 # %% ../nbs/90_report.ipynb #2173b87b
 def derived(value:float, notebook:str, digits:int=2) -> str:
     "A number that a notebook derives, with its address."
@@ -1566,6 +1678,141 @@ def numbers_tex(book) -> str:
     macros = sorted(macros.items()) + list(counts.items()) # counts last, so that the first line that differs names a row
     return '% Written by `ndkv report`; do not edit.\n' + ''.join(rf'\newcommand{{\{macro_name(k)}}}{{{v}}}' + '\n' for k, v in macros)
 
+# %% ../nbs/90_report.ipynb #fe2c09d9
+def _git(root, *args):
+    "Output of git in a checkout, or None where it fails."
+    done = subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else None
+
+def _device_then(root, commit, at):
+    "Device of the run behind a row, as both stood at a commit."
+    file,_,line = at.partition('#L')
+    text,runs = (_git(root, 'show', f'{commit}:{f}') for f in (file, 'results/runs.jsonl'))
+    if not text or not runs: return None
+    run = json.loads(text.splitlines()[int(line) - 1])['run']
+    return next((r['device'] for r in map(json.loads, runs.splitlines()) if r['run'] == run), None)
+
+MISSED = re.compile(r'^\| `(?P<claim>\w+)`: .* \| (?P<value>[\d.e-]+) (?P<unit>[^|]*) \| (?P<target>[<>=]+ [\d.]+) \| \*\*no\*\* \| (?P<rows>.*) \|$', re.M)
+
+def missed_before(
+    root, # Repository
+) -> list: # In order of time, every value once
+    "Claims that an earlier README says were missed."
+    found = {}
+    for line in (_git(root, 'log', '--reverse', '--format=%H %cs', '--', 'README.md') or '').splitlines():
+        commit,day = line.split()
+        for m in MISSED.finditer(_git(root, 'show', f'{commit}:README.md') or ''):
+            what,rows = {k: m[k] for k in ('claim', 'value', 'unit', 'target')},rows_in(m['rows'])
+            if tuple(what.values()) in found: continue
+            found[tuple(what.values())] = what | dict(commit=commit[:7], day=day, device=_device_then(root, commit, rows[0]) if rows else None)
+    return list(found.values())
+
+def missed_now(book) -> list:
+    "Claims that these rows miss."
+    out = []
+    for c in claims(book):
+        if c['value'] is None or c['met']: continue
+        run = book.runs[next(r['run'] for r in book.rows if f"results/{r['at']}" == c['rows'][0])]
+        out.append({k: c[k] for k in ('unit', 'target')} | dict(claim=c['id'], value=shown(c['value']), commit=run['commit'][:7], day=run['start'][:10], device=run['device']))
+    return out
+
+def with_missed(
+    history:list, # From `results/history.json`
+    more:list, # Entries that may be new
+) -> list:
+    "The history with what is new in it."
+    of = lambda h: tuple(h[k] for k in ('claim', 'value', 'unit', 'target'))
+    have = set(map(of, history))
+    return history + [h for h in more if of(h) not in have]
+
+# %% ../nbs/90_report.ipynb #a540cb13
+@table('history')
+def history_table(book):
+    "Every value that missed its target, where and when, and the value of today."
+    lines = [r'\begin{tabular}{@{}lrllllr@{}}', r'\toprule', r'claim & value & target & day & commit & device & today \\', r'\midrule']
+    sign = lambda t: re.sub('[<>]=', lambda m: {'<=': r'$\le$', '>=': r'$\ge$'}[m[0]], tex_escape(t))
+    for h in book.history:
+        today = rf"\maybe{{{macro_name(h['claim'])}}}"
+        lines.append(' & '.join([rf"\texttt{{{tex_escape(h['claim'])}}}", tex_number(h['value']), sign(h['target']), h['day'], rf"\texttt{{{h['commit']}}}", tex_escape(h['device'] or '–'), today]) + r' \\')
+    return '\n'.join(lines + ([] if len(lines) > 4 else [r'none & & & & & & \\']) + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+@number('claims_once_missed')
+def claims_once_missed(book): return in_words(len({h['claim'] for h in book.history}))
+
+# %% ../nbs/90_report.ipynb #15599af7
+FIRST_ENCODER = 'A'
+ENCODERS = ( # Name, commit that brought it, what was new
+    ('B', '7c558d8', 'precision tiers of tokens'),
+    ('C', '561934e', 'means of frames in float32 instead of bfloat16'),
+    ('D', '1aedf70', 'norms chosen so that long channels are not cut off'),
+)
+OF_ENCODERS = 'spectral', 'nested spectral', 'prompt'
+
+def encoder_at(root, commit:str) -> str|None:
+    "The encoder of a commit; None where git does not know it."
+    if None in [_git(root, 'cat-file', '-e', c) for c in (commit, *(since for _, since, _ in ENCODERS))]: return None
+    have = [name for name, since, _ in ENCODERS if _git(root, 'merge-base', '--is-ancestor', since, commit) is not None]
+    return have[-1] if have else FIRST_ENCODER
+
+def by_encoder(book, rows) -> dict: # Encoder -> models
+    "Models of the spectral codes among some rows, under the encoder that made them."
+    found = {}
+    for r in rows:
+        if r['method'] in OF_ENCODERS: found.setdefault(book.encoders.get(book.runs[r['run']]['commit'], '?'), set()).add(r['model'].partition('+')[0])
+    return dict(sorted(found.items()))
+
+def listed(words) -> str:
+    "One, two and three."
+    *most,last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+def encoder_sentence(found:dict) -> str:
+    "What a caption says about encoders: nothing without spectral codes, one name, or who has which."
+    if not found: return ''
+    if len(found) == 1: return f'Spectral codes of encoder {next(iter(found))}.'
+    if len({frozenset(m) for m in found.values()}) == 1: return f'Spectral codes of encoders {listed(list(found))}.'
+    return 'Spectral codes of several encoders: ' + '; '.join(f'{e} on {listed(sorted(m))}' for e, m in found.items()) + '.'
+
+OWN_FORMAT = 'fp8', 'mxfp4', 'nvfp4', 'turboquant', 'quanto', 'hqq' # Methods whose number format says what scales are
+
+def scales_sentence(rows) -> str:
+    "What a caption says about the scales of other methods, which were in float16 in version 1."
+    of = lambda v: {r['model'].partition('+')[2].replace('_', ' ') or 'plain models' for r in rows if r['method'] in OTHERS and r['method'] not in OWN_FORMAT and r.get('version', 1) == v}
+    old,new = of(1),of(2)
+    if new and old - new: return f'Scales of other methods in bfloat16 on {listed(sorted(new))}, in float16 on the others.'
+    return 'Scales of other methods in bfloat16.' if new else 'Scales of other methods in float16.' if old else ''
+
+def captions_tex(book, sources:dict) -> str: # Generated file -> the rows it used
+    "Macros `\\\\encodersFigBits`, ...: what the captions of figures and tables say about their rows."
+    at,lines = {r['at']: r for r in book.rows},['% Written by `ndkv report`; do not edit.']
+    for file, used in sources.items():
+        kind,_,name = file.partition('/')
+        if not file.endswith(('.pdf', '.tex')) or not name or Path(name).stem in WAYS: continue
+        rows = [at[u] for u in used]
+        words = ' '.join(filter(None, (encoder_sentence(by_encoder(book, rows)), scales_sentence(rows))))
+        lines.append(rf"\newcommand{{\{macro_name(f'rows_{kind[:3]}_{Path(name).stem}')}}}{{{words}}}")
+    return '\n'.join(lines) + '\n'
+
+@table('encoders')
+def encoders_table(book):
+    "Names of encoders, what they brought, and how many runs of spectral codes had them."
+    runs = {r['run'] for r in book.rows if r['method'] in OF_ENCODERS}
+    count = {e: sum(book.encoders.get(book.runs[r]['commit']) == e for r in runs) for e in (FIRST_ENCODER, *(e for e, *_ in ENCODERS))}
+    lines = [r'\begin{tabular}{@{}lllr@{}}', r'\toprule', r'encoder & since & what was new & runs \\', r'\midrule']
+    for name, since, what in ((FIRST_ENCODER, '–', 'one class of tokens'), *ENCODERS): lines.append(rf'{name} & \texttt{{{since}}} & {what} & {count[name]} \\')
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+def note(
+    root, # Repository
+    book, # Its rows
+):
+    "Bring `results/history.json` and `results/encoders.json` up to date."
+    book.history = with_missed(with_missed(book.history, missed_before(root)), missed_now(book))
+    new = {c: encoder_at(root, c) for c in {r['commit'] for r in book.runs.values()} - book.encoders.keys()}
+    book.encoders |= {c: e for c, e in new.items() if e}
+    for name, what in (('history', book.history), ('encoders', dict(sorted(book.encoders.items())))):
+        if what: write_atomic(book.folder/f'{name}.json', json.dumps(what, indent=1, ensure_ascii=False) + '\n')
+
 # %% ../nbs/90_report.ipynb #a9005552
 @table('claims')
 def claims_table(book):
@@ -1591,7 +1838,7 @@ def drawn_from(
         found[f'tab:{name}'] = set(used)
     return found
 
-WAYS = ('claims', 'ways', 'runs') # Tables about claims and runs, which show no rows of their own
+WAYS = ('claims', 'history', 'encoders', 'ways', 'runs') # Tables about claims and runs, which show no rows of their own
 
 def kind_of(run:dict) -> tuple: # Command with its model and its budgets left open, commit, device
     "What runs have in common that differ only in the model or the budgets."
@@ -1679,6 +1926,7 @@ def generate(
             for kind in ('pdf', 'svg'):
                 texts[f'figures/{name}.{kind}'] = (Path(tmp)/f'{name}.{kind}').read_bytes()
                 sources[f'figures/{name}.{kind}'] = list(used)
+    texts['captions.tex'] = captions_tex(book, sources)
     for name, data in texts.items(): write_atomic(out/name, data)
     return sources
 
@@ -1747,6 +1995,7 @@ def verify(
         faults = compare(committed, Path(tmp), figures=not unpinned(root))
     faults = [describe(f'paper/generated/{n}', f, {f'paper/generated/{k}': v for k, v in sources.items()}) for n, f in faults]
     readme = (root/'README.md').read_text(encoding='utf8')
+    if new := with_missed(book.history, missed_now(book))[len(book.history):]: faults.append(f"results/history.json does not know that {new[0]['claim']} is missed; run `ndkv report` and commit it")
     if diff := first_difference(readme, readme_with_claims(readme, book)): faults.append(describe('README.md', diff, {}))
     return faults + lint_paper(root)
 
@@ -1784,6 +2033,7 @@ def report(
     "Write `paper/generated` and the claims table of the README."
     root = Path(root) if root else repository()
     book = Book(root/'results', clean_only)
+    note(root, book)
     sources = generate(book, root/'paper'/'generated')
     readme = root/'README.md'
     if readme.exists(): write_atomic(readme, readme_with_claims(readme.read_text(encoding='utf8'), book))
