@@ -38,7 +38,7 @@ def in_float64(model):
     "The model in float64, its norms too, which `transformers` takes in float32: sums in other orders then differ by 1e-15."
     for module in list(model.modules()):
         for name, m in module.named_children():
-            if type(m).__name__.endswith("RMSNorm") and not isinstance(m, torch.nn.RMSNorm):
+            if type(m).__name__.endswith("RMSNorm") and hasattr(m, "variance_epsilon"): # as Llama's
                 new = torch.nn.RMSNorm(len(m.weight), m.variance_epsilon)
                 new.weight = m.weight
                 setattr(module, name, new)
@@ -58,18 +58,19 @@ def steady_rotation(d, bits, *, layer, kind, heads, seed):
 
 
 class InPieces:
-    "Any codec, a group of tokens at a time: however the cache cuts its stream, the same tokens are then the same computation."
+    "Any codec, a row and a group of tokens at a time: however a stream or a batch is cut, the same tokens are then the same computation."
     def __init__(self, codec): self.codec = codec
     def __getattr__(self, name): return getattr(self.__dict__["codec"], name) if "codec" in self.__dict__ else object.__getattribute__(self, name)
 
     def encode(self, x, pos=0):
         g = self.codec.group
-        parts = [self.codec.encode(x[:, :, i:i+g], pos + i) for i in range(0, x.shape[2], g)]
-        return {name: torch.cat([p[name] for p in parts], 2) for name in parts[0]}
+        rows = [[self.codec.encode(row[:, :, i:i+g], pos + i) for i in range(0, x.shape[2], g)] for row in x.split(1)]
+        return {name: torch.cat([torch.cat([p[name] for p in parts], 2) for parts in rows]) for name in rows[0][0]}
 
     def decode(self, enc, pos=0, dtype=torch.float32):
-        n, g = next(iter(enc.values())).shape[2], self.codec.group
-        return torch.cat([self.codec.decode({name: t[:, :, i:i+1] for name, t in enc.items()}, pos + i*g, dtype) for i in range(n)], 2)
+        (B, _, n), g = next(iter(enc.values())).shape[:3], self.codec.group
+        piece = lambda b, i: self.codec.decode({name: t[b:b+1, :, i:i+1] for name, t in enc.items()}, pos + i*g, dtype)
+        return torch.cat([torch.cat([piece(b, i) for i in range(n)], 2) for b in range(B)])
 
 
 def other_codes(a, b):

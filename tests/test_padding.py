@@ -12,12 +12,13 @@ from ndkv.cache import NDCache, NDLayer, NDSlidingLayer, Told, refresh
 from ndkv.eviction import EvictingCache
 from ndkv.fisher import calibrate
 from ndkv.store import fork, load_cache, save_cache
-from reference import Absmax
+from reference import Absmax, in_float64, other_codes
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 SLIDES = dict(sliding_window=30, layer_types=["sliding_attention", "full_attention"])
 KW = dict(window=8, sinks=4, block=8)
+ROTATION = KW | dict(method="test-rotation") # read the same to the last bit, however a batch is cut
 
 assert Absmax # its module registers "test-absmax"
 
@@ -37,7 +38,7 @@ def models():
     "In double precision: a row computed in a batch differs from the row alone in the last bits, which must not decide about a code."
     def make(build):
         torch.manual_seed(0)
-        m = build().double().eval()
+        m = in_float64(build())
         for p in m.parameters(): p.data *= 3 if p.dim() > 1 else 1
         return m
     made = {}
@@ -116,7 +117,7 @@ def check_rows(model, make, mask, sizes, own_places=True, tolerance=1e-6, rows=r
             k, v = (x[b][:, own[own.shape[0]-x.shape[2]:]] for x in (layer.keys, layer.values))
             for x, y in ((k, alone.keys[0]), (v, alone.values[0])) if own_places else ():
                 n = min(x.shape[1], y.shape[1])
-                assert torch.allclose(x[:, -n:], y[:, -n:], atol=1e-3)
+                assert other_codes(x[:, -n:], y[:, -n:]) <= .05
     return cache
 
 
@@ -130,7 +131,7 @@ def test_a_padded_row_is_as_alone(models, name, where, sizes):
     "A sliding layer sees columns, so that with a hole its window holds fewer of the row's tokens: there the row alone is another text."
     mask, rows = mask_of(where), range(4)
     if name != "llama" and where in ("middle", "right"): rows = [0]
-    check_rows(models(name), lambda: NDCache(models(name).config, bits=2, **KW), mask, SIZES[sizes], rows=rows)
+    check_rows(models(name), lambda: NDCache(models(name).config, bits=2, **ROTATION), mask, SIZES[sizes], rows=rows)
 
 
 @pytest.mark.parametrize("where", MASKS)
@@ -139,7 +140,7 @@ def test_a_padded_row_is_as_alone_with_a_profile(models, profiles, name, where):
     mask, rows = mask_of(where), range(4)
     if name == "gemma 3" and where in ("middle", "right"): rows = [0]
     profile = profiles(name)
-    check_rows(models(name), lambda: NDCache(models(name).config, bits=2, profile=profile, **KW), mask, SIZES["pieces"], rows=rows)
+    check_rows(models(name), lambda: NDCache(models(name).config, bits=2, profile=profile, **KW), mask, SIZES["pieces"], tolerance=5e-5, rows=rows) # frames work in float32: a code at a tie
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
@@ -171,11 +172,11 @@ def test_a_model_that_does_not_tell_positions(models, profiles):
     cache.see(mask[:, :20])
     with pytest.raises(ValueError, match="does not tell a cache the positions") as e: cache.update(*torch.randn(2, 4, 2, 20, 16), 0)
     assert "\n" not in str(e.value)
-    check_rows(model, lambda: NDCache(model.config, bits=2, **KW), mask, SIZES["at once"])
+    check_rows(model, lambda: NDCache(model.config, bits=2, **ROTATION), mask, SIZES["at once"])
 
 
 def test_alibi(models):
-    check_rows(models("bloom"), lambda: NDCache(models("bloom").config, bits=2, **KW), mask_of("left"), SIZES["at once"])
+    check_rows(models("bloom"), lambda: NDCache(models("bloom").config, bits=2, **ROTATION), mask_of("left"), SIZES["at once"])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma 3", "falcon-h1"])
@@ -183,7 +184,7 @@ def test_generate(models, name):
     "`generate` of a padded batch, as a user writes it: scores of each step are those of the row alone, while the tokens are the same."
     model, mask, ids = models(name), mask_of("left")[:, :90], text()[:, :90]
     go = lambda cache, **kw: model.generate(**kw, past_key_values=cache, max_new_tokens=25, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    make = lambda: NDCache(model.config, bits=2, **KW)
+    make = lambda: NDCache(model.config, bits=2, **ROTATION)
     out = go(make(), input_ids=ids * mask, attention_mask=mask)
     for b in range(4):
         own = mask[b].bool()
@@ -197,7 +198,7 @@ def test_beams_go_where_their_rows_go(models):
     "Beams in a padded batch choose rows of other parts; their scores are those of each prompt's beams alone."
     model, mask, ids = models("llama"), mask_of("left")[:2, :60], text()[:2, :60]
     go = lambda ids, mask: model.generate(ids * mask, attention_mask=mask, num_beams=3, do_sample=False, max_new_tokens=20, output_scores=True,
-                                          return_dict_in_generate=True, past_key_values=NDCache(model.config, bits=3, **KW))
+                                          return_dict_in_generate=True, past_key_values=NDCache(model.config, bits=3, **ROTATION))
     both = go(ids, mask)
     for b in range(2):
         own = mask[b].bool()
@@ -210,13 +211,13 @@ def test_masks_of_every_kind(models):
     model, ids, mask = models("llama"), text(), mask_of("left")
     four = (torch.ones(T, T).tril().bool() & mask.bool()[:, None, None]) | torch.eye(T).bool()
     additive = torch.zeros(four.shape, dtype=torch.float64).masked_fill(~four, torch.finfo(torch.float64).min)
-    want = [(p.rows, p.columns.tolist()) for p in check_rows(model, lambda: NDCache(model.config, bits=2, **KW), mask, SIZES["at once"]).layers[0].parts]
+    want = [(p.rows, p.columns.tolist()) for p in check_rows(model, lambda: NDCache(model.config, bits=2, **ROTATION), mask, SIZES["at once"]).layers[0].parts]
     places = (mask.cumsum(-1) - 1).clamp_min(0)
     eye = four.clone()
     four &= mask.bool()[:, None, :, None] | torch.eye(T).bool()
     for kind, at in dict(bool=lambda a, b: mask.bool()[:, :b], float=lambda a, b: mask.double()[:, :b], longer=lambda a, b: mask,
                          additive=lambda a, b: torch.where(mask.bool()[:, None, None, :b], additive[:, :, a:b, :b], torch.finfo(torch.float64).min)).items():
-        cache = NDCache(model.config, bits=2, **KW)
+        cache = NDCache(model.config, bits=2, **ROTATION)
         with torch.no_grad():
             for a, b in ((0, 100), (100, 101), (101, 120)): model(ids[:, a:b], attention_mask=at(a, b), position_ids=places[:, a:b], past_key_values=cache)
         assert [(p.rows, p.columns.tolist()) for p in cache.layers[0].parts] == want, kind
@@ -225,14 +226,14 @@ def test_masks_of_every_kind(models):
 
 def test_masks_that_cannot_be_followed(models):
     model, ids, mask = models("llama"), text(), mask_of("left")
-    cache = NDCache(model.config, bits=2, **KW)
+    cache = NDCache(model.config, bits=2, **ROTATION)
     stream(model, ids, [100], cache, mask)
     for later in (torch.ones(4, 101, dtype=torch.long), None):
         with pytest.raises(ValueError, match="were padding when they came") as e, torch.no_grad(): model(ids[:, :1], attention_mask=later, past_key_values=cache)
         assert "\n" not in str(e.value) and cache.get_seq_length() == 100
     with pytest.raises(ValueError, match="cannot read padding"): cache.see(torch.ones(4, 3, 101))
     with pytest.raises(ValueError, match="mask of 3 rows"): cache.see(mask[:3, :101])
-    cache = NDCache(model.config, bits=2, **KW)
+    cache = NDCache(model.config, bits=2, **ROTATION)
     cache.see(mask[:3, :20])
     with pytest.raises(ValueError, match="mask of 3 rows"): cache.update(*torch.randn(2, 4, 2, 20, 16), 0)
 
@@ -242,10 +243,10 @@ def test_models_that_make_their_own_masks():
     model = tf.CpmAntForCausalLM(tf.CpmAntConfig(vocab_size=61, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32, num_hidden_layers=2, prompt_length=2, prompt_types=4, segment_types=4)).eval()
     ids = torch.randint(1, 61, (2, 20))
     with torch.no_grad():
-        model(ids[:1], past_key_values=NDCache(model.config, bits=4, **KW))
-        with pytest.raises(ValueError, match="makes its masks by itself") as e: model(ids, past_key_values=NDCache(model.config, bits=4, **KW))
+        model(ids[:1], past_key_values=NDCache(model.config, bits=4, **ROTATION))
+        with pytest.raises(ValueError, match="makes its masks by itself") as e: model(ids, past_key_values=NDCache(model.config, bits=4, **ROTATION))
     assert "\n" not in str(e.value)
-    cache, x = NDCache(model.config, bits=4, **KW), torch.randn(2, 2, 2, 20, 16)
+    cache, x = NDCache(model.config, bits=4, **ROTATION), torch.randn(2, 2, 2, 20, 16)
     mask = torch.ones(2, 20)
     mask[0, :5] = 0
     cache.see(mask)
@@ -256,7 +257,7 @@ def test_models_that_make_their_own_masks():
 def test_a_padded_batch_goes_on(models, tmp_path):
     "Cropped, copied, pickled, saved, loaded, forked, chosen from: it goes on as if nothing had been."
     model, ids, mask = models("gemma 3"), text(), mask_of("left")
-    def make(): return NDCache(model.config, bits=2, **KW)
+    def make(): return NDCache(model.config, bits=2, **ROTATION)
     def begin(n=90):
         cache = make()
         for layer in cache.layers: layer.activate_past_recording()
@@ -314,7 +315,7 @@ def test_padding_is_no_data(value):
     "NaN in padding is not stored, not read and not refused; a row that is all padding likewise; NaN in a token is refused as ever."
     config = tf.LlamaConfig(**BASE)
     for where, own in (("left", torch.arange(60) >= torch.tensor([30, 0, 7])[:, None]), ("a whole row", torch.tensor([1, 0, 1]).bool()[:, None].expand(3, 60))):
-        cache, clean = NDCache(config, bits=4, **KW), NDCache(config, bits=4, **KW)
+        cache, clean = NDCache(config, bits=4, **ROTATION), NDCache(config, bits=4, **ROTATION)
         x = torch.randn(2, 3, 2, 60, 16, generator=torch.Generator().manual_seed(0))
         spoiled = torch.where(own[:, None, :, None], x, torch.tensor(value))
         for c, y in ((cache, spoiled), (clean, x)):
@@ -324,7 +325,7 @@ def test_padding_is_no_data(value):
             c.read = [torch.where(own[:, None, :, None], o, 0.) for o in out]
         assert all(torch.equal(a, b) for a, b in zip(cache.read, clean.read)) and cache.layers[0].stores[0].packed.n, where
         assert torch.isfinite(out[0][:, :, :59]).all()
-    cache = NDCache(config, bits=4, **KW)
+    cache = NDCache(config, bits=4, **ROTATION)
     cache.see(None, q=60)
     with pytest.raises(ValueError, match="NaN or Inf"): (cache.update(*spoiled, 0), cache.update(*x[:, :, :, :1], 0))
 
@@ -337,7 +338,7 @@ def test_nan_only_in_a_row_of_padding(models):
     ids = ids * mask
     exact = stream(model, ids, SIZES["at once"], DynamicCache(config=model.config), mask)
     got = stream(model, ids, SIZES["at once"], NDCache(model.config, method="exact", **KW), mask)
-    rows, quantized = torch.isfinite(exact[:, -1]).all(-1), stream(model, ids, SIZES["at once"], NDCache(model.config, bits=4, **KW), mask)
+    rows, quantized = torch.isfinite(exact[:, -1]).all(-1), stream(model, ids, SIZES["at once"], NDCache(model.config, bits=4, **ROTATION), mask)
     assert rows.any() and torch.allclose(exact[rows, -1], got[rows, -1])
     assert torch.isfinite(quantized[[0, 2, 3], -1]).all()  # with `DynamicCache` NaN in padding spoils rows 2 and 3: 0 times NaN
 
