@@ -196,8 +196,10 @@ def test_shapes_of_their_own_a_layer(family, tmp_path):
         model(text[:1, :90], past_key_values=cache)
         save_cache(cache, tmp_path / "c.safetensors", model)
         load_cache(tmp_path / "c.safetensors", again, model)
+        bits = cache.report()["bits_packed"]  # at the length; two tokens later layers hold other shares
         a, b = (model(text[:1, 90:92], past_key_values=c).logits for c in (cache, again))
-    assert torch.equal(a, b) and 3.4 <= cache.report()["bits_packed"] <= 4
+    spare = 4 / 80 if family == "MiMo-V2-Flash" else 1e-9  # its sliding layer holds 15 packed tokens where the plan counts 16
+    assert torch.equal(a, b) and 3.4 <= bits <= 4 + spare
     rows = anatomy(model, text[:1], profile, 4, block=8, sinks=2, window=8, length=90)
     assert {(r["layer"], r["kind"]) for r in rows} == {(l.layer, kind) for l in cache._mine for kind in "kv"}
 
