@@ -59,7 +59,7 @@ class Cell:
 
     def __str__(self):
         if self.exact: return self.method
-        bits = f"{self.k_bits:g}" if self.k_bits == self.v_bits else f"{self.k_bits:g}/{self.v_bits:g}"
+        bits = "/".join(dict.fromkeys("exact" if b is None else f"{b:g}" for b in (self.k_bits, self.v_bits)))
         return f"{self.method} {bits} bits, window {self.window}, sinks {self.sinks}"
 
 
@@ -405,6 +405,12 @@ def spectra(
                     run.row(method="spectrum", metric="effective_rank", model=model_name, value=effective_rank(lam).item(), layer=i, head=head, kind=kind, home=home, prices=prices, spectrum=[float(f"{x:.4g}") for x in (lam / lam.sum()).tolist()])
 
 # %% ../nbs/76_evaluate.ipynb #52538218
+def _plan_or_none(profile, bits, trellis):
+    "None where a budget doesn't pay for the norms of narrow heads."
+    try: return plan(profile, bits, trellis=trellis, equal=True)
+    except ValueError: return None
+
+
 def rates(
     run: Run,  # Open run
     model,  # A causal language model
@@ -417,7 +423,7 @@ def rates(
 ) -> None:
     "Weighed error over weighed energy of each layer's codes on a text, beside the bound of a Gaussian with the same spectrum and the same bits."
     flat = replace(profile, forecasts={})
-    plans = {(b, t): plan(flat, b, trellis=t, equal=True) for b in bits for t in trellis}
+    plans = {(b, t): p for b in bits for t in trellis if (p := _plan_or_none(flat, b, t))}
     def see(module, q, k, v, kw):
         i = module.layer_idx
         for kind, x in (("k", k), ("v", v)):

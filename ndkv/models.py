@@ -251,6 +251,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **kw)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, SafetensorError, ValueError) as e:
+        if "Unrecognized configuration class" in str(e):
+            raise ValueError(f"{name!r} is no causal language model, or one that transformers loads by another class than AutoModelForCausalLM; load it yourself and use the Python interface") from None
         raise ValueError(f"cannot load {name!r} ({str(e).splitlines()[0][:200]}): give a complete model folder or a Hub id") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
         raise ValueError(f"{name!r} holds no tokenizer: give a complete model folder or a Hub id")

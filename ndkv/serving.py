@@ -18,6 +18,7 @@ from transformers import (EosTokenCriteria, GenerationConfig, LogitsProcessorLis
                           MinPLogitsWarper, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 from transformers.cache_utils import DynamicLayer
 from .attention import Call, PagedCache, exactly
+from .fisher import refuse_prompt_learning
 from .profile import layer_shapes
 from .tiles import attend_tiles, by_kernel, write_pages
 
@@ -258,6 +259,7 @@ class Server:
         tokenizer=None, # Of the model; only `stop_strings` need it
         **kw            # Of `PagedCache`: bits, window, sinks, seed, …
     ):
+        refuse_prompt_learning(model)
         self.model, self.device, self.tokenizer = model, model.get_input_embeddings().weight.device, tokenizer
         self.config, self.graph, self.graphs, self.flushes, self.names = generation_config, graph, {}, {}, count()
         self._settings()
@@ -359,9 +361,11 @@ def _prefill(self:Server, request, slot):
     "Run a prompt into its slot, and choose its first token."
     ids = torch.tensor([request.prompt_ids], device=self.device)
     self.pool.filling = slot
-    try: logits = self.model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=self.device)[None], past_key_values=self.pool, use_cache=True, **self.kept).logits
+    positions = torch.arange(ids.shape[1], device=self.device)[None]
+    try: out = self.model(input_ids=ids, position_ids=positions, past_key_values=self.pool, use_cache=True, **self.kept)
     finally: self.pool.filling = None
-    self._keep(logits, slice(slot, slot + 1))
+    if out.past_key_values is not self.pool: raise ValueError(f"{type(self.model).__name__} put another cache in the place of the pool; serve the model that it wraps")
+    self._keep(out.logits, slice(slot, slot + 1))
 
 @torch.no_grad()
 def _decode(self:Server, B):

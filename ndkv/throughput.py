@@ -40,8 +40,9 @@ def random_model(
 
 def random_tokens(model, batch, length):
     "(layer, keys, values) `[B, H, T, D]` for every layer."
-    c, w = model.config, model.get_input_embeddings().weight
-    for i in range(c.num_hidden_layers): yield i, *(torch.randn(batch, c.num_key_value_heads, length, c.head_dim, device=w.device, dtype=w.dtype) for _ in "kv")
+    w, like = model.get_input_embeddings().weight, DynamicCache(config=model.config)
+    with torch.no_grad(): model(torch.zeros(1, 1, dtype=torch.long, device=w.device), past_key_values=like)
+    for i, layer in enumerate(like.layers): yield i, *(torch.randn(batch, x.shape[1], length, x.shape[3], device=w.device, dtype=w.dtype) for x in (layer.keys, layer.values))
 
 # %% ../nbs/78_throughput.ipynb #b983ab21
 @dataclass
@@ -200,6 +201,7 @@ def largest_batch(
     return good, cell
 
 
+
 # %% ../nbs/78_throughput.ipynb #c2031043
 ORDER = ("fixed", "packed4", "dynamic", "packed2", "packed3", "static", "quanto4", "fp8")
 
@@ -295,6 +297,7 @@ def serve_bench(
     return found
 
 
+
 # %% ../nbs/78_throughput.ipynb #70888727
 def users_bench(
     run:Run, # Takes the rows
@@ -343,6 +346,7 @@ def pool_size(
     return slots, pages
 
 
+
 # %% ../nbs/78_throughput.ipynb #8e1f6a24
 @dataclass
 class Served:
@@ -375,6 +379,7 @@ def serve_packed(model, queue, memory, most, limit, **kw) -> Served:
     return Served(done, sum(map(len, done.values())) + part, seconds, server.pool.nbytes, at_once, dict(slots=slots, **kw))
 
 
+
 # %% ../nbs/78_throughput.ipynb #f7b3092d
 def _token_bytes(model):
     c = model.config
@@ -402,6 +407,7 @@ def serve_static(model, queue, memory, most, limit) -> Served:
     start, done = time.perf_counter(), {}
     while batches and time.perf_counter() - start < limit: done |= batch(batches.pop())
     return Served(done, sum(map(len, done.values())), time.perf_counter() - start, held, at_once, {})
+
 
 
 # %% ../nbs/78_throughput.ipynb #96e4d7ab
@@ -468,6 +474,7 @@ def _serve_stock(model, queue, memory, most, limit):
     return serve_transformers(model, queue, memory, most, limit)
 
 
+
 # %% ../nbs/78_throughput.ipynb #b60c2f75
 SERVERS = {"server4": lambda *a: serve_packed(*a, bits=4), "transformers": _serve_stock, "server2": lambda *a: serve_packed(*a, bits=2), "static": serve_static}
 
@@ -503,4 +510,5 @@ def queue_bench(
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
     return found
+
 

@@ -17,9 +17,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+import test_architectures as architectures
 from conftest import ROOT
+from ndkv import cli
 from ndkv.cache import NDCache
 from ndkv.cli import app, main
 from ndkv.profile import Profile
@@ -90,6 +93,96 @@ def test_evaluate_and_train_ask_for_their_text(tmp_path):
     for command in ('evaluate', 'train'):
         code, out, err = run(command, '--data', tmp_path)
         assert code == 1 and out == '' and re.fullmatch(r'ndkv: .*: no such text; .*\n', err)
+
+
+# --- every family of models: a table, or one line --------------------------------------------------------------------------------------
+
+GEMMA4 = dict(head_dim=16, global_head_dim=32, num_global_key_value_heads=1, num_hidden_layers=4, num_kv_shared_layers=2, sliding_window=24, layer_types=["sliding_attention", "full_attention"]*2, hidden_size_per_layer_input=16)
+MORE = {"Qwen3.5": ("Qwen3_5", architectures.FAMILIES["Qwen3-Next"][1]), "Gemma 4": ("Gemma4", architectures.TEXT | GEMMA4 | dict(vocab_size_per_layer_input=61))}
+NO_DEMO = {"T5": "no causal language model", "LLaVA": "no causal language model", "BART": "its decoder has 2"}
+DEMO = [f for f in architectures.FAMILIES if f in architectures.NOTES or f in ("Llama", "GPT-2", "BLOOM", "Falcon", "OPT")] + list(MORE)
+
+
+def fitted(fields):
+    "A configuration for the tokenizer of the zoo, with room for a text."
+    fields = {k: fitted(v) if isinstance(v, dict) else v for k, v in fields.items()}
+    fields |= {k: 96 for k in ('sliding_window', 'attention_chunk_size') if k in fields} # more than a block
+    return fields | {k: 8192 for k in ('vocab_size', 'vocab_size_per_layer_input') if k in fields} | {k: 2048 for k in ('max_position_embeddings', 'n_positions') if k in fields}
+
+
+def family(name, folder):
+    prefix, fields = (architectures.FAMILIES | MORE)[name]
+    kind = architectures.KINDS.get(name, "ForCausalLM")
+    text = name in ("Gemma 3", "Gemma 3n", "Llama 4", "Qwen3.5", "Gemma 4")
+    torch.manual_seed(0)
+    model = getattr(transformers, prefix + kind)(getattr(transformers, prefix + ("TextConfig" if text else "Config"))(**fitted(fields)))
+    for p in model.parameters(): p.data *= 4 if p.dim() > 1 else 1
+    return save(model, folder)
+
+
+@pytest.mark.parametrize('name', DEMO)
+def test_demo_of_every_family(name, tmp_path):
+    "Layers without keys, layers that read the keys of others, latents: a row for the ordinary cache and one for each of ours, the latter smaller; or one line."
+    code, out, err = run('demo', family(name, tmp_path), '--prompt', WORDS, '--new-tokens', 2, '--window', 8, '--json')
+    if name in NO_DEMO:
+        assert code == 1 and out == '' and re.fullmatch(r'ndkv: [^\n]{10,500}\n', err.splitlines(True)[-1]) and NO_DEMO[name] in err
+        return
+    rows = json.loads(out)
+    ordinary, *ours = rows
+    bits = (8, 6, 4) if name.startswith('DeepSeek') else (4, 3, 2)
+    assert code == 0 and ordinary['bits'] == 32 and [r['cache'] for r in ours] == [f'ndkv {b} bits' for b in bits]
+    sizes = [r['bytes_per_token'] for r in rows]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4 and all(b < r['bits'] < b + 2 for b, r in zip(bits, ours)) and all(r['kl_mean'] > 0 for r in ours)
+
+
+def test_a_model_that_no_profile_describes_is_refused_before_the_work(tmp_path, monkeypatch):
+    "DeepSeek: calibrate and inspect measure nothing, recommend searches nothing, evaluate takes the bits that it can."
+    family('DeepSeek-V3', tmp_path)
+    (tmp_path / 'text.txt').write_text(WORDS * 15)
+    for name in ('measure_profile', 'search_bits', 'frontier', 'own_text'): monkeypatch.setattr(cli, name, lambda *a, **kw: pytest.fail('worked first'))
+    for args in (('calibrate',), ('calibrate', '--data', 'text.txt'), ('inspect',), ('recommend', '--budget', 3, '--data', 'text.txt'), ('evaluate', '--data', 'text.txt')):
+        code, out, err = here(args[0], '.', *args[1:], cwd=tmp_path)
+        assert code == 1 and out == '' and re.search('latents', err) and err.splitlines()[-1].startswith('ndkv: '), (args, err)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix in ('.part', '.tokens') or p.name == 'results') == []
+    code, out, err = here('evaluate', '.', '--method', 'rotation', '--bits', '8,4', '--data', 'text.txt', '--length', 256, '--windows', 1, '--json', cwd=tmp_path)
+    assert code == 0 and [c['v_bits'] for c in json.loads(out)] == [None]*3
+
+
+@pytest.mark.parametrize('args, says', [
+    (('calibrate', '--out', 'tiny'), 'is a folder'), (('calibrate', '--out', 'text.txt/x.safetensors'), 'cannot be written'), (('calibrate', '--push', 'nobody'), 'OWNER/NAME'), (('calibrate', '--push', 'a/b/c'), 'Repo id'),
+    (('calibrate', '--push', 'someone/tiny'), 'hf auth login'), (('inspect', '--picture', 'text.txt/x.svg'), 'cannot be written'), (('inspect', '--picture', 'x.gif'), 'svg'), (('evaluate', '--out', 'text.txt'), 'cannot be written'),
+    (('evaluate', '--method', 'rotation', '--bits', '9'), 'bits=(9'), (('evaluate', '--method', 'rotation', '--bits', '.5'), 'bits=(0.5'), (('recommend', '--budget', 1), 'give 2 or more'), (('sweep', 'grid.yaml', '--out', 'text.txt'), 'cannot be written'),
+    (('bench', 'cpu', '--out', 'text.txt'), 'cannot be written'), (('demo', '--bits', '0'), 'bits=(0'), (('demo', '--bits', '4,9'), 'bits=(9')], ids=lambda x: ' '.join(map(str, x)) if isinstance(x, tuple) else '')
+def test_what_cannot_end_well_does_not_begin(place, args, says, monkeypatch, tmp_path):
+    "Places that cannot be written, budgets and bits that nothing has, a Hub that does not know us: said before anything is loaded or measured."
+    (tmp_path / 'grid.yaml').write_text('{models: [tiny], methods: [rotation], bits: [2], tasks: [text.txt], length: [256], n: 2}')
+    args = [tmp_path / a if a == 'grid.yaml' else a for a in args]
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    for name in ('measure_profile', 'measure', 'own_text', 'search_bits', 'run_sweep', 'generate'): monkeypatch.setattr(cli, name, lambda *a, **kw: pytest.fail('worked first'))
+    before = sorted(place.rglob('*'))
+    model = () if args[0] in ('sweep', 'bench') else ('--model', 'tiny')
+    data = () if args[0] in ('demo', 'bench', 'inspect') else ('--data', '.') if args[0] == 'sweep' else ('--data', 'text.txt')
+    code, out, err = here(args[0], *args[1:], *model, *data, cwd=place)
+    assert code == 1 and out == '' and says in err and re.fullmatch(r'ndkv: [^\n]{10,500}\n', err), err
+    assert sorted(place.rglob('*')) == before
+
+
+def test_spectra_are_whole(place, profile, tmp_path, monkeypatch):
+    "A budget that does not pay for the norms of a model's heads is left out, and the others are written; a failure on the way writes nothing."
+    from ndkv import evaluate
+    plan = evaluate.plan
+    def poor(p, bits, *a, **kw):
+        if bits < 1: raise ValueError('do not even pay for the norms')
+        return plan(p, bits, *a, **kw)
+    monkeypatch.setattr(evaluate, 'plan', poor)
+    args = ('spectra', 'tiny', '--profile', profile, '--data', 'text.txt', '--length', 256, '--out', tmp_path / 'rows')
+    code, out, err = here(*args, cwd=place)
+    assert code == 0, err
+    assert load_rows(tmp_path / 'rows' / 'spectra.jsonl') and {r['k_bits'] for r in load_rows(tmp_path / 'rows' / 'ratedistortion.jsonl')} == {1., 1.5, 2., 3., 4.}
+    def fails(*a, **kw): raise ValueError('no more')
+    monkeypatch.setattr(cli, 'rates', fails)
+    code, out, err = here(*args[:-1], tmp_path / 'none', cwd=place)
+    assert code == 1 and not (tmp_path / 'none').exists()
 
 
 # --- as processes, in a folder that holds nothing but a model and a text ---------------------------------------------------------------

@@ -1,7 +1,10 @@
 "Every way to generate, with quantized keys and values; `--record results` writes what was found."
 import copy
+import gc
 import pickle
 import threading
+import types
+import warnings
 
 import pytest
 import torch
@@ -358,3 +361,133 @@ def test_offload_from_a_gpu(models, note):
     assert torch.equal(run(cache), run(NDCache(model.config, **KW)))
     stores = [s for layer in cache.layers for s in layer.stores]
     assert {t.device.type for s in stores for t in s.packed.entries.values()} == {"cpu"} and {s.window.device.type for s in stores} == {"cuda"}
+
+
+# --- caches that nobody reads, tokens that come twice, gradients that end ------------------------------------------------------------------
+
+class Prefixed(tf.LlamaForCausalLM):
+    "As PEFT's prefix tuning: an empty cache is replaced by one that holds a prefix, whatever it is."
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("past_key_values") is None or not inputs["past_key_values"].get_seq_length():
+            inputs["past_key_values"] = self.prefix()
+            if (mask := inputs.get("attention_mask")) is not None: inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), 5), mask], 1)
+        return inputs
+
+    def prefix(self):
+        g, cache = torch.Generator().manual_seed(5), DynamicCache(config=self.config)
+        for i in range(2): cache.update(*torch.randn(2, 1, 2, 5, 16, generator=g), i)
+        return cache
+
+
+def said(f, about):
+    "What `f` returns, and its warnings that hold `about`, those of objects that die included."
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter("always")
+        out = f()
+        gc.collect()
+    return out, [str(x.message) for x in w if about in str(x.message)]
+
+
+@pytest.fixture(scope="module")
+def prefixed(models):
+    model = Prefixed(tf.LlamaConfig(**BASE)).eval()
+    model.load_state_dict(models["llama"].state_dict())
+    return model
+
+
+def test_a_cache_that_was_replaced_says_so(prefixed):
+    "When it is looked at, and when it is thrown away; the words hold what to do, and doing it quantizes."
+    run = lambda cache=None: prefixed.generate(prompt(), do_sample=False, max_new_tokens=10, past_key_values=cache)
+    cache = NDCache(prefixed.config, **KW)
+    out, words = said(lambda: run(cache), "nothing was fed")
+    assert torch.equal(out, run()) and cache.get_seq_length() == 0 and not words # nobody has looked yet
+    for look in (lambda: cache.nbytes, lambda: cache.bytes_per_token, cache.report): assert len(said(look, "nothing was fed")[1]) >= 1
+    assert "\n" not in caches.UNFED and "cache.update" in caches.UNFED
+    def throw_away(): run(NDCache(prefixed.config, **KW))
+    assert len(said(throw_away, "nothing was fed")[1]) == 1
+    base, exact = tf.LlamaForCausalLM(prefixed.config).eval(), NDCache(prefixed.config, method="exact")
+    base.load_state_dict(prefixed.state_dict())
+    for i, layer in enumerate(prefixed.prefix().layers): exact.update(layer.keys, layer.values, i)
+    mine = base.generate(prompt(), attention_mask=torch.ones(1, 45, dtype=torch.long), do_sample=False, max_new_tokens=10, past_key_values=exact)
+    assert torch.equal(mine, run()) and exact.get_seq_length() == 54
+
+
+def test_caches_that_are_read_say_nothing(models):
+    "Used, reset, copied, made for nothing, or given to a call that is refused."
+    model = models["llama"]
+    def all_of_it():
+        cache = NDCache(model.config, **KW)
+        NDCache(model.config, **KW), cache.nbytes, repr(cache)
+        for _ in range(2):
+            model.generate(prompt(), do_sample=False, max_new_tokens=5, past_key_values=cache)
+            copy.deepcopy(cache).report()
+            cache.reset()
+        with pytest.raises(ValueError): model.generate(prompt(), past_key_values=NDCache(model.config, **KW), max_length=3)
+    assert said(all_of_it, "")[1] == []
+
+
+def test_a_text_that_is_fed_twice_is_noticed(models):
+    "`use_cache=False` beside a cache: the library feeds the whole text at every step. A text that goes on, in whatever pieces, is no repetition."
+    model = models["llama"]
+    run = lambda **kw: model.generate(prompt(), do_sample=False, max_new_tokens=5, past_key_values=NDCache(model.config, **KW), **kw)
+    assert said(lambda: run(use_cache=False), "twice")[1] and not said(run, "twice")[1]
+    def pieces():
+        cache, text = NDCache(model.config, **KW), prompt(repeat=12)
+        with torch.no_grad():
+            for a, b in ((0, 5), (5, 30), (30, 100), (100, 120)): model(text[:, a:b], past_key_values=cache)
+    assert not said(pieces, "twice")[1]
+
+
+def soft_gradient(model, cache, n=60):
+    "Gradient, for each vector of a soft prompt, of what a text says that is read after it."
+    g = torch.Generator().manual_seed(1)
+    soft = torch.randn(1, n, 64, generator=g).requires_grad_()
+    model(inputs_embeds=soft, past_key_values=cache, use_cache=True)
+    logits = model(prompt(), past_key_values=cache, use_cache=True).logits
+    return torch.autograd.grad(logits.log_softmax(-1)[..., 3].sum(), soft)[0]
+
+
+def test_gradients_that_a_cache_cuts_are_announced(models):
+    "Exact layers pass them on, as does a window that holds everything; packed tokens do not, and say so, once under Python's usual filter."
+    model = models["llama"]
+    want = soft_gradient(model, DynamicCache(config=model.config))
+    for kw in (dict(method="exact"), KW | dict(window=200), KW | dict(bits=None)):
+        got, words = said(lambda: soft_gradient(model, NDCache(model.config, **kw)), "gradients")
+        torch.testing.assert_close(got, want)
+        assert not words
+    for kw in (KW, KW | dict(memo=True), KW | dict(exact_new=False), KW | dict(offload=True)):
+        got, words = said(lambda: soft_gradient(model, NDCache(model.config, **kw)), "gradients")
+        assert words and not torch.allclose(got, want, rtol=.1), kw
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter("default")
+        for _ in range(2): soft_gradient(model, NDCache(model.config, **KW))
+    assert [str(x.message) for x in w] == [caches.CUT]
+
+
+def test_no_word_of_gradients_where_none_are_wanted(models):
+    "Generation, evaluation, and one pass with gradients that reads nothing packed."
+    model = models["llama"]
+    def quiet():
+        model.generate(prompt(), do_sample=False, max_new_tokens=30, past_key_values=NDCache(model.config, **KW))
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                cache = NDCache(model.config, **KW)
+                for part in prompt(repeat=8).split(20, 1): model(part, past_key_values=cache)
+        model(prompt(), past_key_values=NDCache(model.config, **KW)).logits.sum().backward()
+        model.zero_grad()
+        caches.prompt_cache(model, prompt(repeat=8), least=40, **KW | dict(bits=2))
+    assert said(quiet, "gradients")[1] == []
+
+
+def test_what_no_measurement_describes_is_refused_before_it(models, monkeypatch):
+    "Virtual tokens of a wrapper, latents: nothing runs."
+    from ndkv import fisher
+    monkeypatch.setattr(fisher, "collect", lambda *a, **kw: pytest.fail("measured first"))
+    wrapped = copy.copy(models["llama"])
+    wrapped.active_peft_config = types.SimpleNamespace(is_prompt_learning=True, num_virtual_tokens=5, peft_type=types.SimpleNamespace(value="PREFIX_TUNING"))
+    latents = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**BASE | dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, first_k_dense_replace=2,
+                                                                         n_routed_experts=4, n_group=1, topk_group=1)))
+    for model, says in ((wrapped, "5 virtual tokens"), (latents, "latents")):
+        for f in (lambda: calibrate(model, prompt(4)), lambda: caches.prompt_cache(model, prompt(repeat=60)), lambda: fisher.prompt_profile(model, prompt())):
+            with pytest.raises(ValueError, match=says): f()

@@ -1,6 +1,8 @@
 "Continuous batching: whatever the queue, every request gets what it would get alone."
 import contextlib
+import copy
 import inspect
+import types
 
 import pytest
 import torch
@@ -383,3 +385,17 @@ def test_no_request_outgrows_the_models_positions():
     server = Server(GPT2LMHeadModel(config).eval(), slots=1, window=128)
     with pytest.raises(ValueError, match="64 positions"): server.add_request([1]*50, max_new_tokens=15)
     assert len(serve(server, [1]*50, max_new_tokens=14)) == 14 and len(serve(server, [1]*50)) == 14 # 20 would be too many
+
+
+def test_wrappers_that_put_another_cache_in_place_are_refused(model):
+    "PEFT's prompt learning at construction; any other wrapper at its first prompt, which stays in the queue."
+    wrapped = copy.copy(model)
+    wrapped.active_peft_config = types.SimpleNamespace(is_prompt_learning=True, num_virtual_tokens=5, peft_type=types.SimpleNamespace(value="PREFIX_TUNING"))
+    with pytest.raises(ValueError, match="5 virtual tokens"): Server(wrapped)
+    other = make(LlamaForCausalLM, LlamaConfig(**BASE))
+    plain = other.forward
+    other.forward = lambda *args, past_key_values=None, **kw: plain(*args, **kw)
+    server = Server(other, slots=1, length=100)
+    server.add_request([1, 2, 3])
+    with pytest.raises(ValueError, match="another cache"): server.step()
+    assert len(server.waiting) == 1 and not server.pool.held
