@@ -662,7 +662,7 @@ class _Minded:
     "A cache that says when `generate` was given it and fed it nothing."
     def _mind(self, handed=False):
         handed = handed or getattr(self, "_is_user_defined", False)
-        if handed and not any(getattr(layer, "is_initialized", False) for layer in self._mine): warnings.warn(UNFED)
+        if handed and not any(getattr(layer, "is_initialized", False) for layer in self.layers): warnings.warn(UNFED)
 
     def reset(self):
         super().reset()
@@ -753,7 +753,7 @@ def _check_config(config):
         raise ValueError(f"{type(text).__name__} names no attention heads or no layers, so there are no keys and values to quantize; run this model with its own cache")
     if config.is_encoder_decoder:
         raise ValueError(f"{type(config).__name__} has an encoder, whose keys and values need a cache of their own; write encoder_decoder(model.config, ...) in place of NDCache(model.config, ...)")
-    if getattr(text, "decoder_layers", 0) > text.num_hidden_layers: # a decoder without its encoder: caches of the library are made for the layers of the latter
+    if vars(text).get("decoder_layers", 0) > text.num_hidden_layers: # a decoder without its encoder: caches of the library are made for the layers of the latter
         raise ValueError(f"{type(text).__name__} names {text.num_hidden_layers} layers, its decoder has {text.decoder_layers}; set num_hidden_layers = decoder_layers in the model's configuration")
 
 # %% ../nbs/40_cache.ipynb #66fe61f9

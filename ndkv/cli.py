@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
 from . import report as reporting
+from .attention import PagedCache
 from .cache import METHODS, NDCache, _nbytes, _tensors_in
 from .baselines import CACHES, CALIBRATED, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
@@ -575,6 +576,13 @@ def bench(
     if not cases and what in ('kernels', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     path = zoo()/model if (zoo()/model).is_dir() else Path(model)
+    if what in ('cpu', 'serve'):
+        config = AutoConfig.from_pretrained(existing(path, 'model'))
+        config._attn_implementation = 'ndkv_packed'
+        PagedCache(config) # is refused here where the bench would refuse the model
+        text = config.get_text_config(decoder=True)
+        learned = 0 if getattr(text, 'rope_parameters', None) else getattr(text, 'max_position_embeddings', 0)
+        if what == 'cpu' and 0 < learned < 4200: raise ValueError(f'bench cpu reads 4096 tokens and some more, and {path.name} has learned {learned} positions; take a model with more')
     with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
     if as_json: return show_json([r for _, r in run.rows])
     shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}

@@ -12,6 +12,7 @@ import transformers as tf
 from transformers import DynamicCache
 
 from ndkv import cache as caches
+from ndkv.attention import PagedCache
 from ndkv.cache import NDCache, NDLayer, method
 from ndkv.codec import NormDirectionCodec
 from ndkv.fisher import calibrate
@@ -463,6 +464,39 @@ def test_gradients_that_a_cache_cuts_are_announced(models):
         warnings.simplefilter("default")
         for _ in range(2): soft_gradient(model, NDCache(model.config, **KW))
     assert [str(x.message) for x in w] == [caches.CUT]
+
+
+def test_gradients_through_pages_are_announced(models):
+    "A soft prompt, and weights; without gradients not a word, as in one pass that reads no past. The first pass keeps its gradients."
+    config = tf.LlamaConfig(**BASE)
+    config._attn_implementation = "ndkv_packed"
+    model = tf.LlamaForCausalLM(config).eval()
+    model.load_state_dict(models["llama"].state_dict())
+    def trains():
+        out = [model(part, past_key_values=cache).logits.sum() for cache in [PagedCache(config)] for part in prompt().split(20, 1)]
+        sum(out).backward()
+    def quiet():
+        with torch.no_grad(): [model(part, past_key_values=cache) for cache in [PagedCache(config, window=8)] for part in prompt(repeat=12).split(60, 1)]
+        model(prompt(), past_key_values=PagedCache(config)).logits.sum().backward()
+        model.generate(prompt(), do_sample=False, max_new_tokens=3, past_key_values=PagedCache(config))
+    assert said(trains, "gradients")[1] and not said(quiet, "")[1]
+    model.zero_grad()
+    model.requires_grad_(False)
+    soft, cache = torch.randn(1, 30, 64).requires_grad_(), PagedCache(config)
+    model(inputs_embeds=soft, past_key_values=cache).logits.sum().backward()
+    assert soft.grad.abs().sum() > 0
+    model(inputs_embeds=soft, past_key_values=(cache := PagedCache(config)))
+    assert said(lambda: model(prompt(), past_key_values=cache), "gradients")[1]
+
+
+def test_pages_that_were_replaced_say_so(models):
+    "The same words as of an NDCache."
+    config = tf.LlamaConfig(**BASE)
+    config._attn_implementation = "ndkv_packed"
+    model, cache = Prefixed(config).eval(), PagedCache(config)
+    model.load_state_dict(models["llama"].state_dict())
+    model.generate(prompt(), do_sample=False, max_new_tokens=3, past_key_values=cache)
+    assert said(lambda: cache.nbytes, "nothing was fed")[1] and said(lambda: PagedCache(config).nbytes, "")[1] == []
 
 
 def test_no_word_of_gradients_where_none_are_wanted(models):
