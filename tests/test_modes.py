@@ -510,7 +510,7 @@ def test_no_word_of_gradients_where_none_are_wanted(models):
                 for part in prompt(repeat=8).split(20, 1): model(part, past_key_values=cache)
         model(prompt(), past_key_values=NDCache(model.config, **KW)).logits.sum().backward()
         model.zero_grad()
-        caches.prompt_cache(model, prompt(repeat=8), least=40, **KW | dict(bits=2))
+        caches.prompt_cache(model, prompt(repeat=8), bits=2, least=40, window=4, sinks=2, block=4)
     assert said(quiet, "gradients")[1] == []
 
 
