@@ -81,7 +81,7 @@ def strip_bytes(
 class _KeyOrder:
     "Fits predictions of importance on half of the batches; on the others adds up importance by their ranks."
     def __init__(self, layers, batches):
-        self.layers, self.half, self.calls = layers, max(batches // 2, 1), dict.fromkeys(layers, 0)
+        self.layers, self.half, self.batch = layers, batches // 2, 0 # batches done, counted by `fisher`
         self.forecast = {(i, kind): _Forecast() for i in layers for kind in "kv"}
         self.ranks = {}
 
@@ -91,9 +91,8 @@ class _KeyOrder:
         k, v = (torch.einsum(squared, g.float(), cov.to(g.device).float(), g.float())
                 for g, cov in zip(grads, (s.k_cov, s.v_cov)))
         for kind, x, p in zip("kv", vectors, (k, v)):
-            if self.calls[layer] < self.half: self.forecast[layer, kind].fit(x, p)
+            if self.batch < self.half: self.forecast[layer, kind].fit(x, p)
             else: self._rank(layer, kind, x, (k, v))
-        self.calls[layer] += 1
 
     def _rank(self, layer, by, x, importance):
         "Add up the importance of keys and values in the order that `by`, keys or values, predict."
@@ -133,11 +132,13 @@ def importance(
 ) -> tuple: # {layer: `Importance`}, {layer: (sensitivities of keys, of values) `[H, D, D]`}
     "Sensitivities, and the importance of tokens in the order that keys predict."
     least = window + sinks + 2*PAGE
+    if len(tokens) <= batch:
+        raise ValueError(f"importance: {len(tokens)} windows are one batch; give {2*batch} or more")
     if tokens.shape[1] < least:
         raise ValueError(f"importance: {tokens.shape[1]} tokens fill no page; give {least} a window, or more")
     order = _KeyOrder(profile.layers, -(-len(tokens) // batch))
     ropes = {i: s.rope for i, s in profile.layers.items()}
-    weights = fisher(model, tokens, window, sinks, block, batch, 0, ropes, False, forecasts=order)
+    weights = fisher(model, tokens, window, sinks, block, batch, 0, ropes, False, see=order)
     unit = lambda r: (r / r.mean(-1, keepdim=True).clamp_min(1e-300)).float()
     ranks = lambda i: (unit(order.ranks[i, by, kind]) for by, kind in ("kk", "kv", "vv"))
     direction = lambda i: order.forecast[i, "k"].direction.cpu().float()
