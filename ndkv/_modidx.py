@@ -884,6 +884,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ndkv.probe._readable': ('probe.html#_readable', 'ndkv/probe.py'),
                             'ndkv.probe._shared': ('probe.html#_shared', 'ndkv/probe.py'),
                             'ndkv.probe._some_values': ('probe.html#_some_values', 'ndkv/probe.py'),
+                            'ndkv.probe._told': ('probe.html#_told', 'ndkv/probe.py'),
                             'ndkv.probe._weights': ('probe.html#_weights', 'ndkv/probe.py'),
                             'ndkv.probe._without_gradient': ('probe.html#_without_gradient', 'ndkv/probe.py'),
                             'ndkv.probe.bare': ('probe.html#bare', 'ndkv/probe.py'),

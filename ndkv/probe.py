@@ -104,13 +104,19 @@ def inner_attention(
     if plain in ("eager", "sdpa"): return plain
     return "sdpa" if getattr(model, "_supports_sdpa", False) and not getattr(config, "attn_logit_softcapping", None) else "eager"
 
+def _told(module, args, kw):
+    "A block that several layers share is told by each call which layer it stands for."
+    if kw.get("layer_idx") is not None: module.layer_idx = kw["layer_idx"]
+
 def hooked(
     model,  # A causal language model of `transformers`; it stays as it is
     attend, # In place of attention: attend(run, module, query, key, value, mask, **kw); run is the plain function, with the arguments that follow it
 ): # A private copy
     "A copy of a model whose attention layers do what `attend` says."
     new = private_copy(model)
-    for m in new.modules(): m.ndkv_attend = attend
+    for m in new.modules():
+        m.ndkv_attend = attend
+        if hasattr(m, "layer_idx"): m.register_forward_pre_hook(_told, with_kwargs=True)
     new.set_attn_implementation(f"ndkv_{inner_attention(new)}")
     return new
 

@@ -16,6 +16,7 @@ MLA = MHA | EXPERTS | dict(q_lora_rank=16, kv_lora_rank=32, qk_nope_head_dim=16,
 HALF_LINEAR = ["linear_attention", "full_attention"]
 SLIDES = dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"])
 GEMMA4 = TEXT | dict(head_dim=16, global_head_dim=32, num_hidden_layers=4, sliding_window=24, layer_types=["sliding_attention", "full_attention"]*2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=61)
+ZAMBA = MHA | dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid"]*2, attention_head_dim=32, mamba_d_state=8)
 CODER = dict(vocab_size=61, d_model=64, pad_token_id=0, bos_token_id=1, eos_token_id=None, decoder_start_token_id=1)
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
 
@@ -57,6 +58,8 @@ FAMILIES = {
                                                        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)),
     "Jamba":       ("Jamba", TEXT | dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=4, mamba_d_state=8,
                                          mamba_d_conv=4, mamba_dt_rank=8, use_mamba_kernels=False)),
+    "Zamba":       ("Zamba", ZAMBA | dict(n_mamba_heads=2, use_mamba_kernels=False, mamba_dt_rank=8)),
+    "Zamba 2":     ("Zamba2", ZAMBA | dict(mamba_headdim=16, n_mamba_heads=8, mamba_ngroups=1, num_mem_blocks=1, use_mem_rope=True, chunk_size=8)),
     "Falcon-H1":   ("FalconH1", TEXT | dict(head_dim=16, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8)),
     "LFM2":        ("Lfm2", TEXT | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
     "BART":        ("Bart", CODER | dict(encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
@@ -72,6 +75,7 @@ NOTES = {
     "DeepSeek-V3": "latents at 4 bits or more, rotary keys exact", "Mistral": "sliding layers", "Gemma 2": "sliding and full layers", "Gemma 3": "sliding and full layers",
     "gpt-oss": "sliding and full layers", "Qwen3-Next": "linear-attention layers passed through", "Jamba": "state-space layers passed through", "Cohere 2": "sliding and full layers", "DeepSeek-V2": "latents at 4 bits or more, rotary keys exact",
     "Llama 4": "chunked and full layers", "Gemma 3n": "layers that share keys and values", "LFM2": "convolutions passed through",
+    "Zamba": "one attention block for several layers, state-space layers passed through", "Zamba 2": "one attention block for several layers, state-space layers passed through",
     "Falcon-H1": "state-space part of each layer passed through", "BART": "decoder's own and cross-attention cache", "T5": "decoder's own and cross-attention cache",
     "Gemma 4": "sliding and full layers, heads of two widths", "Gemma 4, shared": "heads of two widths, layers that share keys and values",
     "MiMo-V2-Flash": "values narrower than keys, more KV heads in sliding layers",

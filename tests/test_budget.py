@@ -15,7 +15,7 @@ from ndkv.spectral import effective_bits, frame_bits, held_tokens, plan
 from ndkv.hub import card
 from ndkv.serving import users
 from ndkv.store import load_cache, save_cache
-from ndkv.fisher import calibrate
+from ndkv.fisher import calibrate, reading_gradients
 from test_architectures import FAMILIES, TEXT, load
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -229,7 +229,34 @@ def test_heads_of_every_layer_are_asked():
     assert 2.8 <= cache.report()["bits_packed"] <= 3
 
 
-def test_zamba_says_what_cannot_be():
-    "Blocks that several layers share do not say which layer of the cache they read."
+def test_layers_that_a_profile_lacks():
+    "A profile without some layer of the cache is refused where the plan is made."
     config = tf.LlamaConfig(**BASE, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"packs layer 0, the profile describes \[-1\].*method='rotation'"): plan(profile_of({-1: (2, 16, 16)}, config), 3.)
+
+
+@pytest.mark.parametrize("family, layers", [("Gemma 3n", (0, 2)), ("Gemma 4, shared", (1, 3))])
+def test_an_error_of_shared_keys_is_read_by_all_that_share_them(family, layers, tmp_path):
+    "One error in what a layer stores, read by it and by the layers that share it: gradients add up."
+    model, ids = load(family, tmp_path), torch.randint(2, 58, (1, 60), generator=torch.Generator().manual_seed(0))
+    run = lambda: reading_gradients(model, ids, 8, 2, 8, torch.Generator().manual_seed(0))[0]
+    together = run()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.Tensor, "is_set_to", lambda self, other: False)  # each reading apart
+        apart = run()
+    for x in (0, 1):
+        a, b = (apart[i][x] for i in layers)
+        assert b.any()
+        for i in layers: torch.testing.assert_close(together[i][x], a + b, rtol=1e-4, atol=1e-5 * (a + b).abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["Zamba", "Zamba 2"])
+def test_blocks_that_layers_share(family, tmp_path):
+    "One block of weights, keys of its own for every layer: each has statistics, prices and bits of its own."
+    model, text = load(family, tmp_path), torch.randint(2, 60, (6, 96), generator=torch.Generator().manual_seed(0))
+    profile = calibrate(model, text, window=8, sinks=2, block=8, bar=False)
+    assert sorted(profile.layers) == [1, 3] and not torch.equal(profile.layers[1].k_cov, profile.layers[3].k_cov)
+    profile.save(tmp_path / "p.safetensors")
+    cache = NDCache(model.config, 4, profile=Profile.load(tmp_path / "p.safetensors", model), window=8, sinks=2, block=8, length=90)
+    with torch.no_grad(): logits = [model(text[:1, a:b], past_key_values=c, use_cache=True).logits for c in (cache,) for a, b in ((0, 90), (90, 91))]
+    assert all(torch.isfinite(x).all() for x in logits) and 3.4 <= cache.report()["bits_packed"] <= 4
