@@ -74,7 +74,8 @@ class PagedPast:
 
     def _flush(self, rows):
         first, p, at, n, pages = self.sinks, self.page, self._at(rows), self.n[rows[0]], self.pages[rows[0]]
-        if not all(buffer[at, :, first:first+p].isfinite().all() for buffer in self.exact): raise ValueError("keys or values hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
+        if not all(buffer[at, :, first:first+p].isfinite().all() for buffer in self.exact):
+            raise ValueError("keys or values hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
         self._make_room(pages)
         write_pages(self.pa, *(buffer[at] for buffer in self.exact), self.store, self.table[at, pages:pages+1], first, first + pages*p)
         for buffer in self.exact: buffer[at, :, first:n-p] = buffer[at, :, first+p:n].clone()
@@ -244,16 +245,19 @@ class PagedCall(Call):
         if skip and any(skip):
             self.skip = torch.tensor(skip, device=self.k.device)
             pad = (torch.arange(n, device=self.k.device) < self.skip[:, None])[:, None, :, None]
-            self.k, self.v = (torch.where(pad & ~x.isfinite(), 0, x) for x in (self.k, self.v)) # NaN of padding spoils a sum
+            # NaN of padding would spoil a sum
+            self.k, self.v = (torch.where(pad & ~x.isfinite(), 0, x) for x in (self.k, self.v))
 
     def _check_places(self, skip):
         "Block-relative codes count each row's own tokens from 0: refuse other positions."
-        n = self.k.shape[2]
-        if self.places is None and not any(skip) and not any(self.past.pads) or self.places is not None and self.places.is_cuda and n == 1 and not self.first: return # no waiting for the GPU
+        n, places = self.k.shape[2], self.places
+        if places is None and not any(skip) and not any(self.past.pads): return
+        if places is not None and places.is_cuda and n == 1 and not self.first: return # no waiting for the GPU
         at = torch.arange(n) + torch.tensor(self.past.held)[:, None] - torch.tensor(skip)[:, None]
         real = torch.arange(n) >= torch.tensor(skip)[:, None]
-        if self.places is None or (self.places.cpu() != at)[real].any():
-            raise ValueError("a PagedCache with a profile counts the tokens of each row from 0, and the positions of this call do not; give position_ids that do, or use NDCache")
+        if places is None or (places.cpu() != at)[real].any():
+            raise ValueError("a PagedCache with a profile counts the tokens of each row from 0, and the positions of this "
+                             "call do not; give position_ids that do, or use NDCache")
 
     def attend(self, module, q, mask, scale, how):
         if self.before is None: self._take(mask)
@@ -372,7 +376,8 @@ class PagedCache(_Minded, Sees, DynamicCache):
     @torch.compiler.disable
     def see(self, attention_mask, position_ids=None, q=None):
         "Note the positions of a call; its mask comes with the attention."
-        self.places = position_ids if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == q else None
+        said = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == q
+        self.places = position_ids if said else None
 
     def update(self, *args, **kwargs): return super().update(*args, places=self.places, **kwargs)
 

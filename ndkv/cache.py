@@ -333,8 +333,9 @@ class NDLayer(_Library):
     @property
     def settings(self):
         "Arguments that make such a layer."
-        return dict(layer=self.layer, bits=self.bits, method=self.method, window=self.window, sinks=self.sinks, block=self.block, exact_new=self.exact_new,
-                    memo=self.memo, offload=self.offload_packed, seed=self.seed, **self.method_kw)
+        return dict(layer=self.layer, bits=self.bits, method=self.method, window=self.window, sinks=self.sinks,
+                    block=self.block, exact_new=self.exact_new, memo=self.memo, offload=self.offload_packed,
+                    seed=self.seed, **self.method_kw)
 
     def alone(self): return NDLayer(**self.settings) # an empty layer for some rows
 
@@ -354,9 +355,10 @@ class NDLayer(_Library):
 
     @torch.compiler.disable
     def update(self, key_states, value_states, *args, told=None, **kwargs):
-        "Take `[B, H, q, D]` keys and values, of which a mask may have told more; return those that this call's attention reads."
+        "Take `[B, H, q, D]` keys and values (`told`: by a mask); return those that this call's attention reads."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-        if told is not None and self.differ(told, len(key_states)): return self.update_parts(key_states, value_states, told)
+        if told is not None and self.differ(told, len(key_states)):
+            return self.update_parts(key_states, value_states, told)
         new, L, q = (key_states, value_states), self.get_seq_length(), key_states.shape[2]
         if q > L > 0: self._mind_repeats(key_states)
         first = self.first(L)
@@ -400,10 +402,12 @@ class NDLayer(_Library):
 class Told(NamedTuple):
     "What a call says of its new tokens before their keys come."
     length:int          # Tokens of the text before them
-    own:Tensor|None     # bool `[B or 1, q]` on the CPU: which are tokens of their row, the others being padding; None = all
+    own:Tensor|None     # bool `[B or 1, q]` on the CPU: which are tokens of their row, not padding; None = all
     places:Tensor|None=None # `[B or 1, q]` on the CPU, their positions for RoPE; None = not said
 
-    def count_up(self): return bool((self.places == torch.arange(self.length, self.length + self.places.shape[1])).all()) # as in a text without padding
+    def count_up(self):
+        "Are positions those of a text without padding?"
+        return bool((self.places == torch.arange(self.length, self.length + self.places.shape[1])).all())
 
 @dataclass
 class Part:
@@ -416,7 +420,8 @@ class Part:
 # %% ../nbs/40_cache.ipynb #e45b9dea
 class Shifted:
     "A codec of keys whose first token stands at position `shift`."
-    def __init__(self, codec, rope, shift): self.codec, self.rope, self.shift = codec, replace(rope, scaling=1.), shift
+    def __init__(self, codec, rope, shift):
+        self.codec, self.rope, self.shift = codec, replace(rope, scaling=1.), shift
 
     def __getattr__(self, name):
         if name == "codec": raise AttributeError(name) # an empty object, while it is copied
@@ -437,7 +442,8 @@ def rope_of(codec):
 # %% ../nbs/40_cache.ipynb #b035b5ab
 def _differ(self:NDLayer, told, B):
     "Are the rows of the batch not all alike, or do positions not count from 0?"
-    if told.own is not None and len(told.own) not in (1, B): raise ValueError(f"a mask of {len(told.own)} rows came before keys of {B}; give the cache the mask of this batch")
+    if told.own is not None and len(told.own) not in (1, B):
+        raise ValueError(f"a mask of {len(told.own)} rows came before keys of {B}; give the mask of this batch")
     if self.parts or told.own is not None and not told.own.all(): return True
     rope = self.stores and rope_of(self.stores[0].packed.codec)
     return bool(rope) and told.places is not None and not told.count_up()
@@ -463,13 +469,17 @@ NDLayer.differ, NDLayer._take_rows, NDLayer._whole = _differ, _take_rows, _whole
 
 # %% ../nbs/40_cache.ipynb #773476fd
 def _start(part, own, places):
-    "Position of the first token of a part's row, of which `own` are new at `places`; refused if positions do not count up."
+    "Position of a row's first token; `own` are new, at `places`; refused if positions do not count up."
     held = part.layer.get_seq_length()
     if not own.any(): return part.shift
-    if places is None: raise ValueError(f"layer {part.layer.layer}: this model does not tell a cache the positions of a padded batch, which the codec of a profile needs; batch prompts of equal length, or leave the profile out")
+    if places is None:
+        raise ValueError(f"layer {part.layer.layer}: this model does not tell a cache the positions of a padded batch, "
+                         "which the codec of a profile needs; batch prompts of equal length, or leave the profile out")
     at = places[own] - held - torch.arange(int(own.sum()))
     if (at != at[0]).any() or held and at[0] != part.shift:
-        raise ValueError(f"layer {part.layer.layer}: positions {places[own].tolist()[:3]}... do not count up from the {held} tokens before, as the codec of a profile needs; give position_ids that count each row's own tokens, or leave the profile out")
+        raise ValueError(f"layer {part.layer.layer}: positions {places[own].tolist()[:3]}... do not count up from the {held} "
+                         "tokens before, as the codec of a profile needs; give position_ids that count each row's own "
+                         "tokens, or leave the profile out")
     return int(at[0])
 
 def _split(self:NDLayer, own, places):
@@ -503,7 +513,8 @@ def _update_parts(self:NDLayer, k, v, told):
     self._split(own, None if told.places is None else told.places.expand(B, q))
     out = [x.new_zeros(*x.shape[:2], L - first + q, x.shape[3]) for x in (k, v)]
     data = own[:, None, :, None].to(k.device)
-    for o, x in zip(out, (k, v)) if self.exact_new else (): o[:, :, L - first:] = torch.where(data | x.isfinite(), x, 0) # NaN of padding spoils a sum
+    for o, x in zip(out, (k, v)) if self.exact_new else ():
+        o[:, :, L - first:] = torch.where(data | x.isfinite(), x, 0) # NaN of padding spoils a sum
     for p in self.parts:
         new = own[p.rows[0]]
         rows, at = torch.tensor(p.rows, device=k.device), new.nonzero()[:, 0].to(k.device)
@@ -526,11 +537,12 @@ NDLayer.update_parts = _update_parts
 def _length(self:NDLayer): return len(self.parts[0].columns) if self.parts else _Library.get_seq_length(self)
 
 def _read(self:NDLayer, i):
-    "Keys (0) or values (1) `[B, H, columns, D]` from the first column that any row still holds; padding is zero."
+    "Keys (0) or values (1) `[B, H, columns, D]` from the first column held by any row; padding is zero."
     if not self.parts: return _Library.read(self, i)
     held, L = [(p, p.layer.stores[i].read()) for p in self.parts], self.get_seq_length()
     first = min((int(p.columns.nonzero()[-x.shape[2], 0]) for p, x in held if x.shape[2]), default=L)
-    out = held[0][1].new_zeros(sum(len(p.rows) for p in self.parts), held[0][1].shape[1], L - first, held[0][1].shape[3])
+    B, like = sum(len(p.rows) for p in self.parts), held[0][1]
+    out = like.new_zeros(B, like.shape[1], L - first, like.shape[3])
     for p, x in held: _place(out, x, torch.tensor(p.rows, device=x.device), p.columns, first)
     return out
 
@@ -549,7 +561,8 @@ def _change_batch(self:NDLayer, f):
     chosen, parts = f(torch.arange(sum(len(p.rows) for p in self.parts))).tolist(), []
     for p in self.parts:
         rows = [i for i, row in enumerate(chosen) if row in p.rows]
-        if rows: parts.append(Part(rows, p.columns, p.layer._take_rows(torch.tensor([p.rows.index(chosen[i]) for i in rows])), p.shift))
+        index = torch.tensor([p.rows.index(chosen[i]) for i in rows])
+        if rows: parts.append(Part(rows, p.columns, p.layer._take_rows(index), p.shift))
     self.parts = parts
     self.stores = [s for p in parts for s in p.layer.stores]
 
@@ -557,7 +570,8 @@ def _reset(self:NDLayer):
     self.parts = []
     _Library.reset(self)
 
-NDLayer.get_seq_length, NDLayer.read, NDLayer.crop_stores, NDLayer.change_batch, NDLayer.reset = _length, _read, _crop_parts, _change_batch, _reset
+NDLayer.get_seq_length, NDLayer.read, NDLayer.crop_stores = _length, _read, _crop_parts
+NDLayer.change_batch, NDLayer.reset = _change_batch, _reset
 
 # %% ../nbs/40_cache.ipynb #7dbfc01d
 class NDSlidingLayer(NDLayer):
@@ -580,7 +594,8 @@ class NDSlidingLayer(NDLayer):
     def check_crop(self, n):
         first = self.first(self.get_seq_length() - n)
         if any(s.starts[0] > first for s in self.stores):
-            raise RuntimeError(f"layer {self.layer}: tokens that crop({-n}) needs back have slid out of the window; call activate_past_recording() before the tokens come")
+            raise RuntimeError(f"layer {self.layer}: tokens that crop({-n}) needs back have slid out of the window; "
+                               "call activate_past_recording() before the tokens come")
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
@@ -734,7 +749,8 @@ def model_modules(
     "Modules that hold the code of a configuration's model."
     kinds, found = type(config.get_text_config(decoder=True)).__mro__, []
     kinds = kinds[:kinds.index(PreTrainedConfig)]
-    names = [getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(c, None), "__module__", "") for c in kinds] # a configuration may name another's model
+    named = [MODEL_FOR_CAUSAL_LM_MAPPING.get(c, None) for c in kinds] # a configuration may name another's model
+    names = [getattr(m, "__module__", "") for m in named]
     names = [n for n in names if n] + [c.__module__.replace("configuration_", "modeling_") for c in kinds]
     for name in dict.fromkeys(names):
         try: found.append(importlib.import_module(name))
@@ -803,10 +819,14 @@ def _shown(
 ) -> Tensor|None: # bool `[B, L + q]`, or `[B, q]` where a mask has other columns; None = all
     "Which tokens a mask shows."
     if mask is None: return None
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4): raise ValueError(f"NDCache cannot read padding from a mask of type {type(mask).__name__}; give attention_mask [batch, tokens], or one for each query [batch, 1, queries, tokens]")
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise ValueError(f"NDCache cannot read padding from a mask of type {type(mask).__name__}; give attention_mask "
+                         "[batch, tokens], or one for each query [batch, 1, queries, tokens]")
     if mask.dim() == 2: return torch.nn.functional.pad(mask != 0, (0, max(L + q - mask.shape[1], 0)))[:, :L+q]
     seen = (mask if mask.dtype == torch.bool else mask > -1e4).any(1)
-    if seen.shape[1] > 1: seen = seen & ~torch.cat([seen[:, :-1].all(-1), seen.new_zeros(len(seen), 1)], 1)[..., None]
+    if seen.shape[1] > 1:
+        blind = torch.cat([seen[:, :-1].all(-1), seen.new_zeros(len(seen), 1)], 1)
+        seen = seen & ~blind[..., None]
     return seen.any(1)[:, -(L + q if seen.shape[-1] == L + q else q):]
 
 def _show(make):
@@ -814,10 +834,13 @@ def _show(make):
     names = list(inspect.signature(make).parameters)
     @functools.wraps(make)
     def shown(*args, **kwargs):
-        def given(name): return kwargs[name] if name in kwargs else args[names.index(name)] if names.index(name) < len(args) else None
+        def given(name):
+            if name in kwargs: return kwargs[name]
+            return args[names.index(name)] if names.index(name) < len(args) else None
         cache = given("past_key_values")
         cache = getattr(cache, "self_attention_cache", cache)
-        if isinstance(cache, Sees) and given("encoder_hidden_states") is None: cache.see(given("attention_mask"), given("position_ids"), given("inputs_embeds").shape[1])
+        if isinstance(cache, Sees) and given("encoder_hidden_states") is None:
+            cache.see(given("attention_mask"), given("position_ids"), given("inputs_embeds").shape[1])
         return make(*args, **kwargs)
     return shown
 
@@ -827,18 +850,23 @@ masking_utils._preprocess_mask_arguments = _show(masking_utils._preprocess_mask_
 def _makes_own_masks(config):
     "Does no module of the model take its masks from `transformers`?"
     if config.is_encoder_decoder: return False
-    return not any(getattr(x, "__module__", "") == masking_utils.__name__ for m in model_modules(config) for x in vars(m).values())
+    found = (x for m in model_modules(config) for x in vars(m).values())
+    return not any(getattr(x, "__module__", "") == masking_utils.__name__ for x in found)
 
 def _check_hidden(parts, L, q, shown):
     "Refuse a call that is shown padding of the calls before."
     B = sum(len(p.rows) for p in parts)
     if shown is None: bad = any(not p.columns.all() for p in parts)
     elif shown.shape[1] == q < L + q: bad = False # a mask with columns of its own says nothing of the past
-    elif len(shown) not in (1, B): raise ValueError(f"a mask of {len(shown)} rows for a cache of {B}; give the mask of this batch")
+    elif len(shown) not in (1, B):
+        raise ValueError(f"a mask of {len(shown)} rows for a cache of {B}; give the mask of this batch")
     else: bad = any((shown.expand(B, -1)[p.rows, :L].cpu() & ~p.columns).any() for p in parts)
-    if bad: raise ValueError("a mask shows tokens that were padding when they came, which NDCache has not kept; give every call the mask of the whole text")
+    if bad: raise ValueError("a mask shows tokens that were padding when they came, which NDCache has not kept; "
+                             "give every call the mask of the whole text")
 
-def _wants_places(kw): return any(name in ("profile", "codecs") or isinstance(x, dict) and _wants_places(x) for name, x in kw.items())
+def _wants_places(kw):
+    "Are there codecs among a method's options that may ask where a token stands?"
+    return any(name in ("profile", "codecs") or isinstance(x, dict) and _wants_places(x) for name, x in kw.items())
 
 # %% ../nbs/40_cache.ipynb #cead65a0
 class NDCache(_Accounts, _Minded, Sees, DynamicCache):
@@ -873,7 +901,8 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         if method == "spectral": pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
         self.layers = [_swap(i, layer, pair, bits, kw) for i, layer in enumerate(self.layers)]
         if not self._mine: raise ValueError(f"{type(config).__name__} has no attention layer whose keys and values NDCache can hold; use DynamicCache(config=model.config)")
-        self.told, self.own_masks, self.wants_places = None, _makes_own_masks(config), _wants_places(method_kw)
+        self.told, self.own_masks = None, _makes_own_masks(config)
+        self.wants_places = _wants_places(method_kw)
 
     @torch.compiler.disable
     def see(self,
@@ -881,21 +910,24 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         position_ids=None,  # `[B or 1, q]`
         q:int|None=None,    # New tokens; None = as many as the mask says
     ) -> None:
-        "Take note of the padding of the call that is about to come. Models of `transformers` do this by themselves."
+        "Note the padding of the call that is about to come. Models of `transformers` do this by themselves."
         L, parts = self.get_seq_length(), next((layer.parts for layer in self._mine), [])
         q = attention_mask.shape[-1] - L if q is None else q
         shown = _shown(attention_mask, L, q)
         if shown is not None and not parts and shown.all(): shown = None
         if parts: _check_hidden(parts, L, q, shown)
-        if not self.wants_places or position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != q: position_ids = None
+        said = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == q
+        if not self.wants_places or not said: position_ids = None
         self.told = Told(L, *(None if x is None else x[:, -q:].cpu() for x in (shown, position_ids)))
 
     @torch.compiler.disable
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer, q, told = self.layers[layer_idx], key_states.shape[2], self.told
-        if told is not None and (told.length != layer.get_seq_length() or told.own is not None and told.own.shape[1] != q): told = None
+        if told is not None and told.length != layer.get_seq_length(): told = None
+        if told is not None and told.own is not None and told.own.shape[1] != q: told = None
         if told is None and self.own_masks and len(key_states) > 1:
-            raise ValueError("this model makes its masks by itself, so NDCache cannot see which tokens of a batch are padding; give it one sequence at a time, or call cache.see(attention_mask) before each call")
+            raise ValueError("this model makes its masks by itself, so NDCache cannot see which tokens of a batch are padding; "
+                             "give it one sequence at a time, or call cache.see(attention_mask) before each call")
         return super().update(key_states, value_states, layer_idx, *args, told=told, **kwargs)
 
     def reset(self):
@@ -992,7 +1024,8 @@ def refresh(
     gain:float=.8,    # New frames must cost at most this share of what the present ones cost
 ) -> float: # That share; where it is not above `gain` new frames are in use
     "Measure frames anew on the latest tokens, for the blocks to come, if that makes codes cheaper."
-    if any(layer.parts for layer in cache._mine): raise ValueError("refresh: the rows of this cache begin at different columns; it takes a batch without padding")
+    if any(layer.parts for layer in cache._mine):
+        raise ValueError("refresh: the rows of this cache begin at different columns; it takes a batch without padding")
     prices = prices or getattr(cache, "prices", None)
     places = [(layer.layer, s, keys) for layer in cache._mine for s, keys in zip(layer.stores, (True, False))]
     if not prices or not places or any(_latest(s).home.rope is None for _, s, keys in places if keys):
