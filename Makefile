@@ -11,7 +11,7 @@ ENV := $(VENV)/.ndkv-installed
 TOOL := $(PY) nbs/_tools/nb.py
 MODEL ?= llama
 
-.PHONY: help env reproduce report test test-noise test-cpus check nbtest pytest verify export readme lint compile demo train evaluate paper docs edit save nb-run test-gpu clean
+.PHONY: help env reproduce report test test-noise test-cpus check nbtest pytest pytest-first pytest-second verify export readme lint compile demo train evaluate paper docs edit save nb-run test-gpu clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,14 +32,15 @@ reproduce: env ## every table and figure from results/, then the live demo
 report: env ## every table, figure and number of paper/generated from results/
 	$(BIN)/ndkv report
 
-test: env check lint compile ## everything that must hold before a commit, on two cores in 20 minutes
-	$(MAKE) -j2 pytest nbtest verify
+test: env check lint compile ## everything that must hold before a commit, in two processes
+	$(MAKE) -j2 pytest-first pytest-second
+	$(MAKE) nbtest verify
 
 # No test may hang on the last bit of a float sum: add them in another order (tests/noise), and as other processors do.
 NOISE := NDKV_NOISE=$(or $(SEED),1) PYTHONPATH=tests/noise OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 FLOATS := $(patsubst %,tests/test_%.py,architectures baselines cache codec eviction hub kernels modes parallel profile serving spectral speculation store stress tasks trellis)
 
-test-noise: env ## the tests with all sums in another order (SEED=2 another, SEED=2:20 beside up to 20 last bits of noise)
+test-noise: env ## the tests with all sums in another order (SEED=2 another, SEED=2:5 with noise of 5 last bits)
 	$(NOISE) $(PY) -m pytest -q tests
 	$(NOISE) $(BIN)/nbdev_test --n_workers 1
 
@@ -57,11 +58,19 @@ lint: env ## pyflakes on the exported code, numbers in the paper's prose
 compile: env ## import every module with warnings as errors, without Triton's interpreter
 	env -u TRITON_INTERPRET $(PY) nbs/_tools/compile.py
 
-nbtest: env # run the notebooks as tests, Triton kernels interpreted
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 1
+nbtest: env # run the notebooks as tests, two at a time, Triton kernels interpreted
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2
 
 pytest: env # property tests and processes
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q tests
+
+SECOND := $(patsubst %,tests/test_%.py,architectures cli models modes parallel search serving spectral) # about half of the time
+
+pytest-first: env
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider $(filter-out $(SECOND),$(wildcard tests/test_*.py))
+
+pytest-second: env
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider $(SECOND)
 
 test-gpu: env # the notebooks' cells that need a GPU
 	$(BIN)/nbdev_test --flags gpu --n_workers 1
