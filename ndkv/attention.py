@@ -20,7 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .cache import NDCache, Sees, _Minded, model_modules
 from .frames import rotation
+from .codec import NormDirectionCodec
 from .codebooks import distortion, uniform
+from .equalised import variation_lost
 from .kernels_decode import Layout, PackedAttention, cubic
 from .kernels_trellis import TrellisAttention, TrellisLayout
 from .spectral import Home, key_frame, klt
@@ -35,8 +37,9 @@ class PagedPast:
         like:Tensor,       # `[B, H, any, D]`: shape, dtype and device
         window:int=128,    # Recent tokens kept exact, at least
         sinks:int=4,       # First tokens kept exact
+        look=None,         # Is shown keys and values of the first page, once
     ):
-        self.pa, self.window, self.sinks, self.page = pa, window, sinks, pa.layout.page
+        self.pa, self.window, self.sinks, self.page, self.look = pa, window, sinks, pa.layout.page, look
         B, H, _, D = like.shape
         self.exact = [like.new_zeros(B, H, sinks + window + 2*self.page, D) for _ in "kv"]
         self.store = torch.empty(0, H, pa.layout.words, dtype=torch.int16, device=like.device)
@@ -77,6 +80,7 @@ class PagedPast:
         if not all(buffer[at, :, first:first+p].isfinite().all() for buffer in self.exact):
             raise ValueError("keys or values hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
         self._make_room(pages)
+        if self.look: self.look, _ = None, self.look(*(buffer[at, :, first:first+p] for buffer in self.exact))
         write_pages(self.pa, *(buffer[at] for buffer in self.exact), self.store, self.table[at, pages:pages+1], first, first + pages*p)
         for buffer in self.exact: buffer[at, :, first:n-p] = buffer[at, :, first+p:n].clone()
         for b in rows: self.n[b], self.pages[b] = n - p, pages + 1
@@ -315,8 +319,10 @@ class PagedLayer(DynamicLayer):
         seed:int=0,      # Of the rotations
         profile=None,    # `Profile` with prices: spectral codes
         codes:str="cubic", # Of spectral codes: "cubic", "uniform" or "trellis"
+        warned:list|None=None, # Layers that have warned, shared by those of a cache
     ):
         super().__init__()
+        self.warned = [] if warned is None else warned
         self.layer, self.layout, self.bits, self.window, self.sinks, self.seed, self.past, self.spectral = layer, layout, bits, window, sinks, seed, None, None
         if profile is not None: self.spectral, self.layout = spectral_pages(profile, layer, bits, sinks, codes, layout)
 
@@ -327,7 +333,7 @@ class PagedLayer(DynamicLayer):
         layout, seed = self.layout or Layout(((D, self.bits),), ((D, self.bits),), page), 2*(4096*self.seed + self.layer)
         pa = self.spectral or PackedAttention(layout, rotation(D, seed), rotation(D, seed + 1), key_states.shape[1])
         if pa.heads != key_states.shape[1]: raise ValueError(f"layer {self.layer}: the profile is of {pa.heads} KV heads, the model caches {key_states.shape[1]}; use NDCache, or leave the profile out")
-        self.past = PagedPast(pa, key_states, self.window, self.sinks)
+        self.past = PagedPast(pa, key_states, self.window, self.sinks, None if self.spectral else self.look)
         self.is_initialized = True
 
     @torch.compiler.disable
@@ -338,6 +344,15 @@ class PagedLayer(DynamicLayer):
 
     keys = property(lambda self: self.past.decoded()[0] if self.past else None, lambda self, x: None)
     values = property(lambda self: self.past.decoded()[1] if self.past else None, lambda self, x: None)
+    def look(self, k, v):
+        "Warn, once a cache, where the rotation loses what tells these keys or values apart."
+        for kind, x in (("keys", k), ("values", v)):
+            if self.warned: return
+            codec = NormDirectionCodec(x.shape[-1], self.bits)
+            if (lost := variation_lost(x[:, :, :64], codec.decode(codec.encode(x[:, :, :64])))) <= 1: continue
+            self.warned.append(self.layer)
+            warnings.warn(f"layer {self.layer}: pages without a profile are of a plain rotation, which at {self.bits} bits loses {lost:.3g} times what the median channel of the {kind} varies by, so the model will say something else; give a profile (ndkv calibrate), or use NDCache, which needs none")
+
     def get_seq_length(self): return self.past.length if self.past else 0
     def get_mask_sizes(self, query_length): return self.get_seq_length() + query_length, 0
     def reset(self): self.past, self.is_initialized = None, False
@@ -370,7 +385,8 @@ class PagedCache(_Minded, Sees, DynamicCache):
         if why := _why_not(config): raise ValueError(why)
         super().__init__(config=config)
         if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) != "ndkv_packed": raise ValueError("PagedCache is read by ndkv_packed only; load the model with attn_implementation='ndkv_packed'")
-        self.layers = [PagedLayer(i, None, bits, window, sinks, seed, profile, codes) for i in range(len(self.layers))]
+        warned = []
+        self.layers = [PagedLayer(i, None, bits, window, sinks, seed, profile, codes, warned) for i in range(len(self.layers))]
         self.places = None # of the tokens of a call
 
     @torch.compiler.disable

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .baselines import _GRID, CACHES, CALIBRATED, VERSIONS
-from .cache import METHODS, NDCache
+from .cache import METHODS, NDCache, make_codec
 from .codebooks import distortion, lloyd_max
 from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
@@ -399,7 +399,7 @@ def sensitivities(
     model,  # A causal language model
     tokens: Tensor,  # Windows [N, T]
     layers: list[int],  # Attention layers
-    method: str = "rotation",  # Of the cache
+    method: str = "equalised",  # Of the cache
     bits: int = 2,  # At which each place is measured
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
@@ -457,12 +457,12 @@ class Recommendation:
         return f"{self.model}, {self.method}\n  bits   mean KL (nats)\n" + "\n".join(sorted(marks, key=lambda m: float(m.split()[0]))) + f"\n\n{self.command}"
 
 # %% ../nbs/80_search.ipynb #dda24929
-def _prices(model, tokens, method, choices, options, held):
+def _prices(model, tokens, method, choices, options, held, block=64):
     "(place, bits) -> stored bits of all tokens that layers hold, from the method's own codecs; place -> elements of them."
     shapes, out = {}, {}
     probe(model, tokens[:1, :8], lambda m, q, k, v, kw: shapes.update({(m.layer_idx, 0): k.shape, (m.layer_idx, 1): v.shape}))
     for (l, x), (_, H, _, d) in sorted(shapes.items()):
-        for b in choices if l in held else (): out[(l, x), b] = METHODS[method](d, b, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d * held[l]
+        for b in choices if l in held else (): out[(l, x), b] = make_codec(method, d, b, block, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d * held[l]
     return out, {p: s[1] * s[3] * held[p[0]] for p, s in shapes.items() if p[0] in held}
 
 
@@ -471,7 +471,7 @@ def recommend(
     tokens: Tensor,  # Windows of text [N, T], N at least 2
     budget: float | None = None,  # Bits an element at most, all-in; or
     max_kl: float | None = None,  # mean divergence in nats at most
-    method: str = "rotation",  # Of the cache
+    method: str = "equalised",  # Of the cache
     choices: tuple = (2, 3, 4, 5, 6),  # Bits to choose among
     points: int = 5,  # Of the frontier to measure, beside the choice
     name: str = "model",  # For the print
@@ -488,7 +488,7 @@ def recommend(
     if len(tokens) < 2: raise ValueError("recommend needs two windows or more: one half to measure sensitivities, the other to verify")
     half, shape = len(tokens) // 2, dict(window=window, sinks=sinks, block=block)
     held = {i: max(n, 1e-3) for i, n in packed_tokens(layer_reach(model), length, window, sinks, block).items()}  # what holds nothing is almost free
-    prices, width = _prices(model, tokens, method, choices, options, held)
+    prices, width = _prices(model, tokens, method, choices, options, held, block)
     s = sensitivities(model, tokens[:half], sorted({l for l, _ in width}), method, choices[0], batch, bar, shape, **options)
     path = bit_path(s, prices, choices)
     cost = [sum(prices[p, b] for p, b in q.items()) / sum(width.values()) for q in path]

@@ -42,6 +42,7 @@ class PoolLayer(DynamicLayer):
         like, # `PagedLayer` with the codes of this layer
     ):
         super().__init__()
+        self.looked = False
         self.pool, self.like, self.store, self.exact, self.tuning = pool, like, None, [], None # `Tuning` of the kernels; None = the default
 
     def lazy_initialization(self, k, v):
@@ -72,6 +73,7 @@ def _fill(self:PoolLayer, slot, k, v):
     "Pages and exact tokens of a prompt `[1, H, T, D]`; pages that another request has written stay as they are."
     S, T, p = self.pool.sinks, k.shape[2], self.pool.page
     pages, first = self.pool.whole_pages(T), self.pool.found[slot]
+    if pages and self.like.spectral is None and not self.looked: self.looked, _ = True, self.like.look(k[:, :, S:], v[:, :, S:])
     if pages > first: write_pages(self.pa, k, v, self.store, self.pool.table[slot:slot+1, first:pages].to(self.device), S + first*p, S + first*p)
     for buffer, x in zip(self.exact, (k, v)): buffer[slot, :, :T - pages*p] = torch.cat([x[0, :, :S], x[0, :, S + pages*p:]], 1)
 

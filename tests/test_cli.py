@@ -275,7 +275,7 @@ def test_recommend_prints_what_to_use(place, profile):
     code, out, err = here('recommend', 'tiny', '--data', 'text.txt', '--length', 300, '--windows', 2, '--budget', 3, '--json', cwd=place)
     found = json.loads(out)
     cache = eval(found['line'], dict(NDCache=NDCache, model=type('M', (), dict(config=AutoConfig.from_pretrained(place / 'tiny')))))
-    assert code == 0 and cache._mine[0].method == 'rotation' and found['choice']['bits'] <= 3
+    assert code == 0 and cache._mine[0].method == 'equalised' and found['choice']['bits'] <= 3
 
 
 def test_sweep_in_a_process(place):

@@ -334,7 +334,7 @@ def test_a_prompt_has_prices_of_its_own(model):
 
 def test_short_prompts_have_the_rotation_and_long_ones_frames_they_pay_for(model):
     ids = torch.randint(1, 61, (1, 400), generator=generator(4))
-    for least, method in ((401, 'rotation'), (400, 'spectral')):
+    for least, method in ((401, 'equalised'), (400, 'spectral')):
         cache = prompt_cache(model, ids, 2.5, tokens=2000, least=least, **SHAPE)
         assert cache.get_seq_length() == 0 and (cache.sinks, cache.window, cache.block) == (4, 16, 16)
         with torch.no_grad(): model(ids, past_key_values=cache)
@@ -350,7 +350,7 @@ def test_frames_that_do_worse_leave_the_rotation(model, monkeypatch):
         p = prompt_profile(*args, **kw)
         return replace(p, layers={i: replace(s, k_cov=torch.linalg.inv(s.k_cov), v_cov=torch.linalg.inv(s.v_cov), k_mean=100 + s.k_mean) for i, s in p.layers.items()})
     monkeypatch.setattr('ndkv.cache.prompt_profile', bad)
-    assert prompt_cache(model, ids, 2.5, least=400, **SHAPE).layers[0].method == 'rotation'
+    assert prompt_cache(model, ids, 2.5, least=400, **SHAPE).layers[0].method == 'equalised'
 
 
 def test_partings_grow_as_bits_fall(model):

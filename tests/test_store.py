@@ -163,7 +163,7 @@ HOSTILE = {
     "end small": lambda h, t: h["layers"]["0"].update(end=3), "settings gone": lambda h, t: h["layers"]["1"].pop("settings"), "another width": lambda h, t: h["layers"]["1"]["settings"].update(bits=[2, 2]),
     "another layer": lambda h, t: h["layers"].update({"7": h["layers"]["0"]}), "window missing": lambda h, t: t.pop("0.k.window"), "witness missing": lambda h, t: t.pop("1.v.witness"),
     "norm missing": lambda h, t: t.pop("0.k.packed.norm"), "codes as floats": lambda h, t: t.update({"0.k.packed.codes": t["0.k.packed.codes"].float()}),
-    "codes too wide": lambda h, t: t.update({"0.k.packed.codes": t["0.k.packed.codes"].repeat(1, 1, 1, 2)}), "fewer norms": lambda h, t: t.update({"0.k.packed.norm": t["0.k.packed.norm"][:, :, 1:].contiguous()}),
+    "codes too wide": lambda h, t: t.update({"0.k.packed.codes": torch.cat([t["0.k.packed.codes"]]*2, -1)}), "fewer norms": lambda h, t: t.update({"0.k.packed.norm": t["0.k.packed.norm"][:, :, 1:].contiguous()}),
     "one row": lambda h, t: t.update({"0.k.packed.norm": t["0.k.packed.norm"][:1].clone(), "0.k.packed.codes": t["0.k.packed.codes"][:1].clone()}),
     "values of another batch": lambda h, t: t.update({k: x[:1].clone() for k, x in t.items() if k.startswith("0.v.")}),
     "sinks of another width": lambda h, t: t.update({"0.k.sinks": t["0.k.sinks"][..., :4].contiguous()}), "sinks of 3 axes": lambda h, t: t.update({"0.k.sinks": t["0.k.sinks"][0].clone()}),
@@ -192,7 +192,9 @@ def test_wrong_use(tmp_path):
     assert "no such file" in refused(tmp_path / "absent")
     assert "window=8, the cache has 16" in refused(path, NDCache(LLAMA, bits=3, window=16, block=8))
     assert "seed=0" in refused(path, NDCache(LLAMA, bits=3, window=8, block=8, seed=1))
-    assert "does not decode" in refused(path, NDCache(LLAMA, bits=3, window=8, block=8, codebook="uniform"))
+    (tmp_path / "plain").mkdir()
+    _, plain = filled(tmp_path / "plain", method="rotation")
+    assert "does not decode" in refused(plain, NDCache(LLAMA, bits=3, window=8, block=8, method="rotation", codebook="uniform"))
     assert "architecture" in refused(path, model=MISTRAL)
     torch.manual_seed(0)
     one, other = (tf.LlamaForCausalLM(LLAMA) for _ in range(2))
@@ -207,7 +209,7 @@ def test_wrong_use(tmp_path):
     broken.layers[1].stores[0].window = object()
     with pytest.raises(AttributeError): save_cache(broken, path, one)
     same(load_cache(path, NDCache(LLAMA, bits=3, window=8, block=8), one), cache)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.safetensors"]
 
 
 def test_forks_share(tmp_path):
