@@ -200,7 +200,7 @@ class Call:
 
     def attend(self, module, q, mask, scale, how):
         "Attention `[B, Hq, n, D]` of the queries, the mask and what else the model gives (`how`: cap, sink)."
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} says not how its keys and values are read")
 
 class Handed(Tensor):
     "Keys or values that only `ndkv_packed` can read: a shape without numbers."
