@@ -192,12 +192,12 @@ def demonstrate(
     new_tokens:int, # Tokens to generate with each cache
     bits=(4, 3, 2), # Caches to show
     bar:bool=True, # Show progress
-    profile=None, # For spectral codes in place of the rotation
+    profile=None, # For spectral codes in place of equalised blocks
     **kw, # window, sinks, block
 ) -> list: # A dict for each cache
     "Generate with the ordinary cache and with ndkv's, and compare."
     ids = tokenizer(prompt, return_tensors='pt')['input_ids'].to(model.device)
-    cells = make_cells(['spectral' if profile else 'rotation'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, **kw)
+    cells = make_cells(['spectral' if profile else 'equalised'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, **kw)
     cells = {f'ndkv {c.k_bits:g} bits': c for c in cells}
     caches = {'ordinary': DynamicCache(config=model.config)} | {name: c.cache(model.config, memo=False) for name, c in cells.items()}
     done = {name: generate(model, ids, cache, new_tokens, name if bar else None) for name, cache in caches.items()}

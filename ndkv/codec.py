@@ -146,6 +146,9 @@ class NormDirectionCodec:
     @property
     def bits_per_element(self): return (8*packed_size(self.d, self.bits) + 16) / self.d # all-in: codes and norm
 
+    @property
+    def data_free(self): return self.frame.mean is None and self.frame.scale is None # nothing was measured: a cache looks whether it suits the model
+
     @torch.no_grad()
     def encode(self,
         x:Tensor,  # `[B, H, T, D]`, or any leading shape where the frame has no head axis; float32, bfloat16 or float16

@@ -315,6 +315,7 @@ class EvictingCache(NDCache):
         keep:float|int=.5,# Share of the packed tokens that stay, or their number
         **kwargs
     ):
+        if len(args) < 2 and kwargs.get("method") is None and kwargs.get("profile") is None: kwargs["method"] = "rotation" # tokens of the default share entries
         super().__init__(config, *args, **kwargs)
         if isinstance(policy, str) and policy not in POLICIES: raise ValueError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}, or give an object with `queries` and `score`")
         if isinstance(keep, bool) or not (isinstance(keep, int) and keep >= 0 or isinstance(keep, float) and 0 <= keep <= 1): raise ValueError(f"keep={keep!r}; give a share from 0. to 1., or a whole number of tokens")
@@ -324,7 +325,7 @@ class EvictingCache(NDCache):
         for i in dense: self.layers[i] = self._evicting(self.layers[i], POLICIES.get(policy, policy) if isinstance(policy, str) else policy, keep)
 
     def _evicting(self, l, policy, keep):
-        return EvictingLayer(policy, keep, l.layer, l.bits, l.method, l.window, l.sinks, l.block, True, l.memo, False, l.seed, **l.method_kw)
+        return EvictingLayer(policy, keep, l.layer, l.bits, l.method, l.window, l.sinks, l.block, True, l.memo, False, l.seed, l.warned, **l.method_kw)
 
     @property
     def nbytes(self): return super().nbytes + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait

@@ -10,7 +10,7 @@ __all__ = ['BUDGETS', 'sink_norms', 'outlier_ratio', 'anatomy', 'codec_spectrum'
 import torch
 from torch import Tensor
 
-from .evaluate import ROTATIONS, Cell, account, compare
+from .evaluate import Cell, account, compare
 from .metrics import mean_stderr, quantile
 from .profile import Profile, effective_rank, mean_share, probe
 from .spectral import key_frame, klt, plan
@@ -106,7 +106,7 @@ BUDGETS = 0.8, 1., 1.25, 1.5, 2., 2.5, 3. # Bits an element
 def frontier(
     model,                # A causal language model
     tokens:Tensor,        # Windows of text `[N, T]` that the profile has not seen
-    profile:Profile|None=None, # From `calibrate`; None = the rotation alone
+    profile:Profile|None=None, # From `calibrate`; None = equalised blocks alone
     bits:tuple=BUDGETS,   # Budgets of spectral codes, frames apart
     batch:int=8,          # Windows at a time
     bar:bool=True,        # Show progress
@@ -114,7 +114,7 @@ def frontier(
 ) -> list[dict]: # method, budget, bits (of what is packed: codes, norms, classes; frames apart), kl, stderr, p999, flips; cheapest first
     "Divergence of several budgets, measured side by side."
     block, sinks = shape.get("block", Cell.block), shape.get("sinks", Cell.sinks)
-    cells = [Cell(k_bits=c.k_bits, v_bits=c.v_bits, **shape) for c in ROTATIONS] + [Cell("bf16", None, None, **shape)]
+    cells = [Cell("equalised", b, b, **shape) for b in (2, 3, 4)] + [Cell("bf16", None, None, **shape)]
     if profile: cells += [Cell("spectral", b, b, **shape, options=dict(codecs=plan(profile, b, block, sinks, 256))) for b in bits]
     found, reports = compare(model, tokens, cells, batch, bar)
     first, rows = cells[0].sinks + cells[0].window + cells[0].block, []

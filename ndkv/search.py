@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .baselines import _GRID, CACHES, CALIBRATED, VERSIONS
-from .cache import METHODS, NDCache
+from .cache import METHODS, NDCache, make_codec
 from .codebooks import distortion, lloyd_max
 from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
@@ -395,7 +395,7 @@ def sensitivities(
     model,  # A causal language model
     tokens: Tensor,  # Windows [N, T]
     layers: list[int],  # Attention layers
-    method: str = "rotation",  # Of the cache
+    method: str = "equalised",  # Of the cache
     bits: int = 2,  # At which each place is measured
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
@@ -453,12 +453,12 @@ class Recommendation:
         return f"{self.model}, {self.method}\n  bits   mean KL (nats)\n" + "\n".join(sorted(marks, key=lambda m: float(m.split()[0]))) + f"\n\n{self.command}"
 
 # %% ../nbs/80_search.ipynb #dda24929
-def _prices(model, tokens, method, choices, options):
+def _prices(model, tokens, method, choices, block, options):
     "(place, bits) -> stored bits of one token, from the method's own codecs."
     shapes, out = {}, {}
     probe(model, tokens[:1, :8], lambda m, q, k, v, kw: shapes.update({(m.layer_idx, 0): k.shape, (m.layer_idx, 1): v.shape}))
     for (l, x), (_, H, _, d) in sorted(shapes.items()):
-        for b in choices: out[(l, x), b] = METHODS[method](d, b, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d
+        for b in choices: out[(l, x), b] = make_codec(method, d, b, block, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d
     return out, {p: s[1] * s[3] for p, s in shapes.items()}
 
 
@@ -467,7 +467,7 @@ def recommend(
     tokens: Tensor,  # Windows of text [N, T], N at least 2
     budget: float | None = None,  # Bits an element at most, all-in; or
     max_kl: float | None = None,  # mean divergence in nats at most
-    method: str = "rotation",  # Of the cache
+    method: str = "equalised",  # Of the cache
     choices: tuple = (2, 3, 4, 5, 6),  # Bits to choose among
     points: int = 5,  # Of the frontier to measure, beside the choice
     name: str = "model",  # For the print
@@ -482,7 +482,7 @@ def recommend(
     if (budget is None) == (max_kl is None): raise ValueError("give either a budget of bits or a max_kl")
     if len(tokens) < 2: raise ValueError("recommend needs two windows or more: one half to measure sensitivities, the other to verify")
     half, shape = len(tokens) // 2, dict(window=window, sinks=sinks, block=block)
-    prices, width = _prices(model, tokens, method, choices, options)
+    prices, width = _prices(model, tokens, method, choices, block, options)
     s = sensitivities(model, tokens[:half], sorted({l for l, _ in width}), method, choices[0], batch, bar, shape, **options)
     path = bit_path(s, prices, choices)
     cost = [sum(prices[p, b] for p, b in q.items()) / sum(width.values()) for q in path]

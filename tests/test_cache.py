@@ -355,7 +355,7 @@ def test_rollback_leaves_no_trace():
 
 def test_prompt_is_not_kept_alive():
     "Nothing holds the storage of the tensors that came in, even when they are slices of a larger one."
-    cache = NDCache(tf.LlamaConfig(**BASE), bits=4, window=16, block=8)
+    cache = NDCache(tf.LlamaConfig(**BASE), bits=4, method="rotation", window=16, block=8)
     qkv = torch.randn(1, 6, 1000, 16)
     for i in range(2): cache.update(qkv[:, 2:4], qkv[:, 4:], i)
     assert cache.report()["packed_tokens"] == (1000 - 16 - 4)//8*8
