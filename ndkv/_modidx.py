@@ -942,6 +942,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ndkv.profile.Rope.undo': ('profile.html#rope.undo', 'ndkv/profile.py'),
                               'ndkv.profile._add': ('profile.html#_add', 'ndkv/profile.py'),
                               'ndkv.profile._alike': ('profile.html#_alike', 'ndkv/profile.py'),
+                              'ndkv.profile._alike_field': ('profile.html#_alike_field', 'ndkv/profile.py'),
                               'ndkv.profile._centred': ('profile.html#_centred', 'ndkv/profile.py'),
                               'ndkv.profile._check': ('profile.html#_check', 'ndkv/profile.py'),
                               'ndkv.profile._check_forecasts': ('profile.html#_check_forecasts', 'ndkv/profile.py'),

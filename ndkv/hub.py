@@ -31,7 +31,7 @@ from ndkv.cache import NDCache
 out = model.generate(**inputs, past_key_values=NDCache(model.config, bits={bits}, profile="{source}"))
 ```
 
-Measured on {tokens:,} tokens of {texts}{priced}. Weights: `{weights}`. Loading it for another model is refused.
+Measured on {tokens:,} tokens of {texts}{priced}. Weights: `{weights}`{adapted}. Loading it for another model is refused.
 """
 
 def card(
@@ -42,6 +42,7 @@ def card(
     texts = ", ".join(sorted({d["name"] or "an unnamed text" for d in profile.data}))
     priced = ", with the price of an error in every direction" if profile.prices else ", without prices of errors (run `ndkv calibrate` for codes of 2 bits and fewer)"
     m = {k: profile.model.get(k) for k in ("architecture", "layers", "kv_heads", "head_dim")} | dict(weights=profile.model.get("weights", "unknown"))
+    m["adapted"] = "".join(f", with adapter `{a}`" for a in profile.model.get("adapters") or ())
     m = {k: " or ".join(map(str, sorted(set(x)))) if isinstance(x, list) else x for k, x in m.items()} # layers may differ
     return CARD.format(**m, source=source, bits=2, tokens=profile.tokens, texts=texts, priced=priced)
 

@@ -298,11 +298,15 @@ def tokens_hash(
     return hashlib.sha256(f"{list(tokens.shape)}".encode() + tokens.cpu().long().numpy().tobytes()).hexdigest()[:16]
 
 # %% ../nbs/30_profile.ipynb #aebb84e3
+def _alike_field(name, a, b):
+    "Do two descriptions say the same of a field? Of adapters, what they do, whatever they are called."
+    effect = lambda x: sorted(map(str, x.values())) if name == "adapters" and isinstance(x, dict) else x
+    return effect(a) == effect(b)
+
 def _differences(a, b, prefix=""):
     "Fields that both descriptions have and that differ: (name, first, second)."
-    effect = lambda k, x: sorted(map(str, x.values())) if k == "adapters" and isinstance(x, dict) else x # whatever an adapter is called
     for k in (k for k in b if k in a):
-        if effect(k, a[k]) == effect(k, b[k]): continue
+        if _alike_field(k, a[k], b[k]): continue
         if k != "adapters" and isinstance(a[k], dict) and isinstance(b[k], dict): yield from _differences(a[k], b[k], f"{prefix}{k}.")
         else: yield prefix + k, a[k], b[k]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 from .cache import NDCache, NDLayer, Part, rope_of, shift_codec
-from .profile import describe
+from .profile import _alike_field, describe
 
 # %% ../nbs/42_store.ipynb #3492b016
 def _store_tensors(s):
@@ -126,7 +126,7 @@ def _check_head(path, head, cache, model):
     "Refuse a file of another model or other settings."
     mine = describe(model)
     for name, value in head["model"].items():
-        if name in mine and mine[name] != value: raise ValueError(f"{path}: made with a model whose {name} is {value}, this one has {mine[name]}; run the prompt through this model and save anew")
+        if name in mine and not _alike_field(name, mine[name], value): raise ValueError(f"{path}: made with a model whose {name} is {value}, this one has {mine[name]}; run the prompt through this model and save anew")
     layers = {str(i): layer for i, layer in enumerate(cache.layers) if isinstance(layer, NDLayer)}
     if layers.keys() != head["layers"].keys(): raise ValueError(f"{path}: holds layers {sorted(head['layers'])}, the cache has {sorted(layers)}; make the cache for the model that the file was made with")
     for i, layer in layers.items():
