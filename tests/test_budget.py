@@ -208,7 +208,7 @@ def test_recommend_weighs_layers_too():
     "Bits of the rotation a layer: the budget is of what is stored at the length."
     torch.manual_seed(0)
     model = tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**BASE, num_hidden_layers=2, sliding_window=32, layer_types=["sliding_attention", "full_attention"])).eval()
-    found = recommend(model, torch.randint(0, 61, (2, 128)), 4.2, window=8, sinks=2, block=8, length=4096, points=2, bar=False)
+    found = recommend(model, torch.randint(0, 61, (2, 128)), 4.2, method="rotation", window=8, sinks=2, block=8, length=4096, points=2, bar=False)
     held = packed_tokens(layer_reach(model), 4096, 8, 2, 8)
     setting = found.choice["setting"]
     assert sum(held[l] * (b + 1) for l, pair in setting.items() for b in pair) / 2 / sum(held.values()) <= 4.2 + 1e-9  # 16 bits of norm over 16 channels
