@@ -1333,7 +1333,7 @@ def _default_claim(bits, most, target):
     sentence = f'Mean KL to the exact cache of equalised blocks, the default without data, {most} bits an element or less: WikiText-2, windows of 2048, window 128, 4 sinks; worst of {len(PUBLIC)} public checkpoints.'
     @claim(f'kl_default_{bits}bit_public', sentence, 'nats/token', target)
     def kl_default(book):
-        where = [dict(file='sweep_default', model=m, method='equalised', k_bits=bits, v_bits=bits, data='wikitext2_valid', length=2048, window=128, sinks=4) for m in PUBLIC]
+        where = [dict(file='default', model=m, method='equalised', k_bits=bits, v_bits=bits, data='wikitext2_valid', length=2048, window=128, sinks=4) for m in PUBLIC]
         found = [[book.value(metric=x, **w) for x in ('kl_mean', 'bits')] for w in where]
         return max(kl for kl, _ in found) if None not in sum(found, []) and all(b <= most for _, b in found) else None
 
