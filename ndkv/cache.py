@@ -861,7 +861,7 @@ def _swap(i, layer, pair, bits, kw):
 # %% ../nbs/40_cache.ipynb #57cb142f
 class Sees:
     "A cache that is shown the mask and the positions of a call before the keys come."
-    def see(self, attention_mask, position_ids=None, q=None): raise NotImplementedError
+    def see(self, attention_mask, position_ids=None, q=None): raise TypeError(f"{type(self).__name__} says not what it does with a mask")
 
 # %% ../nbs/40_cache.ipynb #03392e6b
 def _shown(
