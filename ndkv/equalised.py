@@ -24,9 +24,9 @@ def _spread_code(z):
     return below.nan_to_num(nan=0., posinf=15.).round().clamp(0, 15).to(torch.uint8)
 
 
-def _weight(code):
+def _weight(code, power=POWER):
     "What a code of the spread stands for: the weight, at most one."
-    return torch.exp2(code.float() * (-POWER / OCTAVE))
+    return torch.exp2(code.float() * (-power / OCTAVE))
 
 # %% ../nbs/22_equalised.ipynb #ae17c9e1
 def _whole(x, n):
@@ -54,8 +54,11 @@ class EqualisedCodec:
         bits:int=4,            # Bits a channel, 1 to 8
         frame:Frame|None=None, # Orthogonal change of basis; None = `rotation(d)`
         group:int=64,          # Tokens of a block
+        power:float=POWER,     # Of the spread, in the weight
     ):
         if isinstance(group, bool) or not isinstance(group, int) or group < 1: raise ValueError(f"group={group!r} is no number of tokens; give a whole number from 1")
+        if not 0 <= power <= 1: raise ValueError(f"power={power!r}; give a number from 0 (no weights) to 1 (all spreads equal)")
+        self.power = power
         self.rest, self.d, self.bits, self.group = NormDirectionCodec(d, bits, frame), d, bits, group
 
     @property
@@ -76,7 +79,7 @@ class EqualisedCodec:
         z = x / torch.where(size == 0, 1, size)
         middle = z.mean(-2, keepdim=True, dtype=torch.float64).float()
         spread = _spread_code(z - middle)
-        w = _weight(spread)
+        w = _weight(spread, self.power)
         mean, step = _whole(middle / w, 127)
         codes, norm, top = self._directions(z / w - mean * step.float())
         steps = torch.cat([step[..., 0, :].float(), top.float()], -1) * size[..., 0]
@@ -92,7 +95,7 @@ class EqualisedCodec:
         "The vectors of all blocks."
         step, top = enc["steps"].float()[..., None].unbind(-2)
         y = self.rest.decode(dict(codes=enc["codes"], norm=_norm_value(enc["norm"], top)))
-        w = _weight(unpack(enc["weight"], 4, self.d))
+        w = _weight(unpack(enc["weight"], 4, self.d), self.power)
         x = (w[..., None, :] * (y + (step * enc["mean"])[..., None, :])).flatten(-3, -2)
         if dtype == torch.float16: x.clamp_(-65504, 65504) # saturate rather than overflow to Inf
         return x.to(dtype)

@@ -71,6 +71,8 @@ def test_bias_outliers_and_lonely_tokens_cost_nothing():
         error = [((c.decode(c.encode(y)) - y)[..., same].square().mean() / y[..., same].var()).item() for c in (EqualisedCodec(64, 4), NormDirectionCodec(64, 4))]
         assert error[0] < .05, error
         assert error[0] < error[1]
+    whole = [(c.decode(c.encode(large)) - large).square().mean().item() for c in (EqualisedCodec(64, 4, power=p) for p in (.5, .75, 1.))]
+    assert whole == sorted(whole) # a half has the least squared error
     assert (EqualisedCodec(64, 4).decode(EqualisedCodec(64, 4).encode(still)) - still)[..., 10:20].abs().max() < .2
     assert (EqualisedCodec(64, 2).decode(EqualisedCodec(64, 2).encode(torch.zeros_like(x))) == 0).all()
 
@@ -81,6 +83,7 @@ def test_refused(x, says):
     with pytest.raises(ValueError, match=says): EqualisedCodec(64).encode(x)
     with pytest.raises(ValueError, match='whole number from 1'): EqualisedCodec(64, group=0)
     with pytest.raises(ValueError, match='cannot be packed|use a whole number'): EqualisedCodec(64, 2.5)
+    with pytest.raises(ValueError, match='from 0'): EqualisedCodec(64, power=2)
 
 
 CONFIG = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
