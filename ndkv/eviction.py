@@ -376,8 +376,7 @@ class EvictingCache(NDCache):
     def _evicting(self, l, policy, keep):
         return EvictingLayer(policy, keep, l.layer, l.bits, l.method, l.window, l.sinks, l.block, True, l.memo, False, l.seed, l.warned, **l.method_kw)
 
-    @property
-    def nbytes(self): return super().nbytes + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait
+    def _bytes(self): return super()._bytes() + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait
 
 # %% ../nbs/77_eviction.ipynb #2691a2c4
 @dataclass(frozen=True, eq=False)
