@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DTYPES', 'REPEATED', 'method', 'rotation_method', 'equalised_method', 'make_codec', 'exact_method',
-           'spectral_method', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Store', 'packed_tokens', 'NDLayer',
-           'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'Sees', 'NDCache',
-           'encoder_decoder', 'prompt_cache', 'refresh']
+           'spectral_method', 'pages_method', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Store', 'packed_tokens',
+           'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'Sees',
+           'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, functools, importlib, inspect, warnings
@@ -24,6 +24,7 @@ from .equalised import POWER, EqualisedCodec, variation_lost
 from .fisher import prompt_profile
 from .frames import rotation
 from .hub import load_profile
+from .pages import PAGE, PageCodec, plan_pages
 from .probe import Halves, device_of, divergence, private_copy
 from .profile import Profile, _differences, collect, describe, rotated_average
 from .spectral import Refreshed, SpectralCodec, code_table, key_frame, klt, plan
@@ -118,6 +119,26 @@ def spectral_method(
     codecs:dict,   # From `spectral.plan`, with this cache's block and sinks
 ) -> SpectralCodec:
     "Measured frames and widths (`34_spectral`), one codec for each (layer, kind)."
+    return _planned(codecs, d, layer, kind, heads)
+
+
+@method("pages")
+def pages_method(
+    d:int,         # head_dim
+    bits=None,     # Ignored: the plan has spent its budget
+    *,
+    layer:int,     # Index in the model
+    kind:str,      # "k" or "v"
+    heads:int,     # KV heads
+    seed:int=0,    # Ignored
+    codecs:dict,   # From `pages.plan_pages`, with this cache's block and sinks
+) -> PageCodec:
+    "Tiered pages (`35_pages`), one codec for each (layer, kind)."
+    return _planned(codecs, d, layer, kind, heads)
+
+
+def _planned(codecs, d, layer, kind, heads):
+    "The codec that a plan has for keys or values of a layer."
     codec = codecs.get((layer, kind))
     if codec is None: raise ValueError(f"the plan has no codec for {'keys' if kind == 'k' else 'values'} of layer {layer}; make it from a profile of this model")
     if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model caches {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats heads after the cache no profile fits, use method='rotation'")
@@ -132,10 +153,12 @@ class Packed:
     @property
     def n(self): return next((t.shape[2] * self.group for t in self.entries.values()), 0) # tokens
 
-    def encode(self, x, pos):
-        "Entries for `x` `[B, H, n, D]` of position `pos`, about 2^16 vectors at a time to bound the working memory."
+    def encode(self, x, pos, order=None):
+        """Entries for `x` `[B, H, n, D]` of position `pos`, about 2^16 vectors at a time to bound the working memory.
+        `order`, along axis 2: that of other entries, for a codec that follows it."""
         step = max(1, 2**16 // x.shape[:2].numel() // self.group) * self.group
-        parts = [self.codec.encode(x[:, :, i:i+step], pos + i) for i in range(0, x.shape[2], step)]
+        told = lambda i: () if order is None else (order[:, :, i//self.group:(i + step)//self.group],)
+        parts = [self.codec.encode(x[:, :, i:i+step], pos + i, *told(i)) for i in range(0, x.shape[2], step)]
         return {name: torch.cat([p[name] for p in parts], 2) for name in parts[0]}
 
     def append(self, new): self.entries = {name: torch.cat([self.entries[name], t], 2) if self.n else t for name, t in new.items()}
@@ -254,7 +277,7 @@ class Pieces:
 # %% ../nbs/40_cache.ipynb #af177af6
 class Store(Pieces):
     "`Pieces` that are encoded, dropped at the front and cropped at the end."
-    def encode(self, n): return self.packed.encode(self.window[:, :, :n], self.starts[2]) # of the `n` oldest tokens
+    def encode(self, n, order=None): return self.packed.encode(self.window[:, :, :n], self.starts[2], order) # of the `n` oldest tokens
 
     def commit(self, n, new):
         "The `n` oldest tokens of the window become `new` entries."
@@ -420,18 +443,25 @@ class NDLayer(_Library):
             n = self.sinks + packed - s.starts[2]
             if s.packed.codec is not None and packed and n > 0:
                 self._check(s.window[:, :, :n], kind)
-                todo.append((s, kind, n, self._encode(s, n, kind)))
+                todo.append((s, kind, n, self._encode(s, n, kind, _order(s.packed.codec, n, todo))))
         if todo and not self.looked: self._look(todo)
         for s, _, n, enc in todo: s.commit(n, enc)
 
-    def _encode(self, s, n, kind):
-        try: return s.encode(n)
+    def _encode(self, s, n, kind, order=None):
+        try: return s.encode(n, order)
         except torch.OutOfMemoryError as e:
             raise torch.OutOfMemoryError(f"layer {self.layer}: no memory left to encode {n} tokens of {kind}, which stay exact; free some, or feed a long prompt in pieces (cache.chunks)") from e
 
     def _check(self, x, kind):
         if not torch.isfinite(x).all():
             raise ValueError(f"layer {self.layer}: {kind} hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
+
+
+def _order(codec, n, todo):
+    "For values whose pages have the order of their keys: that order, where keys of the same `n` tokens have just been encoded."
+    keys = next((enc for s, kind, m, enc in todo if kind == "keys" and m == n), None)
+    if keys is None or not getattr(codec, "follows", False): return None
+    return todo[0][0].packed.codec.order(keys)
 
 # %% ../nbs/40_cache.ipynb #3eb1cbb5
 def _look(self:NDLayer, todo):
@@ -839,9 +869,10 @@ def _latent_pair(bits, layer):
 def _calibrated(config, profile, bits, method, window, block, sinks, length, kw):
     "What a method gets from a profile of this very model: the profile itself if it has such an option, else planned codecs; or one line why not."
     asks = method in METHODS and "profile" in inspect.signature(METHODS[method]).parameters
-    if not asks and method not in (None, "spectral"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
+    if not asks and method not in (None, "spectral", "pages"): raise ValueError(f"method {method!r} needs no profile; leave one of the two out")
     if not asks and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 8): raise ValueError(f"bits={bits!r}: with a profile give one number up to 8, the mean over all that is cached")
     profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else load_profile(profile, config, ("dtype",))
+    if method == "pages": return dict(codecs=plan_pages(profile, bits, sinks, length=length, window=window, model=config, block=block))
     return dict(profile=profile) if asks else dict(codecs=plan(profile, bits, block, sinks, kw.pop("trellis", 256), length=length, window=window, model=config))
 
 # %% ../nbs/40_cache.ipynb #7da2e9d4
@@ -931,7 +962,7 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured frames, and `bits` is a budget over all packed tokens at `length`, in which the frames are not counted
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
-        block:int=64,             # Tokens encoded together as they leave the window
+        block:int|None=None,      # Tokens encoded together as they leave the window; None = 128 for pages, else 64
         exact_new:bool=True,      # Are a call's own tokens read exactly in that call?
         memo:bool=False,          # Keep decoded copies, for fast evaluation?
         offload:bool=False,       # Keep packed bytes in the CPU's memory?
@@ -940,6 +971,7 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         **method_kw               # Options of the method
     ):
         _check_config(config)
+        block = (PAGE if method == "pages" else 64) if block is None else block
         if profile is not None: method_kw |= _calibrated(config, profile, bits, method, window, block, sinks, length, method_kw)
         latent = bool(getattr(config.get_text_config(decoder=True), "kv_lora_rank", None))
         method = method or ("spectral" if profile is not None else "rotation" if latent else "equalised")
@@ -951,8 +983,8 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         self.window, self.sinks, self.block = window, sinks, block
         kw = dict(method=method, window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo, offload=offload, seed=seed, warned=[], **method_kw)
         pair = _latent_pair if latent else _pair
-        if method == "spectral" and pair is _latent_pair: raise ValueError(f"{type(config).__name__} caches latents, of which a profile of its keys and values says nothing; use method='rotation'")
-        if method == "spectral": pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
+        if method in ("spectral", "pages") and pair is _latent_pair: raise ValueError(f"{type(config).__name__} caches latents, of which a profile of its keys and values says nothing; use method='rotation'")
+        if method in ("spectral", "pages"): pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
         self.layers = [_swap(i, layer, pair, bits, kw) for i, layer in enumerate(self.layers)]
         if not self._mine: raise ValueError(f"{type(config).__name__} has no attention layer whose keys and values NDCache can hold; use DynamicCache(config=model.config)")
         self.told, self.own_masks = None, _makes_own_masks(config)
@@ -1082,7 +1114,8 @@ def refresh(
         raise ValueError("refresh: the rows of this cache begin at different columns; it takes a batch without padding")
     prices = prices or getattr(cache, "prices", None)
     places = [(layer.layer, s, keys) for layer in cache._mine for s, keys in zip(layer.stores, (True, False))]
-    if not prices or not places or any(_latest(s).home.rope is None for _, s, keys in places if keys):
+    paged = any(layer.method == "pages" for layer in cache._mine)
+    if paged or not prices or not places or any(_latest(s).home.rope is None for _, s, keys in places if keys):
         raise ValueError("refresh: it takes a cache of spectral codes that was fed, keys relative to their block, and prices; make it with prompt_cache, or pass profile.prices")
     cut, model = ids.shape[1] * 3 // 4, private_copy(model)
     for name, a, b in _differences(getattr(cache, "source", {}), describe(model)): raise ValueError(f"refresh: the cache was made on a model with {name} = {a}, this one has {b}; give the model that fed it")

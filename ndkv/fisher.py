@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .probe import PIECE, Halves, bare, device_of, draw, hooked, private_copy
-from .profile import RANKS, Profile, Rope, _digest, _write_atomic, collect, describe, find_rope, tokens_hash
+from .profile import PAGE, RANKS, Profile, Rope, _digest, _write_atomic, collect, describe, find_rope, tokens_hash
 
 # %% ../nbs/32_fisher.ipynb #5340c770
 def packed_mask(
@@ -191,6 +191,12 @@ def _outer(g):
 def _add(total, new): return total.to(new.device) + new if torch.is_tensor(total) else new  # a sum may come from a checkpoint
 
 
+def _by_rank(score, price, n):
+    "Sum of prices [B, H, T] of the tokens ranked first, second, ... by score in each group of n: [H, n]."
+    groups = lambda t: t[..., : t.shape[-1] // n * n].unflatten(-1, (-1, n))
+    return groups(price.double()).gather(-1, groups(score).argsort(-1, descending=True)).sum((0, 2))
+
+
 class _Forecast:
     "Forecast of one kind of vectors of one layer: `fit` batches of text, then `rank` others."
 
@@ -208,11 +214,13 @@ class _Forecast:
         "[H, D], by ridge regression."
         return torch.linalg.solve(self.A + torch.diag_embed(0.015 * self.A.diagonal(dim1=-2, dim2=-1) + 1e-12), self.b)[..., 0]
 
+    def score(self, x):
+        "What is foretold of vectors [B, H, n, D]: [B, H, n]."
+        return torch.einsum("bhnd,hd->bhn", x.double(), self.direction.to(x.device))
+
     def rank(self, x, price):
         "Add up prices by rank, over whole groups of tokens."
-        groups = lambda t: t[..., : t.shape[-1] // RANKS * RANKS].unflatten(-1, (-1, RANKS))
-        order = groups(torch.einsum("bhnd,hd->bhn", x.double(), self.direction.to(x.device))).argsort(-1, descending=True)
-        self.ranks = _add(self.ranks, groups(price.double()).gather(-1, order).sum((0, 2)))
+        self.ranks = _add(self.ranks, _by_rank(self.score(x), price, RANKS))
 
 
 class _Forecasts:
@@ -221,31 +229,47 @@ class _Forecasts:
     def __init__(self, layers, batches):
         self.layers, self.batches, self.batch = layers, batches, 0  # of all, and of those that are done
         self.found = {i: (_Forecast(), _Forecast()) for i in layers}
+        self.pages = {}  # (layer, kind) -> sums of prices by rank in a page
 
     def __call__(self, layer, vectors, grads):
         s, half = self.layers[layer], self.batch >= max(self.batches // 2, 1)
-        for f, x, g, cov in zip(self.found[layer], vectors, grads, (s.k_cov, s.v_cov)):
+        for f, x, g, cov, kind in zip(self.found[layer], vectors, grads, (s.k_cov, s.v_cov), "kv"):
             price = torch.einsum("bhnd,hde,bhne->bhn", g.float(), cov.to(g.device).float(), g.float())
             (f.rank if half else f.fit)(x, price)
+            if half: self._rank_pages(layer, kind, vectors[0], price)
+
+    def _rank_pages(self, layer, kind, keys, price):
+        new = _by_rank(self.found[layer][0].score(keys), price, PAGE)
+        self.pages[layer, kind] = _add(self.pages.get((layer, kind), 0), new)
 
     def _each(self): return ((f"forecast.{i}.{kind}.{name}", f, name) for i, pair in self.found.items() for kind, f in zip("kv", pair) for name in ("A", "b", "ranks"))
 
     def state(self):
         "Name -> tensor, for a checkpoint."
         sums = {key: getattr(f, name).cpu() for key, f, name in self._each() if torch.is_tensor(getattr(f, name))}
+        sums |= {f"forecast.{i}.{kind}.page": r.cpu() for (i, kind), r in self.pages.items()}
         return sums | {"forecast.batch": torch.tensor(self.batch)}
 
     def load(self, state):
         "Go on from a checkpoint."
         for key, f, name in self._each():
             if key in state: setattr(f, name, state[key])
+        pages = {(i, kind): state.get(f"forecast.{i}.{kind}.page") for i in self.found for kind in "kv"}
+        self.pages = {key: r for key, r in pages.items() if r is not None}
         self.batch = int(state.get("forecast.batch", 0))
 
     def done(self):
         "{layer: (directions of keys, of values, prices by rank of both)}, or nothing where nothing was ranked."
         known = all(torch.is_tensor(f.ranks) and f.ranks.numel() and torch.is_tensor(f.A) for pair in self.found.values() for f in pair)
-        unit = lambda r: (r / r.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
-        return {i: (k.direction.cpu(), v.direction.cpu(), unit(k.ranks), unit(v.ranks)) for i, (k, v) in self.found.items()} if known else {}
+        return {i: (k.direction.cpu(), v.direction.cpu(), _unit(k.ranks), _unit(v.ranks)) for i, (k, v) in self.found.items()} if known else {}
+
+    def importance(self):
+        "{layer: prices by rank in a page of keys, of values}, or nothing where no page was filled."
+        known = self.done() and any(r.any() for r in self.pages.values())
+        return {i: tuple(_unit(self.pages[i, kind]) for kind in "kv") for i in self.found} if known else {}
+
+
+def _unit(ranks): return (ranks / ranks.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()  # one in the mean
 
 # %% ../nbs/32_fisher.ipynb #fc690021
 def check_measurable(
@@ -287,7 +311,7 @@ def calibrate(
     ropes = {i: s.rope for i, s in profile.layers.items()}
     forecasts = _Forecasts(profile.layers, -(-len(tokens) // batch))
     prices = fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, checkpoint and f"{checkpoint}.prices", every, forecasts)
-    return replace(profile, prices=prices, forecasts=forecasts.done())
+    return replace(profile, prices=prices, forecasts=forecasts.done(), importance=forecasts.importance())
 
 # %% ../nbs/32_fisher.ipynb #9e3334c6
 HELD = 3 * 2**29  # Bytes of keys and values of texts that are written side by side, at most
