@@ -154,7 +154,7 @@ PRICES = "price_k", "price_v" # Names of `Profile.prices` in a file
 FORECASTS = "forecast_k", "forecast_v", "ranks_k", "ranks_v" # Names of `Profile.forecasts`
 RANKS = 64 # Tokens that are ranked together
 IMPORTANCE = "page_k", "page_v" # Names of `Profile.importance`
-PAGE = 128 # Tokens of a page (`50_pages`), ranked together by what their keys foretell
+PAGE = 128 # Tokens of a page (`35_pages`), ranked together by what their keys foretell
 
 @dataclass(eq=False, repr=False)
 class LayerStats:
