@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CUT', 'NEUTRAL', 'SDPA', 'PagedPast', 'template', 'spectral_pages', 'Call', 'Handed', 'PagedCall', 'exactly',
-           'padding', 'PagedLayer', 'PagedCache', 'options', 'ndkv_packed']
+           'padding', 'PagedLayer', 'PagedCache', 'options', 'ndkv_packed', 'StoredCall', 'read_packed', 'page_cache']
 
 # %% ../nbs/58_attention.ipynb #d380eed6
 import warnings
@@ -26,7 +26,7 @@ from .equalised import variation_lost
 from .kernels_decode import Layout, PackedAttention, cubic
 from .kernels_trellis import TrellisAttention, TrellisLayout
 from .spectral import Home, key_frame, klt
-from .tiles import attend_chunk, attend_exact, attend_tiles, write_pages
+from .tiles import attend_chunk, attend_exact, attend_past, attend_tiles, write_pages
 from .trellis import trellis_distortion
 
 # %% ../nbs/58_attention.ipynb #aece1019
@@ -360,7 +360,7 @@ class PagedLayer(DynamicLayer):
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = offload = prefetch = _refuse
 
 # %% ../nbs/58_attention.ipynb #449a9296
-def _why_not(config):
+def _why_not(config, only_full=True):
     "Why no packed cache can hold what this model caches, and what to do; None = one can."
     try: NDCache(config)
     except ValueError as e: return str(e)
@@ -368,7 +368,7 @@ def _why_not(config):
     if getattr(text, "kv_lora_rank", None): return f"{name} caches latents, from which it computes its keys, so no attention can read them packed; use NDCache for this model"
     if modules and not any(hasattr(m, "ALL_ATTENTION_FUNCTIONS") for m in modules):
         return f"{name}: the attention of this model cannot be replaced, so nothing can read its cache packed; use NDCache for this model"
-    if any(type(l) is not DynamicLayer for l in DynamicCache(config=config).layers): return f"{name} has layers that are not full attention; use NDCache for this model"
+    if only_full and any(type(l) is not DynamicLayer for l in DynamicCache(config=config).layers): return f"{name} has layers that are not full attention; use NDCache for this model"
 
 # %% ../nbs/58_attention.ipynb #3f9d37c0
 class PagedCache(_Minded, Sees, DynamicCache):
@@ -433,3 +433,39 @@ def ndkv_packed(module, query, key, value, attention_mask, scaling=None, **kwarg
 
 AttentionInterface.register("ndkv_packed", ndkv_packed)
 AttentionMaskInterface.register("ndkv_packed", sdpa_mask)
+
+# %% ../nbs/58_attention.ipynb #12af58b8
+class StoredCall(Call):
+    "New tokens and the past of a layer of an `NDCache`."
+    def __init__(self,
+        layer:int, # For messages
+        keys,      # `Past`
+        values,    # `Past`
+    ):
+        super().__init__(keys.new, values.new, keys.length, layer)
+        self.past = keys, values
+
+    def attend(self, module, q, mask, scale, how):
+        keys, values = self.past
+        if torch.is_grad_enabled() and (keys.cut or values.cut or q.requires_grad): warnings.warn(CUT)
+        seen = mask if mask is None or mask.dtype == torch.bool else mask == 0
+        weighs = mask is not None and mask.dtype != torch.bool and not (seen | (mask <= -1e4)).all()
+        if weighs: return exactly(module, q, keys.read(), values.read(), mask, scale, how)
+        return attend_past(q, keys, values, seen, scale, **how)
+
+def read_packed(layer, keys, values):
+    "A reader for `NDCache`, of models that are loaded with attn_implementation='ndkv_packed'."
+    return StoredCall(layer, keys, values).pair
+
+def page_cache(
+    config,        # `model.config`
+    bits:float=2,  # Budget, effective bits an element
+    profile=None,  # From `calibrate`, or where it is
+    **kw           # Other arguments of `NDCache`
+) -> NDCache:
+    "A cache of tiered pages that 'ndkv_packed' reads a tile at a time."
+    if profile is None: raise ValueError("page_cache: pages want a profile (ndkv calibrate); without one use PagedCache")
+    if why := _why_not(config, only_full=False): raise ValueError(why)
+    if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) != "ndkv_packed":
+        raise ValueError("page_cache: its pages are read by ndkv_packed only; load the model with attn_implementation='ndkv_packed'")
+    return NDCache(config, bits, "pages", profile, reader=read_packed, **kw)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DTYPES', 'REPEATED', 'method', 'rotation_method', 'equalised_method', 'make_codec', 'exact_method',
-           'spectral_method', 'pages_method', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Store', 'packed_tokens',
-           'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'Sees',
-           'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
+           'spectral_method', 'pages_method', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Past', 'Store',
+           'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer',
+           'model_modules', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, functools, importlib, inspect, warnings
@@ -274,6 +274,39 @@ class Pieces:
     @property
     def width(self): return self.window.shape[:2].numel() * self.window.shape[3] # elements a token: B H D
 
+# %% ../nbs/40_cache.ipynb #a9545186
+class Past:
+    "Keys, or values, that one call reads: sinks, packed tokens, window, and the call's own."
+    def __init__(self,
+        s:Pieces,    # Before the call's own tokens are appended
+        new:Tensor,  # `[B, H, q, D]`, the call's own
+        length:int,  # Tokens that the call reads, the latest
+    ):
+        self.sink, self.packed, self.exact = s.sink, copy.copy(s.packed), (s.window, new)
+        self.pos, self.cut, self.new, self.length = s.starts[1], s.cut, new, length
+        self.skip = s.sink.shape[2] + s.packed.n + s.window.shape[2] + new.shape[2] - length # first tokens that are not read
+
+    def tiles(self,
+        n:int, # Tokens of a tile; of packed ones, whole entries
+    ): # Yields `[B, H, tokens, D]`
+        "Everything that is read, piece by piece, in order."
+        skip = self.skip
+        for size, read in self._pieces(n):
+            if size > skip: yield read()[:, :, skip:]
+            skip = max(skip - size, 0)
+
+    def _pieces(self, n):
+        "Tokens of each piece, and a function that reads it."
+        step, packed = -(-n // self.packed.group) * self.packed.group, self.packed
+        yield self.sink.shape[2], lambda: self.sink
+        for a in range(0, packed.n, step):
+            b = min(a + step, packed.n)
+            yield b - a, lambda: packed.decode(a, b, self.pos, self.new.dtype)
+        for x in self.exact:
+            for a in range(0, x.shape[2], n): yield min(n, x.shape[2] - a), lambda: x[:, :, a:a+n]
+
+    def read(self): return torch.cat(list(self.tiles(self.length)), 2)
+
 # %% ../nbs/40_cache.ipynb #af177af6
 class Store(Pieces):
     "`Pieces` that are encoded, dropped at the front and cropped at the end."
@@ -382,13 +415,14 @@ class NDLayer(_Library):
         offload:bool=False,        # Keep packed bytes in the CPU's memory?
         seed:int=0,                # For the method
         warned:list|None=None,     # Layers that have warned, shared by those of a cache
+        reader=None,               # See `NDCache`
         **method_kw                # For the method
     ):
         super().__init__()
         self.layer, self.bits, self.method, self.method_kw, self.seed = layer, bits, method, method_kw, seed
         self.window, self.sinks, self.block, self.exact_new, self.memo, self.offload_packed = window, sinks, block, exact_new, memo, offload
         self.stores, self.parts, self.record_past = [], [], False # `parts`: see "Rows of different lengths"
-        self.looked, self.warned = False, [] if warned is None else warned
+        self.looked, self.warned, self.reader = False, [] if warned is None else warned, reader
 
     @property
     def settings(self):
@@ -420,12 +454,18 @@ class NDLayer(_Library):
         if q > L > 0: self._mind_repeats(key_states)
         first = self.first(L)
         self.flush(L, first)
-        if self.exact_new: out = [s.read(x) if L else x for s, x in zip(self.stores, new)]
+        if self.exact_new: out = self._handed(new, L - first + q) if L else new
         for s, x in zip(self.stores, new): s.append(x)
         if not self.exact_new: self.flush(L + q, first)
         elif q > self.block and not self.record_past: self.flush(L + q, self.first(L + q))
         if not self.exact_new: out = [s.read() for s in self.stores]
-        return tuple(x[:, :, x.shape[2] - (L - first + q):] for x in out)
+        return tuple(x if x.shape[2] == L - first + q else x[:, :, x.shape[2] - (L - first + q):] for x in out)
+
+    def _handed(self, new, length):
+        "What a call's attention is given: decoded tensors, or what the reader makes of the past."
+        if self.reader and any(s.packed.n for s in self.stores):
+            return self.reader(self.layer, *(Past(s, x, length) for s, x in zip(self.stores, new)))
+        return [s.read(x) for s, x in zip(self.stores, new)]
 
     def _mind_repeats(self, keys):
         "Keys that begin as those that are held, positions included, are the same tokens once more."
@@ -968,6 +1008,7 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         offload:bool=False,       # Keep packed bytes in the CPU's memory?
         seed:int=0,               # Of the rotations
         length:int=4096,          # With a profile: tokens of text after which at most `bits` are stored, over all layers
+        reader=None,              # Makes of (layer, keys, values), each a `Past`, what attention is given; None = decoded tensors
         **method_kw               # Options of the method
     ):
         _check_config(config)
@@ -977,11 +1018,12 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         method = method or ("spectral" if profile is not None else "rotation" if latent else "equalised")
         _check_method(method, method_kw)
         _check_counts(window=window, sinks=sinks, block=block)
+        if reader and not exact_new: raise ValueError("a reader reads a call's own tokens exactly; leave exact_new as it is")
         if memo and offload: raise ValueError("memo=True keeps decoded copies on the device that offload=True would free; choose one of the two")
         if method == "exact": bits = None
         super().__init__(config=config)
         self.window, self.sinks, self.block = window, sinks, block
-        kw = dict(method=method, window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo, offload=offload, seed=seed, warned=[], **method_kw)
+        kw = dict(method=method, window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo, offload=offload, seed=seed, warned=[], reader=reader, **method_kw)
         pair = _latent_pair if latent else _pair
         if method in ("spectral", "pages") and pair is _latent_pair: raise ValueError(f"{type(config).__name__} caches latents, of which a profile of its keys and values says nothing; use method='rotation'")
         if method in ("spectral", "pages"): pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
