@@ -189,6 +189,7 @@ def _refuse(f, given):
 # %% ../nbs/58_attention.ipynb #2d2a801c
 class Call:
     "New keys and values of one layer, on their way from a cache to the attention function."
+    allowed = () # arguments of the attention, beyond those that packed reading knows, that are followed
     def __init__(self,
         k:Tensor, # `[B, H, n, D]`
         v:Tensor, # `[B, H, n, D]`
@@ -427,7 +428,7 @@ def ndkv_packed(module, query, key, value, attention_mask, scaling=None, **kwarg
         return exactly(module, query, key, value, attention_mask, scaling, how, **rest).transpose(1, 2), None
     if not (isinstance(key, Handed) and key.call.pair[0] is key and key.call.pair[1] is value):
         raise ValueError("keys and values of one packed past did not arrive together, as the cache returned them; use NDCache for this model")
-    how, _ = options(kwargs)
+    how, _ = options(kwargs, key.call.allowed)
     if kwargs.get("is_causal") is False and query.shape[2] > 1: raise ValueError("ndkv_packed reads causal attention only; use NDCache for this model")
     return key.call.attend(module, query, attention_mask, scaling, how).transpose(1, 2), None
 
@@ -437,6 +438,8 @@ AttentionMaskInterface.register("ndkv_packed", sdpa_mask)
 # %% ../nbs/58_attention.ipynb #12af58b8
 class StoredCall(Call):
     "New tokens and the past of a layer of an `NDCache`."
+    allowed = "sliding_window", # the cache gives what is seen, the mask says the rest
+
     def __init__(self,
         layer:int, # For messages
         keys,      # `Past`

@@ -129,13 +129,14 @@ def strips_of(
     importance:Tensor, # `[H, tiers]`
     tokens:float=1.,   # That the layer holds, relative to the fullest
     sharing:float|None=None, # Tokens of the layer that share the basis, which is then paid from the budget
+    direction:bool=False, # Does the layer store a direction of importance here (keys)?
 ) -> Strips:
     "Strips of keys or values of one layer."
     D = basis.scale.shape[-1]
     n = torch.tensor(runs(D))
     lam = torch.stack([x.sum(-1) for x in (basis.scale.double()**2).split(n.tolist(), -1)], -1)
     page = PAGE / sharing if sharing else 0.
-    return Strips(lam[:, None] * importance.double()[..., None], n, tokens, CHANNEL_BYTES(D)*page, FIXED + HEAD_BYTES(D)*page)
+    return Strips(lam[:, None] * importance.double()[..., None], n, tokens, CHANNEL_BYTES(D)*page, FIXED + (HEAD_BYTES(D) + 2*D*direction)*page)
 
 
 def allocate_strips(
@@ -525,7 +526,7 @@ def plan_pages(
     for some in _filled_and_empty(bases, held):
         most = max(held[i] for i, _ in some)
         strips = [strips_of(bases[key], tier_importance(profile, *key), held[key[0]] / most if most else 1.,
-                            tokens * held[key[0]] / length if tokens and most else None) for key in some]
+                            tokens * held[key[0]] / length if tokens and most else None, key[1] == "k") for key in some]
         out |= {key: _codec(profile, key, bases[key], widths, first) for key, widths in zip(some, allocate_strips(strips, bits))}
     return out
 

@@ -1,0 +1,320 @@
+"Tiered pages in a cache: a plain reference under random operations, both readers, files, padding, sliding windows, budgets, and what is refused."
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings, strategies as st
+
+from ndkv.attention import page_cache, read_packed
+from ndkv.cache import NDCache, NDLayer, NDSlidingLayer, Past, refresh
+from ndkv.fisher import calibrate
+from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
+from ndkv.profile import Profile, Rope
+from ndkv.spectral import Home, effective_bits, frame_bits, held_tokens, klt
+from ndkv.store import fork, load_cache, save_cache
+from reference import in_float64, other_codes
+from test_budget import GEMMA, profile_of
+
+H, D, DV = 2, 24, 16
+BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=1024, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+MODELS = {
+    "llama": lambda **kw: tf.LlamaForCausalLM(tf.LlamaConfig(**BASE, **kw)),
+    "mistral": lambda **kw: tf.MistralForCausalLM(tf.MistralConfig(**BASE, sliding_window=300, **kw)),
+    "gemma 3": lambda **kw: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**BASE, sliding_window=300, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16, **kw)),
+    "gemma 2": lambda **kw: tf.Gemma2ForCausalLM(tf.Gemma2Config(**BASE, sliding_window=300, query_pre_attn_scalar=16, attn_logit_softcapping=20., **kw)),
+    "gpt-oss": lambda **kw: tf.GptOssForCausalLM(tf.GptOssConfig(**BASE, num_local_experts=2, num_experts_per_tok=1, sliding_window=300, **kw)),
+}
+
+
+def ranked(profile):
+    "A made-up profile that says how important the tokens of a page are."
+    fall = 4 * torch.exp(-torch.arange(PAGE, dtype=torch.float64) / 32)
+    return replace(profile, importance={i: tuple((fall / fall.mean()).expand(s.k_mean.shape[0], PAGE) for _ in "kv") for i, s in profile.layers.items()})
+
+
+@pytest.fixture(scope="module")
+def models():
+    made = {}
+    def get(name):
+        if name not in made:
+            torch.manual_seed(0)
+            first = MODELS[name](attn_implementation="eager" if name == "gemma 2" else "sdpa") if name != "gpt-oss" else MODELS[name](attn_implementation="eager")
+            for p in first.parameters(): p.data *= 2 if p.dim() > 1 else 1
+            other = MODELS[name](attn_implementation="ndkv_packed").eval()
+            other.load_state_dict(first.state_dict())
+            text = torch.randint(1, 61, (4, 320), generator=torch.Generator().manual_seed(5))
+            made[name] = first.eval(), other, calibrate(first, text, window=16, enough=1, bar=False)
+        return made[name]
+    return get
+
+
+def codecs(seed=0, bits=3., rope=None, first=4):
+    "Codecs of one layer with heads of 24 and 16 channels, on statistics that fall steeply."
+    profile = ranked(profile_of({0: (H, D, DV)}, tf.LlamaConfig(**BASE, )))
+    if rope is not None: profile = replace(profile, layers={0: replace(profile.layers[0], rope=rope)})
+    return plan_pages(replace(profile, model={}), bits, first)
+
+
+class Plain:
+    "What a layer of pages should be: a list of all tokens, each as it is read, and whether it is packed."
+    def __init__(self, codecs, window, sinks): self.codecs, self.window, self.sinks, self.x, self.packed = codecs, window, sinks, [None, None], []
+
+    def flush(self, L):
+        for a in range(self.sinks, L - self.window - PAGE + 1, PAGE):
+            if all(self.packed[a:a+PAGE]): continue
+            keys = self.codecs[0].encode(self.x[0][:, :, a:a+PAGE], a)
+            values = self.codecs[1].encode(self.x[1][:, :, a:a+PAGE], a, self.codecs[0].order(keys))
+            for x, c, e in zip(self.x, self.codecs, (keys, values)): x[:, :, a:a+PAGE] = c.decode(e, a, x.dtype)
+            self.packed[a:a+PAGE] = [True]*PAGE
+
+    def update(self, k, v):
+        L, q = len(self.packed), k.shape[2]
+        self.flush(L)
+        self.x = [new.clone() if x is None else torch.cat([x, new], 2) for x, new in zip(self.x, (k, v))]
+        self.packed += [False]*q
+        out = [x.clone() for x in self.x]
+        if q > PAGE: self.flush(L + q)
+        return out
+
+    def crop(self, n):
+        self.x = [x[:, :, :x.shape[2] - n] for x in self.x]
+        self.packed = self.packed[:len(self.packed) - n]
+        cut = self.sinks + (len(self.packed) - self.sinks)//PAGE*PAGE
+        for i in range(max(cut, 0), len(self.packed)): self.packed[i] = False
+
+
+def drawn(q, g, B=2):
+    fall = lambda d: torch.logspace(0, -2, d)
+    return tuple(torch.randn(B, H, q, d, generator=g) * fall(d) for d in (D, DV))
+
+
+@settings(max_examples=12, deadline=None)
+@given(steps=st.lists(st.tuples(st.sampled_from(["feed", "feed", "feed", "crop"]), st.integers(1, 300)), min_size=2, max_size=7),
+       window=st.sampled_from([0, 16, 128]), sinks=st.sampled_from([0, 4]), kind=st.sampled_from(["plain", "memo", "offload", "reader"]), seed=st.integers(0, 9), turns=st.booleans())
+def test_random_operations(steps, window, sinks, kind, seed, turns):
+    "Every storage and both readers hold and give what the plain list does."
+    rope = Rope(10000. ** -(torch.arange(0, D, 2).float() / D)) if turns else None
+    plan = codecs(rope=rope, first=sinks)
+    kw = dict(memo=kind == "memo", offload=kind == "offload", reader=(lambda layer, *past: tuple(p.read() for p in past)) if kind == "reader" else None)
+    layer, plain, g = NDLayer(0, (3, 3), "pages", window, sinks, PAGE, codecs=plan, **kw), Plain([plan[0, k] for k in "kv"], window, sinks), torch.Generator().manual_seed(seed)
+    for what, n in [("feed", 200), *steps]:
+        L = len(plain.packed)
+        if what == "crop" and L <= n: continue
+        if what == "crop":
+            layer.crop(-n)
+            plain.crop(n)
+            continue
+        new = drawn(n, g)
+        got, want = layer.update(*new), plain.update(*new)
+        for x, y in zip(got, want):
+            assert x.shape == y.shape and torch.equal(x[:, :, L:], y[:, :, L:])
+            assert other_codes(x, y) < .05 # a sum in another order moves a code at a tie
+        assert layer.get_seq_length() == len(plain.packed) and layer.stores[0].packed.n == layer.stores[1].packed.n == sum(plain.packed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 400), length=st.integers(1, 500), first=st.integers(0, 400))
+def test_a_past_in_tiles_is_the_past(n, length, first):
+    "However it is cut, and from whichever token on."
+    plan, g = codecs(), torch.Generator().manual_seed(0)
+    layer = NDLayer(0, (3, 3), "pages", 20, 4, PAGE, codecs=plan)
+    layer.update(*drawn(max(length, 200), g))
+    new, L = drawn(3, g), layer.get_seq_length()
+    whole = [s.read(x) for s, x in zip(layer.stores, new)]
+    keep = max(L + 3 - first, 3)
+    for s, x, want in zip(layer.stores, new, whole):
+        past = Past(s, x, keep)
+        assert torch.equal(torch.cat(list(past.tiles(n)), 2), want[:, :, -keep:]) or other_codes(torch.cat(list(past.tiles(n)), 2), want[:, :, -keep:]) < 1e-3
+
+
+@torch.no_grad()
+def stream(model, ids, cuts, cache, mask=None):
+    out = []
+    for a, b in zip((0, *cuts), (*cuts, ids.shape[1])):
+        kw = {} if mask is None else dict(attention_mask=mask[:, :b], position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, a:b])
+        out.append(model(ids[:, a:b], past_key_values=cache, use_cache=True, **kw).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_readers_say_the_same(models, name):
+    "A prompt, a chunk and tokens, through decoding and through tiles; capped scores, learned sinks, sliding windows."
+    plain, packed, profile = models(name)
+    ids = torch.randint(1, 61, (2, 420), generator=torch.Generator().manual_seed(1))
+    make = lambda model, **kw: NDCache(model.config, 3, "pages", profile, window=16, **kw)
+    caches = make(plain, length=420), page_cache(packed.config, 3, profile, window=16, length=420)
+    one, two = (stream(m, ids, (400, 407, *range(408, 420)), c) for m, c in zip((plain, packed), caches))
+    assert caches[0].report()["packed_tokens"] >= 2*PAGE and caches[0].report()["bits_packed"] == caches[1].report()["bits_packed"] <= 3
+    assert (one - two).abs().max() < 2e-3 * one.abs().max()
+    exact = stream(plain, ids, (), tf.DynamicCache(config=plain.config))
+    assert (one - exact).abs().max() > 1e-4 # something was packed, and read
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 3"])
+def test_generate(models, name):
+    "Beams, sampling and assisted decoding run with both readers, and hold every token."
+    plain, packed, profile = models(name)
+    ids = torch.randint(1, 61, (2, 300), generator=torch.Generator().manual_seed(2))
+    for model, cache in ((plain, lambda: NDCache(plain.config, 3, "pages", profile, window=16)), (packed, lambda: page_cache(packed.config, 3, profile, window=16))):
+        for kw in (dict(num_beams=3), dict(do_sample=True), dict(num_return_sequences=2, do_sample=True)):
+            c = cache()
+            out = model.generate(ids, past_key_values=c, max_new_tokens=6, **dict(do_sample=False) | kw)
+            assert c.get_seq_length() == out.shape[1] - 1 and c.report()["packed_tokens"] >= PAGE
+        c = cache()
+        out = model.generate(ids[:1], past_key_values=c, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3)
+        assert out.shape[1] == 306
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 3"])
+def test_padded_rows(models, name):
+    "A row of a padded batch is read as it is alone, through either reader."
+    plain, packed, profile = models(name)
+    plain, packed = (in_float64(copy.deepcopy(m)) for m in (plain, packed))
+    ids, mask = torch.randint(1, 61, (2, 330), generator=torch.Generator().manual_seed(3)), torch.ones(2, 330, dtype=torch.long)
+    mask[1, :37] = 0
+    for model, make in ((plain, lambda: NDCache(plain.config, 3, "pages", profile, window=16)), (packed, lambda: page_cache(packed.config, 3, profile, window=16))):
+        both = stream(model, ids, (310, 320), make(), mask)
+        alone = stream(model, ids[1:, 37:], (310 - 37, 320 - 37), make())
+        assert (both[1:, 37:] - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_files_and_forks(models, tmp_path):
+    "A file holds the pages and nothing that another layout could read; a fork goes its own way."
+    plain, _, profile = models("llama")
+    make = lambda bits=3., **kw: NDCache(plain.config, bits, "pages", profile, window=16, **kw)
+    ids = torch.randint(1, 61, (2, 330), generator=torch.Generator().manual_seed(4))
+    a = make()
+    stream(plain, ids, (), a)
+    path = save_cache(a, tmp_path / "a.safetensors", plain)
+    b, c = load_cache(path, make(), plain), fork(a)
+    for other in (b, c):
+        for x, y in zip(a.layers, other.layers):
+            assert all(torch.equal(s.packed.entries["pages"], t.packed.entries["pages"]) for s, t in zip(x.stores, y.stores))
+    more = [stream(plain, ids[:, :9], (), cache) for cache in (a, b, c)]
+    assert torch.equal(more[0], more[1]) and torch.equal(more[0], more[2])
+    with pytest.raises(ValueError, match="saved with") as e: load_cache(path, make(2.), plain)
+    assert "\n" not in str(e.value)
+    cut = path.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(cut[:-7])
+    with pytest.raises(ValueError, match="damaged"): load_cache(tmp_path / "cut.safetensors", make(), plain)
+
+
+@pytest.mark.parametrize("length", [2048, 4096, 32768])
+@pytest.mark.parametrize("bits", [1., 2.])
+@pytest.mark.parametrize("d", [64, 256])
+def test_asked_is_stored(length, bits, d):
+    "Layers that see 512 tokens beside layers that see all: within 2 %, and never more; with bases in the budget, too."
+    config = tf.Gemma3TextConfig(**GEMMA | dict(head_dim=d))
+    profile = ranked(profile_of(dict.fromkeys(range(18), (1, d, d)), config))
+    held = held_tokens(profile, length, block=PAGE, model=config)
+    stored = effective_bits(plan_pages(profile, bits, length=length, model=config), held)
+    assert .98 * bits < stored <= bits
+    paid = plan_pages(profile, bits + .5, length=length, tokens=length, model=config)
+    stored = effective_bits(paid, held) + frame_bits(paid, held) / max(held.values())
+    assert .97 * (bits + .5) < stored <= (bits + .5) * 1.001
+
+
+def test_a_cache_stores_what_is_asked():
+    config = tf.Gemma3TextConfig(**GEMMA | dict(head_dim=32, num_hidden_layers=6))
+    profile = ranked(profile_of(dict.fromkeys(range(6), (1, 32, 32)), config))
+    cache = NDCache(config, 2, "pages", profile, length=2048)
+    for layer in cache._mine:
+        for _ in range(16): layer.update(*torch.randn(2, 1, 1, 128, 32))
+    r = cache.report()
+    assert 1.9 < r["bits_packed"] <= 2.05
+    assert all(s.packed.entries["pages"].nbytes == s.packed.codec.nbytes * s.packed.n // PAGE for layer in cache._mine for s in layer.stores)
+
+
+@pytest.mark.parametrize("D", [8, 16, 40, 64, 80, 96, 112, 128, 192, 256])
+def test_every_width_of_heads(D):
+    "Bytes are what strips count; keys and values come back; a page is read without any other."
+    g = torch.Generator().manual_seed(D)
+    cov = torch.diag_embed(torch.logspace(0, -3, D, dtype=torch.float64)).expand(2, D, D)
+    basis = klt(cov, torch.eye(D, dtype=torch.float64).expand(2, D, D), torch.zeros(2, D))
+    widths = torch.randint(0, 9, (2, 3, len(runs(D))), generator=g)
+    widths[:, :, 0] = 8
+    x = torch.randn(1, 2, 2*PAGE, D, generator=g) * torch.logspace(0, -1.5, D)
+    for kind in "kv":
+        c = PageCodec(kind, basis, widths, direction=torch.randn(2, D, generator=g) if kind == "k" else None)
+        assert c.nbytes == 2*FIXED + sum(strip_bytes(t, n, int(b)) for w in widths for t, row in enumerate(w) for n, b in zip(runs(D), row))
+        enc = c.encode(x)
+        y = c.decode(enc)
+        assert torch.equal(y[:, :, PAGE:], c.decode({"pages": enc["pages"][:, :, 1:]}, PAGE))
+        top = min(8, D) # the first run has eight bits for every token
+        assert (x - y)[..., :top].norm() < .1 * x[..., :top].norm()
+
+
+def test_heads_and_rows_are_alone():
+    "A page of a row and head does not depend on the others."
+    plan, g = codecs(), torch.Generator().manual_seed(0)
+    k, v = drawn(PAGE, g, 3)
+    c = plan[0, "k"]
+    enc = c.encode(k)["pages"]
+    other = k.clone()
+    other[1:] = torch.randn(other[1:].shape, generator=g)
+    assert other_codes(c.decode({"pages": c.encode(other)["pages"][:1]}), c.decode({"pages": enc[:1]})) < .02
+    other = k.clone()
+    other[:, 1] *= 3
+    a, b = (c.decode({"pages": e}) for e in (c.encode(other)["pages"], enc))
+    assert other_codes(a[:, :1], b[:, :1]) < .02
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, H, PAGE, D), 1e-20 * torch.ones(1, H, PAGE, D), 3e4 * torch.randn(1, H, PAGE, D), torch.randn(1, H, PAGE, D) * 10. ** torch.randint(-6, 4, (1, H, PAGE, 1))])
+def test_huge_and_tiny_norms(x):
+    "Nothing that is finite becomes something that is not, and large vectors are not lost beside small ones."
+    c = codecs(bits=5.)[0, "k"]
+    y = c.decode(c.encode(x))
+    assert y.isfinite().all() and (x - y).norm() <= .5 * x.norm() + 1e-3
+
+
+def test_importance_decides_the_tiers():
+    c = codecs()[0, "k"]
+    x = torch.randn(1, H, PAGE, D, generator=torch.Generator().manual_seed(0))
+    order = c.order(c.encode(x))[0, :, 0]
+    score = torch.einsum("htd,hd->ht", x[0], c.direction.float())
+    for h in range(H):
+        tiers = score[h, order[h]].split([16, 48, 64])
+        assert tiers[0].min() >= tiers[1].max() - .05 and tiers[1].min() >= tiers[2].max() - .05
+        assert sorted(order[h].tolist()) == list(range(PAGE)) and all((t.diff() > 0).all() for t in order[h].split([16, 48, 64]))
+
+
+def test_profiles_keep_importance(models, tmp_path):
+    _, _, profile = models("llama")
+    profile.save(tmp_path / "p.safetensors")
+    again = Profile.load(tmp_path / "p.safetensors")
+    assert all(torch.allclose(a.float(), b.float()) for i in profile.importance for a, b in zip(profile.importance[i], again.importance[i]))
+    both = profile.merge(replace(profile, data=[dict(profile.data[0], hash="0")]))
+    assert all(torch.allclose(a, b) for i in profile.importance for a, b in zip(profile.importance[i], both.importance[i]))
+    for change, says in ((lambda r: -r, "negative"), (lambda r: r * torch.nan, "not finite"), (lambda r: r[:, :64], "another shape")):
+        with pytest.raises(ValueError, match=says) as e: replace(profile, importance={i: (change(k), v) for i, (k, v) in profile.importance.items()}).check()
+        assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="importance of layers"): replace(profile, importance={0: profile.importance[0]}).check()
+
+
+def test_refused(models):
+    "One line, before the work, that says how to mend."
+    plain, packed, profile = models("llama")
+    make = lambda **kw: NDCache(plain.config, **dict(bits=2, method="pages", profile=profile) | kw)
+    cases = [(lambda: make(block=64), "use a multiple of 128"), (lambda: make(bits=.3), "do not pay"), (lambda: make(bits=(2, 2)), "one number"),
+             (lambda: make(profile=replace(profile, importance={})), "ndkv calibrate"), (lambda: make(profile=None), "codecs"),
+             (lambda: page_cache(plain.config, 2, profile), "attn_implementation='ndkv_packed'"), (lambda: page_cache(packed.config, 2), "ndkv calibrate"),
+             (lambda: make(reader=read_packed, exact_new=False), "reader"), (lambda: record("k", 20, ((1,),)*3), "8, 16, 24"),
+             (lambda: NDCache(tf.DeepseekV3Config(), 4, "pages", codecs={}), "latents"),
+             (lambda: allocate_strips([Strips(torch.zeros(1, 3, 2), torch.tensor([8, 8]))], 3.), "do not pay")]
+    for make_it, says in cases:
+        with pytest.raises(ValueError, match=says) as e: make_it().update(*torch.randn(2, 1, 2, 300, 16), 0)
+        assert "\n" not in str(e.value)
+    cache = make()
+    with pytest.raises(ValueError, match="prompt_cache"): refresh(cache, plain, torch.ones(1, 99).long(), prices=profile.prices)
+
+
+def test_a_reader_in_another_attention_is_refused(models):
+    "Pages that are handed to an attention that cannot read them stop the call."
+    plain, _, profile = models("llama")
+    cache = NDCache(plain.config, 3, "pages", profile, window=16, reader=read_packed)
+    ids = torch.randint(1, 61, (1, 330), generator=torch.Generator().manual_seed(4))
+    with pytest.raises(ValueError, match="ndkv_packed") as e: stream(plain, ids, (300,), cache)
+    assert "\n" not in str(e.value)
