@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
 from . import report as reporting
 from .attention import PagedCache
-from .cache import METHODS, NDCache, _nbytes, _tensors_in
+from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
 from .baselines import CACHES, CALIBRATED, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
 from .fisher import calibrate as measure_profile, own_text
@@ -39,10 +39,9 @@ from .hub import load_profile
 from .inspection import BUDGETS, anatomy, choose, draw, frontier
 from .metrics import quantile
 from .models import load_model, train as train_model
-from .profile import fingerprint
+from .profile import PAGE, fingerprint
 from .results import Run, round6
 from .search import recommend as search_bits, sweep as run_sweep
-from .spectral import plan
 
 # %% ../nbs/95_cli.ipynb #086698d0
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode='rich' if sys.stdout.isatty() else None,
@@ -186,13 +185,14 @@ def make_cells(
 ) -> list: # One `Cell` for each method and number
     "Caches to measure."
     known, out = sorted((*METHODS, *CACHES)), []
+    if 'pages' in methods: shape = dict(block=PAGE) | shape # all caches of a comparison have one shape
     for m in methods:
         if m not in known: raise ValueError(f'--method {m}: choose among {", ".join(known)}')
         if m == 'exact': continue
-        if profile is None and m in ('spectral', *CALIBRATED): raise ValueError(f'method {m} needs --profile; make one with `ndkv calibrate`')
+        if profile is None and m in (*PLANNED, *CALIBRATED): raise ValueError(f'method {m} needs --profile; make one with `ndkv calibrate`')
         for b in bits:
             options = dict(profile=profile) if m in CALIBRATED else dict(layers=layers) if m == 'turboquant' else {}
-            if m == 'spectral': options = dict(codecs=plan(profile, b, shape.get('block', Cell.block), shape.get('sinks', Cell.sinks), 256, length=length, window=shape.get('window', Cell.window), model=model))
+            if m in PLANNED: options = dict(codecs=make_plan(m, profile, b, shape.get('block', Cell.block), shape.get('sinks', Cell.sinks), shape.get('window', Cell.window), length, model))
             out.append(Cell(m, b, b if values else None, **shape, options=options))
     return out
 

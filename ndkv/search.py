@@ -21,15 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .baselines import _GRID, CACHES, CALIBRATED, VERSIONS
-from .cache import METHODS, NDCache, make_codec
+from .cache import METHODS, PLANNED, NDCache, make_codec, make_plan
 from .codebooks import distortion, lloyd_max
 from .data import read_documents
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate
 from .metrics import mean_stderr
+from .pages import VERSION as PAGES
 from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
 from .results import Run, code_version, load_rows, newest, merge, write_atomic
-from .spectral import plan
 from .stress import EDITIONS, load_twin
 from .tasks import QA_FILES, TASKS, task_scores
 
@@ -80,6 +80,7 @@ def cells_of(
             cell = dict(common, model=model, task=task, length=length, window=window, sinks=sinks, block=block, method=name, k_bits=k, v_bits=v, options=options)
             if (twin := model.partition("+")[2]) in EDITIONS: cell["edition"] = EDITIONS[twin]
             if name in VERSIONS: cell["version"] = VERSIONS[name]
+            if name == "pages": cell["version"] = PAGES
             out[hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]] = cell
     return out
 
@@ -144,15 +145,24 @@ def make_cell(
     if name == "turboquant": options.setdefault("layers", layers)
     if "first" in options: options["first"] = options["first"] * layers // 32  # baselines state it for 32 layers
     if name in CALIBRATED: options["profile"] = _profile(cell, where)
-    note = dict(profile=cell["calibration"]) if "profile" in options or name == "spectral" else {}
-    if name == "spectral":
-        if cell["k_bits"] != cell["v_bits"]: raise ValueError("spectral spends one budget on keys and values; give one number of bits")
-        note |= dict(home=str(cell["block"]), trellis=options.pop("trellis", 256), prices="fisher", allocation="global", tokens=options.pop("tokens", 0))
-        if options: raise ValueError(f"spectral has no option {next(iter(options))!r} in a grid; choose trellis or tokens")
-        options = dict(codecs=plan(_profile(cell, where), cell["k_bits"], cell["block"], cell["sinks"], note["trellis"], tokens=note["tokens"] or None,
-                                   length=cell["length"], window=cell["window"], model=_load(cell, where)[0]))
-        note["classes"] = len(next(iter(options["codecs"].values())).counts)
+    note = dict(profile=cell["calibration"]) if "profile" in options or name in PLANNED else {}
+    if name in PLANNED: options, more = _from_plan(cell, where)
+    if name in PLANNED: note |= more
     return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
+
+
+def _from_plan(cell, where):
+    "Options and note of a cell whose codecs are planned."
+    name, given = cell["method"], dict(cell["options"])
+    if cell["k_bits"] != cell["v_bits"]: raise ValueError(f"{name} spends one budget on keys and values; give one number of bits")
+    tokens, home = given.pop("tokens", 0), given.pop("home", cell["block"]) if name == "spectral" else cell["block"]
+    more = dict(trellis=given.pop("trellis", 256), block=home) if name == "spectral" else {}
+    if given: raise ValueError(f"{name} has no option {next(iter(given))!r} in a grid; choose {'trellis, home or tokens' if more else 'tokens'}")
+    codecs = make_plan(name, _profile(cell, where), cell["k_bits"], **dict(block=cell["block"]) | more, sinks=cell["sinks"], window=cell["window"],
+                       length=cell["length"], model=_load(cell, where)[0], tokens=tokens or None)
+    note = dict(prices="fisher", allocation="global", tokens=tokens)
+    if more: note |= dict(home=str(home), trellis=more["trellis"], classes=len(next(iter(codecs.values())).counts))
+    return dict(codecs=codecs), note
 
 
 def measure(
@@ -184,7 +194,7 @@ def _texts_of(cell, data):
     if cell["task"] in QA_FILES: files = [Path(data) / "qa" / f"{QA_FILES[cell['task']]}.test.json"]
     else: files = [] if cell["task"] in TASKS else [find_text(cell["task"], data)]
     if cell["task"] in TASKS and cell["haystack"]: files.append(find_text(cell["haystack"], data))
-    if cell["method"] in (*CALIBRATED, "spectral") and cell["calibration"]: files.append(find_text(cell["calibration"], data))
+    if cell["method"] in (*CALIBRATED, *PLANNED) and cell["calibration"]: files.append(find_text(cell["calibration"], data))
     return files
 
 # %% ../nbs/80_search.ipynb #cf52ce9d

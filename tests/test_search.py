@@ -154,6 +154,22 @@ def test_baselines_and_spectral_in_one_grid(home, tmp_path, clean_code):
     assert methods['spectral'] == 1 and methods['oscar'] == 3 and methods['turboquant'] == 8
 
 
+def test_pages_and_their_plan_in_one_grid(home, tmp_path, clean_code):
+    "The same windows for both; rows say which format."
+    grid = dict(models=['tiny'], methods=['pages', {'method': 'spectral', 'home': 64, 'trellis': 0}], bits=[3], tasks=['prose'], length=[330], n=1, window=[16], sinks=[4], block=[128], calibration='prose', calibration_windows=4)
+    assert not go(home, tmp_path, grid)['failed']
+    rows = {(r['method'], r['metric']): r for r in load_rows(tmp_path)}
+    assert rows['pages', 'kl_mean']['value'] > 0 and rows['pages', 'bits']['value'] <= 3 and rows['spectral', 'bits']['value'] <= 3.02
+    assert rows['pages', 'kl_mean']['version'] == 1 and rows['spectral', 'kl_mean']['home'] == '64'
+    with pytest.raises(ValueError, match='choose tokens'): search_from_plan(home, dict(trellis=0))
+
+
+def search_from_plan(home, options):
+    cell = next(iter(cells_of(read_grid(dict(models=['tiny'], methods=[{'method': 'pages'} | options], bits=[3], calibration='prose'))).values()))
+    from ndkv.search import make_cell
+    return make_cell(cell, dict(data=home / 'data', zoo=home / 'zoo'))
+
+
 def test_a_profile_is_measured_once_for_all_that_need_it(home, tmp_path, clean_code, monkeypatch):
     from ndkv import search
     grid, calls, measure = dict(models=['tiny'], methods=['spectral'], bits=[3], tasks=['prose'], length=[160], n=1, window=[16], sinks=[4], block=[64], calibration='prose', calibration_windows=4), [], search.calibrate
