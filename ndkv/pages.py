@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .codebooks import Codebook, distortion, lloyd_max
 from .frames import Frame, head_rows
+from .kernels_encode_pages import Encoder
 from .profile import PAGE, Profile
 from .spectral import CHANNEL_BYTES, HEAD_BYTES, Home, SmallFrame, _filled_and_empty, held_tokens, key_frame, klt
 
@@ -415,10 +416,11 @@ class PageCodec:
         widths:Tensor,       # Bits of each strip `[H, tiers, runs]`
         home:Home=Home(),    # Coordinates of keys: blocks of PAGE tokens
         direction:Tensor|None=None, # Of keys `[H, D]`: `direction · key before RoPE` predicts the importance
+        by_kernel:bool=False, # Encode by the kernels of `33_kernels_encode_pages`
     ):
         if home.rope is not None and home.block != PAGE:
             raise ValueError(f"PageCodec: keys relative to blocks of {home.block} tokens; pages hold {PAGE}")
-        self.kind, self.D, self.home, self.strips = kind, basis.A.shape[-1], home, widths
+        self.kind, self.D, self.home, self.strips, self.by_kernel = kind, basis.A.shape[-1], home, widths, by_kernel
         self.direction = None if direction is None else direction.bfloat16()
         channels = widths.repeat_interleave(torch.tensor(runs(self.D)), -1) # [H, tiers, D]
         self.widths = channels.amax(1) # of a channel at most
@@ -472,6 +474,7 @@ def _encode(self:PageCodec,
 ) -> dict: # "pages" uint8 `[B, 1, P, nbytes]`
     "Write pages."
     if x.shape[2] % PAGE: raise ValueError(f"PageCodec: {x.shape[2]} tokens are no whole pages of {PAGE}")
+    if self.by_kernel and self._for_kernel(pos, order): return {"pages": self._encoder(x.device)(x, self._turn(x, pos), order)}
     (basis, _, lam), positions = self._on(x.device), torch.arange(pos, pos + x.shape[2], device=x.device)
     order = self._order_of(x, positions) if order is None else order
     z = self.home.enter(x, positions, basis.mean)
@@ -485,6 +488,72 @@ def _encode(self:PageCodec,
 
 
 PageCodec._order_of, PageCodec.encode = _order_of, _encode
+
+# %% ../nbs/35_pages.ipynb #1a137a19
+def _levels_table(device):
+    "Thresholds and levels of 0 to 4 bits, 16 each; distortion and last level of 0 to 8 bits."
+    padded = lambda t, fill: F.pad(t, (0, 16 - len(t)), value=fill)
+    levels = [(integer_levels(b) * UNIT).float() for b in range(1, 5)]
+    middles = [padded((x[1:] + x[:-1]) / 2, math.inf) for x in levels]
+    none = torch.full((16,), math.inf), torch.zeros(16)
+    return torch.cat([none[0], *middles, none[1], *(padded(x, 0.) for x in levels), *(t.cpu() for t in _reach(torch.device("cpu")))]).to(device)
+
+
+def _byte_fields(rec, D, row):
+    "Fields of every byte of a head, places in its scratch row `[nbytes, 8]`; bits of a field in each byte."
+    fields, sizes = torch.full((FIXED + rec.nbytes, 8), -1, dtype=torch.int32), torch.full((FIXED + rec.nbytes,), 8, dtype=torch.uint8)
+    fields[0, 0] = PAGE*D + 2*PAGE + TIERS[0] + TIERS[1] # the base of norms
+    bits = torch.arange(PAGE + TIERS[0] + TIERS[1], dtype=torch.int32).view(-1, 8) + PAGE*D + PAGE
+    fields[HEADER:HEADER+ORDER], sizes[HEADER:HEADER+ORDER] = bits, 1
+    fields[HEADER+ORDER:FIXED, :2], sizes[HEADER+ORDER:FIXED] = PAGE*D + _ROWS.int().view(-1, 2), 4
+    for f in rec.fields:
+        here, which = f.by_byte
+        place = F.pad(f.code + (f.low << 28), (0, 1), value=-1)[which].int()
+        fields[FIXED + here, :8//f.size], sizes[FIXED + here] = place, f.size
+    return torch.where(fields >= 0, fields + row, -1), sizes
+
+
+def _encoder(self:PageCodec, device):
+    "Tables of the kernels on a device, made once."
+    if ("encoder", device) in self._at: return self._at["encoder", device]
+    basis, direction, lam = self._on(device)
+    places, rope = torch.arange(PAGE, device=device), self.home.rope
+    turned = lambda v: self.home._turned(v, places) if rope is not None else v[:, None].expand(-1, PAGE, -1)
+    M, row = basis.A / head_rows(basis.scale).mT, Encoder.row_of(self.D, PAGE)
+    fields, sizes = map(torch.cat, zip(*(_byte_fields(rec, self.D, h*row) for h, rec in enumerate(self.records))))
+    partner = None if rope is None else _partners(rope, self.D).to(device)
+    by_tier = self.strips.repeat_interleave(torch.tensor(runs(self.D)), -1).to(torch.uint8)
+    self._at["encoder", device] = Encoder(M.contiguous(), -(turned(basis.mean) @ M.mT).contiguous(), None if direction is None else turned(direction).contiguous(),
+        lam.float().contiguous(), by_tier.to(device).contiguous(), _levels_table(device), partner, fields.to(device), sizes.to(device), TIERS, UNIT, STEP, TOP)
+    return self._at["encoder", device]
+
+
+def _for_kernel(self:PageCodec, pos, order):
+    "Is there an order, or a direction that gives one, and do pages start where the coordinates say?"
+    ordered = order is not None or self.direction is not None
+    return ordered and (self.home.rope is None or (pos - self.home.first) % PAGE == 0)
+
+
+def _partners(rope, D):
+    "Channel that RoPE turns each channel with, itself where it turns none: int32 `[D]`."
+    order, n = rope.order(D), len(rope.inv_freq)
+    out = torch.arange(D)
+    out[order[:n]], out[order[n:2*n]] = order[n:2*n], order[:n]
+    return out.int()
+
+
+def _turn(self:PageCodec, x, pos):
+    "cos and sin `[pages, D]` that turn keys back by the start of their page."
+    rope = self.home.rope
+    if rope is None: return None
+    start = torch.arange(pos, pos + x.shape[2], PAGE, device=x.device)
+    first = torch.zeros(self.D, device=x.device)
+    first[rope.order(self.D)[:len(rope.inv_freq)].to(x.device)] = 1.
+    one, other = (rope.undo(t.expand(len(start), -1), start) for t in (first, 1 - first))
+    return torch.where(first > 0, one, other), torch.where(first > 0, other, one)
+
+
+PageCodec._encoder, PageCodec._turn, PageCodec._for_kernel = _encoder, _turn, _for_kernel
 
 # %% ../nbs/35_pages.ipynb #5c2efb4d
 def _heads(self:PageCodec, pages):

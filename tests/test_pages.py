@@ -1,5 +1,8 @@
 "Tiered pages in a cache: a plain reference under random operations, both readers, files, padding, sliding windows, budgets, and what is refused."
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +11,7 @@ import transformers as tf
 from hypothesis import given, settings, strategies as st
 
 from ndkv.attention import page_cache, read_packed
-from ndkv.cache import NDCache, NDLayer, NDSlidingLayer, Past, refresh
+from ndkv.cache import NDCache, NDLayer, Past, refresh
 from ndkv.fisher import calibrate
 from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
 from ndkv.profile import Profile, Rope
@@ -270,6 +273,28 @@ def test_huge_and_tiny_norms(x):
     assert y.isfinite().all() and (x - y).norm() <= .5 * x.norm() + 1e-3
 
 
+@pytest.mark.parametrize("D, rope, strided", [(24, None, True), (24, Rope(10000. ** -(torch.arange(0, 16, 2) / 16), 1.2, "interleaved", 4), True),
+                                              (64, Rope(10000. ** -(torch.arange(0, 64, 2) / 64)), False)])
+def test_kernels_write_what_plain_torch_writes(D, rope, strided):
+    "In the interpreter or on a GPU: the same order, and the same bytes but where two codes or norms err alike."
+    device, g = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(D)
+    cov = torch.diag_embed(torch.logspace(0, -3, D, dtype=torch.float64)).expand(2, D, D)
+    basis = klt(cov, torch.eye(D, dtype=torch.float64).expand(2, D, D), torch.randn(2, D, generator=g) * .1)
+    widths = torch.randint(0, 9, (2, 3, len(runs(D))), generator=g).sort(-1, descending=True).values.sort(1, descending=True).values
+    x = (torch.randn(2, 2, 2*PAGE, D, generator=g) * torch.logspace(0, -1.5, D) + basis.mean[:, None]).to(device)
+    if strided: x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    home = Home(rope, PAGE, 4) if rope is not None else Home()
+    make = lambda kind, **kw: PageCodec(kind, basis, widths, home if kind == "k" else Home(), torch.randn(2, D, generator=torch.Generator().manual_seed(1)) if kind == "k" else None, **kw)
+    plain, kernel = make("k"), make("k", by_kernel=True)
+    a, b = plain.encode(x, 4 + 3*PAGE), kernel.encode(x, 4 + 3*PAGE)
+    assert (plain.order(a) == plain.order(b)).double().mean() > .99 and (a["pages"] == b["pages"]).double().mean() > .97
+    assert other_codes(plain.decode(a, 4 + 3*PAGE).cpu(), plain.decode(b, 4 + 3*PAGE).cpu()) < .05
+    values = make("v"), make("v", by_kernel=True)
+    a, b = (c.encode(x, 4, plain.order(a)) for c in values)
+    assert (a["pages"] == b["pages"]).double().mean() > .98 and torch.equal(values[0].order(a), values[0].order(b))
+    assert other_codes(values[0].decode(a).cpu(), values[0].decode(b).cpu()) < .05
+
+
 def test_importance_decides_the_tiers():
     c = codecs()[0, "k"]
     x = torch.randn(1, H, PAGE, D, generator=torch.Generator().manual_seed(0))
@@ -318,3 +343,26 @@ def test_a_reader_in_another_attention_is_refused(models):
     ids = torch.randint(1, 61, (1, 330), generator=torch.Generator().manual_seed(4))
     with pytest.raises(ValueError, match="ndkv_packed") as e: stream(plain, ids, (300,), cache)
     assert "\n" not in str(e.value)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ndkv import kernels_encode_pages as kernels
+types = dict(X='*bf16', PARTNER='*i32', WIDTHS='*u8', ORDER='*i64', FIELDS='*i32', SIZES='*u8', ROW='*u8', PAGES='*u8')
+floats, sizes = ('COS', 'SIN', 'BASIS', 'OFFSET', 'DIRECTION', 'LAM', 'TABLES', 'ALL'), ('H', 'pages', 'sb', 'sh', 'st', 'row', 'nbytes')
+types |= dict.fromkeys(floats, '*fp32') | dict.fromkeys(sizes, 'i32')
+keys = dict(D=64, DP=64, PAGE=128, T0=16, T1=48, TURN=True, FOLLOWS=False, UNIT=7.5/256, STEP=.25, TOP=2)
+for kernel, constants in ((kernels._codes_kernel, keys), (kernels._codes_kernel, keys | dict(TURN=False, FOLLOWS=True)), (kernels._bytes_kernel, dict(BLOCK=256))):
+    signature = {name: types.get(name, 'constexpr') for name in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget('cuda', 90, 32), options=dict(num_warps=8))
+    assert len(compiled.asm['cubin']) > 1000
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    "For sm_90, on any machine: what the interpreter takes the compiler may not."
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
