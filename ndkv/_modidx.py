@@ -325,6 +325,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ndkv.cache._wants_places': ('cache.html#_wants_places', 'ndkv/cache.py'),
                             'ndkv.cache._warn': ('cache.html#_warn', 'ndkv/cache.py'),
                             'ndkv.cache._whole': ('cache.html#_whole', 'ndkv/cache.py'),
+                            'ndkv.cache._whole_bits': ('cache.html#_whole_bits', 'ndkv/cache.py'),
                             'ndkv.cache.encoder_decoder': ('cache.html#encoder_decoder', 'ndkv/cache.py'),
                             'ndkv.cache.equalised_method': ('cache.html#equalised_method', 'ndkv/cache.py'),
                             'ndkv.cache.exact_method': ('cache.html#exact_method', 'ndkv/cache.py'),

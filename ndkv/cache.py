@@ -27,7 +27,7 @@ from .frames import rotation
 from .hub import load_profile
 from .pages import PAGE, PageCodec, plan_pages
 from .probe import Halves, device_of, divergence, private_copy
-from .profile import Profile, _differences, collect, describe, rotated_average
+from .profile import Profile, _differences, collect, describe, layer_shapes, rotated_average
 from .spectral import Refreshed, SpectralCodec, code_table, key_frame, klt, plan
 
 # %% ../nbs/40_cache.ipynb #2e5a5e1c
@@ -1125,6 +1125,13 @@ def _partings(model, ids, cut, caches):
     return [divergence(halves, h, read(c)).mean().item() for c in caches]
 
 # %% ../nbs/40_cache.ipynb #022e7d58
+def _whole_bits(config, bits, block):
+    "Most bits a channel of equalised blocks, with their norms, means and weights, that a budget pays for; at least one."
+    dims = {d for *_, d in layer_shapes(config) if d}
+    cost = lambda b: max(make_codec("equalised", d, b, block, layer=0, kind="k", heads=1).bits_per_element for d in dims)
+    return max([1, *(b for b in range(1, 9) if cost(b) <= bits)])
+
+# %% ../nbs/40_cache.ipynb #0bdeba91
 def prompt_cache(
     model,                # A causal language model of `transformers`
     ids:Tensor,           # The prompt `[B, T]`, without padding; sequences of a batch share the frames
@@ -1142,7 +1149,7 @@ def prompt_cache(
     "A cache in frames measured on the prompt, or of equalised blocks where the prompt is short or its frames do worse."
     kw |= dict(window=window, sinks=sinks, block=block)
     NDCache(model.config, method="spectral", codecs={}, **kw) # refuses before the work what it would refuse after it
-    equalised = lambda: NDCache(model.config, max(1, int(bits)), **kw)
+    equalised = lambda: NDCache(model.config, _whole_bits(model.config, bits, block), **kw)
     def measured(ids):
         profile = prompt_profile(model, ids, sinks=sinks, block=block)
         codecs = plan(profile, bits, block, sinks, trellis, tokens=tokens, length=length, window=window, model=model)
