@@ -88,9 +88,10 @@ def _norm(u, w, weight, near, base, TABLES, UNIT: tl.constexpr, STEP: tl.constex
 
 
 @triton.jit
-def _codes_kernel(X, COS, SIN, PARTNER, BASIS, OFFSET, DIRECTION, LAM, WIDTHS, TABLES, ORDER, ALL, ROW, H, pages, sb, sh, st, row,
-                  D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, TURN: tl.constexpr, FOLLOWS: tl.constexpr,
-                  UNIT: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr):
+def _codes_kernel(X, COS, SIN, PARTNER, BASIS, OFFSET, DIRECTION, LAM, WIDTHS, TABLES, ORDER, ALL, ROW,
+                  H, pages, sb, sh, st, row,
+                  D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+                  TURN: tl.constexpr, FOLLOWS: tl.constexpr, UNIT: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr):
     bp, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, p = bp // pages, bp % pages
     i, c = tl.arange(0, PAGE), tl.arange(0, DP)
@@ -100,18 +101,23 @@ def _codes_kernel(X, COS, SIN, PARTNER, BASIS, OFFSET, DIRECTION, LAM, WIDTHS, T
     at = X + b*sb + h*sh + (p*PAGE + token[:, None])*st
     x = tl.load(at + c[None, :], mask=live[None, :], other=0.).to(tl.float32)
     if TURN:
-        y = tl.load(at + tl.load(PARTNER + c, mask=live, other=0)[None, :], mask=live[None, :], other=0.).to(tl.float32)
-        x = x*tl.load(COS + p*D + c, mask=live, other=0.)[None, :] + y*tl.load(SIN + p*D + c, mask=live, other=0.)[None, :]
+        partner = tl.load(PARTNER + c, mask=live, other=0)
+        y = tl.load(at + partner[None, :], mask=live[None, :], other=0.).to(tl.float32)
+        cos, sin = tl.load(COS + p*D + c, mask=live, other=0.), tl.load(SIN + p*D + c, mask=live, other=0.)
+        x = x*cos[None, :] + y*sin[None, :]
     slot = i
     if not FOLLOWS: # rows are tokens, of which each finds its slot
-        score = tl.sum(x*tl.load(DIRECTION + (h*PAGE + i[:, None])*D + c[None, :], mask=live[None, :], other=0.), 1)
+        direction = tl.load(DIRECTION + (h*PAGE + i[:, None])*D + c[None, :], mask=live[None, :], other=0.)
+        score = tl.sum(x*direction, 1)
         score -= tl.sum(score, 0) / PAGE
         size = tl.maximum(tl.sqrt(tl.sum(score*score, 0) / PAGE), 1e-30)
         rank = _rank(tl.floor(1000*score/size + .5), PAGE)
         tier = (rank >= T0).to(tl.int32) + (rank >= T0 + T1).to(tl.int32)
         slot = tl.where(tier == 0, 0, tl.where(tier == 1, T0, T0 + T1)) + _earlier(tier, PAGE)
-    M = tl.load(BASIS + h*D*D + c[None, :]*D + c[:, None], mask=live[None, :] & live[:, None], other=0.) # transposed
-    u = tl.dot(x, M, input_precision="tf32x3") + tl.load(OFFSET + (h*PAGE + token[:, None])*D + c[None, :], mask=live[None, :], other=0.)
+    both = live[None, :] & live[:, None]
+    basis = tl.load(BASIS + h*D*D + c[None, :]*D + c[:, None], mask=both, other=0.) # transposed
+    u = tl.load(OFFSET + (h*PAGE + token[:, None])*D + c[None, :], mask=live[None, :], other=0.)
+    u += tl.dot(x, basis, input_precision="tf32x3")
     tl.store(U + slot[:, None]*D + c[None, :], u, mask=live[None, :])
     # upper half or not, by token; tier 0 or not, by token of the upper half
     half = slot < T0 + T1
@@ -128,7 +134,8 @@ def _codes_kernel(X, COS, SIN, PARTNER, BASIS, OFFSET, DIRECTION, LAM, WIDTHS, T
     for a in range(0, PAGE, 16):
         v, w, weight = _tile(U, WIDTHS, LAM, h, a, D, DP, T0, T1)
         n = _norm(v, w, weight, _near(v, w, STEP), base, TABLES, UNIT, STEP)
-        code, _ = _nearest(v/tl.exp2((base + n)*STEP)[:, None], w[None, :] + tl.zeros_like(v).to(tl.int32), TABLES, TABLES + 80, UNIT)
+        wide = w[None, :] + tl.zeros_like(v).to(tl.int32)
+        code, _ = _nearest(v/tl.exp2((base + n)*STEP)[:, None], wide, TABLES, TABLES + 80, UNIT)
         here = a + tl.arange(0, 16)
         tl.store(mine + here[:, None]*D + c[None, :], code.to(tl.uint8), mask=live[None, :])
         tl.store(mine + PAGE*D + here, n.to(tl.uint8))
@@ -184,8 +191,10 @@ class Encoder:
         cos, sin = turn or (self.lam, self.lam)
         partner = self.sizes if self.partner is None else self.partner
         direction = self.lam if self.direction is None else self.direction
-        _codes_kernel[(B*P, H)](x, cos, sin, partner, self.basis, self.offset, direction, self.lam, self.widths, self.tables,
-            self.widths if order is None else order.contiguous(), coordinates, rows, H, P, *x.stride()[:3], row, D, max(triton.next_power_of_2(D), 16), page,
-            *self.tiers[:2], turn is not None, self.direction is None, self.unit, self.step, self.top, num_warps=8)
+        order = self.widths if order is None else order.contiguous()
+        read = x, cos, sin, partner, self.basis, self.offset, direction, self.lam, self.widths, self.tables, order
+        shapes = H, P, *x.stride()[:3], row, D, max(triton.next_power_of_2(D), 16), page, *self.tiers[:2]
+        fixed = turn is not None, self.direction is None, self.unit, self.step, self.top
+        _codes_kernel[(B*P, H)](*read, coordinates, rows, *shapes, *fixed, num_warps=8)
         _bytes_kernel[(B*P, triton.cdiv(nbytes, 256))](rows, self.fields, self.sizes, out, H*row, nbytes, 256)
         return out

@@ -137,8 +137,9 @@ def strips_of(
     D = basis.scale.shape[-1]
     n = torch.tensor(runs(D))
     lam = torch.stack([x.sum(-1) for x in (basis.scale.double()**2).split(n.tolist(), -1)], -1)
-    page = PAGE / sharing if sharing else 0.
-    return Strips(lam[:, None] * importance.double()[..., None], n, tokens, CHANNEL_BYTES(D)*page, FIXED + (HEAD_BYTES(D) + 2*D*direction)*page)
+    page, power = PAGE / sharing if sharing else 0., lam[:, None] * importance.double()[..., None]
+    head = HEAD_BYTES(D) + 2*D*direction
+    return Strips(power, n, tokens, CHANNEL_BYTES(D)*page, FIXED + head*page)
 
 
 def allocate_strips(
@@ -335,8 +336,13 @@ class _Rounding:
         return out.view(codes.shape)
 
     def _on(self, device):
-        if device not in self.there: self.there[device] = [(b, i.to(device)) for b, i in self.at]
-        return self.there[device]
+        if device not in self.there: self.there[device] = [(b, i.to(device)) for b, i in self.at], self.widths.to(device)
+        return self.there[device][0]
+
+    def on(self, device):
+        "The widths on a device, moved there once: a copy to a GPU makes the host wait."
+        self._on(device)
+        return self.there[device][1]
 
 # %% ../nbs/35_pages.ipynb #8ac78602
 @cache
@@ -357,7 +363,7 @@ def _least(steps, error):
 
 def _norms_and_codes(u, rounding, lam):
     "u `[..., H, PAGE, D]` over √λ -> bases `[..., H]`, norms and codes of least error, weighted by `lam`."
-    widths = rounding.widths.to(u.device)
+    widths = rounding.on(u.device)
     on = (widths > 0).float()
     weight, (D, last) = lam[:, None].float() * on, (t[widths] for t in _reach(u.device))
     rms = ((u.square() * on).sum(-1) / on.sum(-1).clamp_min(1)).sqrt().clamp_min(2.**-30)
@@ -404,6 +410,10 @@ def unpack_order(
 
 # %% ../nbs/35_pages.ipynb #a3ba8992
 _ROWS = (torch.arange(8)[:, None] + 8*torch.arange(16)).flatten() # slots in the order of norms: [g][tile, r]
+
+
+@cache
+def _rows(device): return _ROWS.to(device), _ROWS.argsort().to(device) # and the inverse
 
 
 class PageCodec:
@@ -474,7 +484,8 @@ def _encode(self:PageCodec,
 ) -> dict: # "pages" uint8 `[B, 1, P, nbytes]`
     "Write pages."
     if x.shape[2] % PAGE: raise ValueError(f"PageCodec: {x.shape[2]} tokens are no whole pages of {PAGE}")
-    if self.by_kernel and self._for_kernel(pos, order): return {"pages": self._encoder(x.device)(x, self._turn(x, pos), order)}
+    if self.by_kernel and self._for_kernel(pos, order):
+        return {"pages": self._encoder(x.device)(x, self._turn(x, pos), order)}
     (basis, _, lam), positions = self._on(x.device), torch.arange(pos, pos + x.shape[2], device=x.device)
     order = self._order_of(x, positions) if order is None else order
     z = self.home.enter(x, positions, basis.mean)
@@ -482,7 +493,7 @@ def _encode(self:PageCodec,
     u = u.gather(3, order[..., None].expand(u.shape))
     base, norms, codes = (t.transpose(1, 2) for t in _norms_and_codes(u.transpose(1, 2), self.rounding, lam))
     header = F.pad(base[..., None] + 128, (0, HEADER - 1)).to(torch.uint8)
-    head = torch.cat([header, pack_order(order), _pack_bits(norms[..., _ROWS], 4)], -1)
+    head = torch.cat([header, pack_order(order), _pack_bits(norms[..., _rows(x.device)[0]], 4)], -1)
     strips = [write_record(codes[:, h].flatten(-2), rec) for h, rec in enumerate(self.records)]
     return {"pages": torch.cat([t for h, s in enumerate(strips) for t in (head[:, h], s)], -1)[:, None]}
 
@@ -495,13 +506,15 @@ def _levels_table(device):
     padded = lambda t, fill: F.pad(t, (0, 16 - len(t)), value=fill)
     levels = [(integer_levels(b) * UNIT).float() for b in range(1, 5)]
     middles = [padded((x[1:] + x[:-1]) / 2, math.inf) for x in levels]
-    none = torch.full((16,), math.inf), torch.zeros(16)
-    return torch.cat([none[0], *middles, none[1], *(padded(x, 0.) for x in levels), *(t.cpu() for t in _reach(torch.device("cpu")))]).to(device)
+    none, zero = torch.full((16,), math.inf), torch.zeros(16)
+    levels = [padded(x, 0.) for x in levels]
+    return torch.cat([none, *middles, zero, *levels, *_reach(torch.device("cpu"))]).to(device)
 
 
 def _byte_fields(rec, D, row):
     "Fields of every byte of a head, places in its scratch row `[nbytes, 8]`; bits of a field in each byte."
-    fields, sizes = torch.full((FIXED + rec.nbytes, 8), -1, dtype=torch.int32), torch.full((FIXED + rec.nbytes,), 8, dtype=torch.uint8)
+    n = FIXED + rec.nbytes
+    fields, sizes = torch.full((n, 8), -1, dtype=torch.int32), torch.full((n,), 8, dtype=torch.uint8)
     fields[0, 0] = PAGE*D + 2*PAGE + TIERS[0] + TIERS[1] # the base of norms
     bits = torch.arange(PAGE + TIERS[0] + TIERS[1], dtype=torch.int32).view(-1, 8) + PAGE*D + PAGE
     fields[HEADER:HEADER+ORDER], sizes[HEADER:HEADER+ORDER] = bits, 1
@@ -521,10 +534,13 @@ def _encoder(self:PageCodec, device):
     turned = lambda v: self.home._turned(v, places) if rope is not None else v[:, None].expand(-1, PAGE, -1)
     M, row = basis.A / head_rows(basis.scale).mT, Encoder.row_of(self.D, PAGE)
     fields, sizes = map(torch.cat, zip(*(_byte_fields(rec, self.D, h*row) for h, rec in enumerate(self.records))))
-    partner = None if rope is None else _partners(rope, self.D).to(device)
+    partner = None if rope is None else _partners(rope, self.D)
     by_tier = self.strips.repeat_interleave(torch.tensor(runs(self.D)), -1).to(torch.uint8)
-    self._at["encoder", device] = Encoder(M.contiguous(), -(turned(basis.mean) @ M.mT).contiguous(), None if direction is None else turned(direction).contiguous(),
-        lam.float().contiguous(), by_tier.to(device).contiguous(), _levels_table(device), partner, fields.to(device), sizes.to(device), TIERS, UNIT, STEP, TOP)
+    offset = -(turned(basis.mean) @ M.mT)
+    direction = None if direction is None else turned(direction).contiguous()
+    tensors = M, offset, direction, lam.float(), by_tier, _levels_table(device), partner, fields, sizes
+    tensors = (None if t is None else t.to(device).contiguous() for t in tensors)
+    self._at["encoder", device] = Encoder(*tensors, TIERS, UNIT, STEP, TOP)
     return self._at["encoder", device]
 
 
@@ -578,7 +594,7 @@ def _decode(self:PageCodec,
     "Read pages."
     heads, (basis, _, _) = self._heads(enc["pages"]), self._on(enc["pages"].device)
     head = torch.stack([h[..., :FIXED] for h in heads], 1)
-    base, norms = head[..., :1].long() - 128, _unpack_bits(head[..., HEADER+ORDER:], 4)[..., _ROWS.argsort()]
+    base, norms = head[..., :1].long() - 128, _unpack_bits(head[..., HEADER+ORDER:], 4)[..., _rows(head.device)[1]]
     codes = torch.stack([read_record(h[..., FIXED:], rec, self.D) for h, rec in zip(heads, self.records)], 2)
     u = self.rounding.values(codes.unflatten(-1, (PAGE, self.D))).transpose(1, 2)
     u = u * torch.exp2((base + norms) * STEP)[..., None]
@@ -592,7 +608,7 @@ PageCodec._heads, PageCodec.order, PageCodec.decode = _heads, _order, _decode
 # %% ../nbs/35_pages.ipynb #f03f07e5
 def plan_pages(
     profile:Profile,      # With sensitivities and importance
-    bits:float,           # Budget, effective bits an element of packed tokens: codes, norms, order; and bases, if `tokens` is given
+    bits:float,           # Budget, effective bits an element of packed tokens; bases are in it if `tokens` is given
     first:int=4,          # Position where pages start: the cache's sinks
     tokens:int|None=None, # That share the bases, which are then paid from the budget
     length:int=4096,      # Tokens of text after which the budget holds
@@ -605,20 +621,27 @@ def plan_pages(
     if not profile.prices: raise ValueError("plan_pages: the profile holds no sensitivities; make it with `calibrate`")
     held = held_tokens(profile, length, window, first, block, model)
     if missing := sorted(held.keys() - profile.layers.keys()) if model is not None or profile.model else ():
-        raise ValueError(f"plan_pages: the cache packs layer {missing[0]}, the profile describes {sorted(profile.layers)}: its attention reads something else than the cache holds; use a method without a profile, such as method='equalised'")
-    bases = {key: basis for i, s in profile.layers.items() if i in held for key, basis in _bases(i, s, profile.prices[i], ridge)}
+        raise ValueError(f"plan_pages: the cache packs layer {missing[0]}, the profile describes {sorted(profile.layers)}: its "
+                         "attention reads something else than the cache holds; use a method without a profile, such as "
+                         "method='equalised'")
+    bases = {}
+    for i, s in profile.layers.items():
+        if i in held: bases |= _bases(i, s, profile.prices[i], ridge)
     out = {}
     for some in _filled_and_empty(bases, held):
         most = max(held[i] for i, _ in some)
-        strips = [strips_of(bases[key], tier_importance(profile, *key), held[key[0]] / most if most else 1.,
-                            tokens * held[key[0]] / length if tokens and most else None, key[1] == "k") for key in some]
-        out |= {key: _codec(profile, key, bases[key], widths, first) for key, widths in zip(some, allocate_strips(strips, bits))}
+        share = {i: held[i] / most if most else 1. for i, _ in some}
+        sharing = {i: tokens * held[i] / length if tokens and most else None for i, _ in some}
+        strips = [strips_of(bases[i, kind], tier_importance(profile, i, kind), share[i], sharing[i], kind == "k")
+                  for i, kind in some]
+        widths = allocate_strips(strips, bits)
+        out |= {key: _codec(profile, key, bases[key], w, first) for key, w in zip(some, widths)}
     return out
 
 
 def _bases(i, s, price, ridge):
     "Bases of keys and of values of a layer."
-    return ((i, "k"), key_frame(s, price[0], PAGE, ridge)), ((i, "v"), klt(s.v_cov, price[1], s.v_mean, ridge))
+    return {(i, "k"): key_frame(s, price[0], PAGE, ridge), (i, "v"): klt(s.v_cov, price[1], s.v_mean, ridge)}
 
 
 def _codec(profile, key, basis, widths, first):
