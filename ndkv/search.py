@@ -29,6 +29,7 @@ from .fisher import calibrate
 from .metrics import mean_stderr
 from .pages import VERSION as PAGES
 from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
+from .public import find_model
 from .results import Run, code_version, load_rows, newest, merge, write_atomic
 from .stress import EDITIONS, load_twin
 from .tasks import QA_FILES, TASKS, task_scores
@@ -207,10 +208,10 @@ def attempt(
     if "code" in where: os.environ.update(NDKV_COMMIT=where["code"]["commit"], NDKV_DIRTY=str(int(where["code"]["dirty"])))
     try:
         base = cell["model"].partition("+")[0]
-        folder = Path(where["zoo"]) / base
+        folder = find_model(base, where["zoo"])
         texts = _texts_of(cell, where["data"])
         with tempfile.TemporaryDirectory() as tmp:
-            with Run(tmp, where["command"], cell["seed"], folder if folder.is_dir() else base, texts or None, where["name"].format(model=Path(base).name)) as run: measure(cell, run, where, key=key)
+            with Run(tmp, where["command"], cell["seed"], folder, texts or None, where["name"].format(model=Path(base).name)) as run: measure(cell, run, where, key=key)
             return {p.name: p.read_text("utf8") for p in Path(tmp).glob("*.jsonl")}, None
     except Exception as e:
         if torch.cuda.is_available(): torch.cuda.empty_cache()
