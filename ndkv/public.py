@@ -135,7 +135,7 @@ def _inspected(path):
     except Exception as e: raise ValueError(f"{path}: is no GGUF file, or a damaged one ({type(e).__name__}); fetch it again") from None
     for kind, t in kinds.items():
         try: gguf.dequantize(t.data[:1], kind)
-        except NotImplementedError:
+        except RuntimeError:  # it has no code for this type
             raise ValueError(f"{path}: weights of type {kind.name} ({t.name}) cannot be de-quantized; take a file of another type") from None
     if found.get("split.count", 1) > 1: raise ValueError(f"{path}: is one of {found['split.count']} shards; merge them with gguf-split --merge")
     if found.get("tokenizer.ggml.eos_token_id") is None:
