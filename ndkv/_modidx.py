@@ -733,6 +733,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ndkv.kernels_pages._dot': ('read_pages.html#_dot', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._exact_parts': ('read_pages.html#_exact_parts', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._finish': ('read_pages.html#_finish', 'ndkv/kernels_pages.py'),
+                                    'ndkv.kernels_pages._fitted': ('read_pages.html#_fitted', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._fixed': ('read_pages.html#_fixed', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._fragments': ('read_pages.html#_fragments', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._kernel_parts': ('read_pages.html#_kernel_parts', 'ndkv/kernels_pages.py'),

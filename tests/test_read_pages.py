@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,11 +122,17 @@ def test_refuses_what_does_not_fit():
 
 
 def test_sass_is_native_and_keeps_registers():
-    "Compiled for sm_90a here: integer products are native, and no numbers go to local memory (two constants of the loop may)."
+    "Compiled for sm_90a here: integer products are native; but for a few constants of the loop nothing is in local memory."
     w = "654332211/443221110/332111000 543211100/332110000/211000000"
-    env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
-    got = subprocess.run([sys.executable, HERE / "pages_sass.py", f"128 128 1 4|{w}|{w}"], env=env, capture_output=True, text=True)
-    if "No module named 'triton.experimental'" in got.stderr: pytest.skip("this Triton has no Gluon")
-    assert not got.returncode, got.stderr[-3000:]
-    n = {k: int(x) for k, x in re.findall(r"(\w+)=(\d+)", got.stdout)}
-    assert n["imma"] >= 60 and n["local"] <= 6 and n["registers"] <= 168, n
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
+    local = []
+    for registers in kp.REGISTERS:
+        command = [sys.executable, HERE / "pages_sass.py", f"128 128 1 4|{w}|{w}", str(registers)]
+        got = subprocess.run(command, env=env, capture_output=True, text=True)
+        if "No module named 'triton.experimental'" in got.stderr: pytest.skip("this Triton has no Gluon")
+        assert not got.returncode, got.stderr[-3000:]
+        n = {k: int(x) for k, x in re.findall(r"(\w+)=(\d+)", got.stdout)}
+        assert n["imma"] >= 60 and n["registers"] <= registers, n
+        local.append(n["local"])
+    assert min(local) <= 4, local
