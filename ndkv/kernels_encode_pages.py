@@ -119,10 +119,10 @@ def _codes_kernel(X, COS, SIN, PARTNER, BASIS, OFFSET, DIRECTION, LAM, WIDTHS, T
     u = tl.load(OFFSET + (h*PAGE + token[:, None])*D + c[None, :], mask=live[None, :], other=0.)
     u += tl.dot(x, basis, input_precision="tf32x3")
     tl.store(U + slot[:, None]*D + c[None, :], u, mask=live[None, :])
-    # upper half or not, by token; tier 0 or not, by token of the upper half
+    # in the last tier or not, by token; tier 0 or not, by token of the others
     half = slot < T0 + T1
-    upper = tl.sum((half[None, :] & (token[None, :] < token[:, None])).to(tl.int32), 1) # earlier tokens of the upper half
-    tl.store(mine + PAGE*D + PAGE + token, half.to(tl.uint8))
+    upper = tl.sum((half[None, :] & (token[None, :] < token[:, None])).to(tl.int32), 1) # earlier ones of the others
+    tl.store(mine + PAGE*D + PAGE + token, (slot >= T0 + T1).to(tl.uint8))
     tl.store(mine + PAGE*D + 2*PAGE + upper, (slot < T0).to(tl.uint8), mask=half)
     tl.debug_barrier() # all coordinates are written
     top = tl.max(tl.zeros([16], tl.float32) - 1e9, 0)

@@ -394,9 +394,9 @@ def pack_order(
     "The order of a page as bits."
     half = TIERS[0] + TIERS[1]
     bit = torch.zeros_like(order, dtype=torch.uint8)
-    upper = bit.scatter(-1, order[..., :half], 1)
+    last = bit.scatter(-1, order[..., half:], 1)
     first = bit.scatter(-1, order[..., :TIERS[0]], 1).gather(-1, order[..., :half].sort(-1).values)
-    return torch.cat([_pack_bits(upper, 1), _pack_bits(first, 1)], -1)
+    return torch.cat([_pack_bits(last, 1), _pack_bits(first, 1)], -1)
 
 
 def unpack_order(
@@ -404,7 +404,7 @@ def unpack_order(
 ) -> Tensor: # int64 `[..., PAGE]`
     "The inverse."
     half = TIERS[0] + TIERS[1]
-    by_half = _unpack_bits(data[..., :PAGE//8], 1).argsort(dim=-1, descending=True, stable=True)
+    by_half = _unpack_bits(data[..., :PAGE//8], 1).argsort(dim=-1, stable=True)
     by_tier = _unpack_bits(data[..., PAGE//8:], 1).argsort(dim=-1, descending=True, stable=True)
     return torch.cat([by_half[..., :half].gather(-1, by_tier), by_half[..., half:]], -1)
 

@@ -1,0 +1,108 @@
+"""The page kernel on a CPU: its own Python source, with numpy in the place of Gluon and `emulate` in the place of the GPU.
+
+`run_read_pages` executes every block of `_read_pages`: loads and stores go to the memory of the tensors that
+are passed, programs of a warp go through `emulate`, which knows each instruction that the text for the GPU has.
+"""
+import types
+from contextlib import contextmanager
+
+import numpy as np
+
+
+class Array(np.ndarray):
+    "A numpy array with the conversions of a Gluon tensor."
+    def to(self, dtype, bitcast=False): return np.asarray(self).view(dtype).view(Array) if bitcast else self.astype(dtype)
+
+
+def _array(x, dtype=None): return np.array(x, dtype=dtype).view(Array)
+
+
+class Pointer:
+    "Bytes of a tensor and offsets into them, in elements of `size` bytes."
+    def __init__(self, memory, dtype, at=0): self.memory, self.dtype, self.at = memory, np.dtype(dtype), at
+
+    def __add__(self, n): return Pointer(self.memory, self.dtype, self.at + np.asarray(n, np.int64)*self.dtype.itemsize)
+
+    def to(self, dtype): return Pointer(self.memory, np.uint8, self.at) # an address counts bytes
+
+    @property
+    def places(self):
+        at = np.asarray(self.at)[..., None] + np.arange(self.dtype.itemsize)
+        assert at.min() >= 0 and at.max() < self.memory.size, "outside of the tensor"
+        return at
+
+
+class Gluon:
+    "As much of `triton.experimental.gluon.language` as the kernel uses."
+    int32, int64, float32 = np.int32, np.int64, np.float32
+
+    def __init__(self, block): self.block = block
+    def program_id(self, i): return _array(self.block[i], np.int32)
+    def BlockedLayout(self, *layout): return None
+    def arange(self, a, b, layout): return _array(np.arange(a, b), np.int32)
+    def zeros(self, shape, dtype, layout): return _array(np.zeros(shape), dtype)
+    def full(self, shape, x, dtype, layout): return _array(np.full(shape, x), dtype)
+    def minimum(self, a, b): return np.minimum(a, b).view(Array)
+    def where(self, c, a, b): return np.where(c, a, b).view(Array)
+    def static_range(self, *n): return range(*n)
+
+    def load(self, p, mask=True, other=0):
+        if not np.any(mask): return _array(np.full(np.shape(p.at), other), p.dtype)
+        return np.ascontiguousarray(p.memory[p.places]).view(p.dtype)[..., 0].view(Array)
+
+    def store(self, p, x, mask=None):
+        at, x = np.asarray(p.at), np.ascontiguousarray(np.broadcast_to(x, np.shape(p.at)), p.dtype)
+        keep = np.ones(at.shape, bool) if mask is None else np.asarray(mask)
+        p.memory[p.places[keep]] = x[keep].view(np.uint8).reshape(-1, p.dtype.itemsize)
+
+
+def _blocks(grid): return ((i, j) for i in range(grid[0]) for j in range(grid[1]))
+
+
+def run_read_pages(names, kernel, grid, *args):
+    "Every block, one after another; results are written into the tensors."
+    tensors = {id(a): a.numpy() for a in args if hasattr(a, "numpy")}
+    memory = {k: np.ascontiguousarray(v).reshape(-1).view(np.uint8) for k, v in tensors.items()}
+    values = [Pointer(memory[id(a)], tensors[id(a)].dtype) if id(a) in tensors else a for a in args]
+    lanes = 32 * args[-1]
+    for block in _blocks(grid):
+        shared = np.zeros(1 << 16, np.uint8)
+
+        def run(inputs, key, part, index):
+            query, keys, softmax, weighted = names["programs"](key)
+            L = dict(query=[query], keys=keys, softmax=[softmax], values=weighted)[part][int(index)]
+            assert len(L.inputs) == len(inputs), (part, L.inputs, len(inputs))
+            outs = []
+            for w in range(args[-1]):
+                some = lambda x: np.ascontiguousarray(np.broadcast_to(np.asarray(x), lanes)[32*w:32*w + 32])
+                regs = {n: (x.memory, some(x.at)) if isinstance(x, Pointer) else some(x).view(np.uint32)
+                        for n, x in zip(L.inputs, inputs)}
+                outs.append(names["emulate"](L, regs, shared))
+            return tuple(_array(np.concatenate(o)).view(np.int32) for o in zip(*outs))
+
+        def choose(template, inputs, key, part, first, end):
+            assert first <= template < end
+            return run(inputs, key, part, template)
+
+        mine = {**names, "gl": Gluon(block), "_run": run, "_choose": choose, "_program": names["assembly"],
+                "_lane_pointers": names["_lane_pointers"].fn}
+        types.FunctionType(kernel.fn.__code__, mine)(*values)
+
+
+@contextmanager
+def emulated(
+    names:dict, # the namespace of `attend_pages`
+):
+    "Inside, `attend_pages` runs the Gluon kernel here."
+    kept = {n: names[n] for n in ("_read_pages", "kernel_can_read")}
+
+    class Launch:
+        def __getitem__(self, grid):
+            def launched(*args, **options):
+                run_read_pages(names, kept["_read_pages"], grid, *args)
+                return types.SimpleNamespace(n_spills=0)
+            return launched
+
+    names.update(_read_pages=Launch(), kernel_can_read=lambda plan, device: True)
+    try: yield
+    finally: names.update(kept)

@@ -1,0 +1,126 @@
+"""Pages read by kernels: the plain one in Triton's interpreter, the Gluon one by emulation and by its disassembly."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ndkv import kernels_pages as kp
+from ndkv.frames import Frame
+from ndkv.pages import PAGE, PageCodec, allocate_strips, runs, strips_of
+from ndkv.profile import Rope
+from ndkv.spectral import Home
+from pages_emulated import emulated
+
+HERE = Path(__file__).parent
+
+
+def coded(codecs, k, v):
+    "Entries of keys and of values, and their pages `[P, bytes]`."
+    keys = codecs[0].encode(k, 4)
+    entries = keys, codecs[1].encode(v, 4, codecs[0].order(keys))
+    return entries, *(e["pages"][0, 0].contiguous() for e in entries)
+
+
+def drawn(D, pages, seed, mean=1., rope="half", widths=None, heads=2, fall=-1.5):
+    "Codecs of keys and values, keys after RoPE, values."
+    torch.manual_seed(seed)
+    bases = [torch.linalg.qr(torch.randn(heads, D, D))[0] for _ in "kv"]
+    scale = torch.logspace(0, fall, D).expand(heads, D)
+    means = [torch.randn(heads, D) * m / D**.5 for m in (mean, .3)]
+    frames = [Frame(A, A.mT.contiguous(), m, scale) for A, m in zip(bases, means)]
+    if widths is None: widths = allocate_strips([strips_of(f, torch.tensor([[5., 1., .3]]*heads)) for f in frames], 2.5)
+    n = D//2 if rope != "partial" else D//4
+    home = Home(Rope(1/10000**(torch.arange(n)/n), 1.3, "half" if rope == "partial" else rope), PAGE, 4) if rope else Home()
+    codecs = PageCodec("k", frames[0], widths[0], home, torch.randn(heads, D)), PageCodec("v", frames[1], widths[1])
+    z, v = ((torch.randn(1, heads, pages*PAGE, D) * scale[:, None]) @ A for A in bases)
+    return codecs, home.leave(z, torch.arange(4, 4 + pages*PAGE), means[0]), v + means[1][:, None]
+
+
+def worst(codecs, k, v, q, lens, tokens=(70, 33, 1), bfloat16=False, **kw):
+    "Largest relative error of `attend_pages` against decoding in float64; also that of decoded keys in bfloat16."
+    entries, k_pages, v_pages = coded(codecs, k, v)
+    P, (H, D), B = len(k_pages), codecs[0].widths.shape, len(lens)
+    shuffled = torch.randperm(P)
+    table, n = shuffled.int().repeat(B, 1), torch.tensor(tokens[:B], dtype=torch.int32)
+    exact = torch.randn(B, H, max(tokens), D), torch.randn(B, H, max(tokens), codecs[1].D), n
+    back = shuffled.argsort()
+    got = kp.attend_pages(kp.Plan(*codecs, P), q, k_pages[back], v_pages[back], table,
+                          torch.tensor(lens, dtype=torch.int32), exact, **kw)
+    dk, dv = (c.decode(e, 4)[0].double() for c, e in zip(codecs, entries))
+    errors = []
+    for b in range(B):
+        full = [torch.cat([d[:, :lens[b]*PAGE], e[b, :, :n[b]].double()], 1) for d, e in zip((dk, dv), exact)]
+        attend = lambda k: (torch.einsum("hgd,hnd->hgn", q[b].view(H, -1, D).double(), k) / D**.5).softmax(-1) @ full[1]
+        want = attend(full[0])
+        error = lambda x: ((x - want.flatten(0, 1)).norm(dim=-1) / want.flatten(0, 1).norm(dim=-1)).max().item()
+        errors.append((error(got[b]), error(attend(full[0].bfloat16().double()).flatten(0, 1))))
+    return max(e for e, _ in errors) if not bfloat16 else tuple(map(max, zip(*errors)))
+
+
+@pytest.mark.parametrize("D,G,rope", [(24, 3, None), (32, 4, "interleaved"), (32, 6, "partial"), (64, 1, "half")])
+def test_plain_kernel(D, G, rope):
+    assert worst(*drawn(D, 3, D, rope=rope, mean=float(rope is not None)), torch.randn(3, 2*G, D), (3, 1, 0)) < 1e-5
+
+
+CASES = dict(usual={}, no_mean=dict(mean=0., rope=None), long_mean=dict(mean=300.), interleaved=dict(rope="interleaved"),
+             partial=dict(rope="partial"), steep=dict(fall=-4.))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("G", [2, 6])
+def test_kernel_emulated(name, G):
+    case = drawn(64, 4, 3, **CASES[name])
+    with emulated(vars(kp)): assert worst(*case, 3*torch.randn(3, 2*G, 64), (4, 1, 0), splits=2) < 1e-3
+
+
+@pytest.mark.parametrize("what", ["long value", "long key", "tiny values", "sharp", "zero query"])
+def test_kernel_extremes(what):
+    codecs, k, v = drawn(64, 3, 5)
+    q = 3*torch.randn(2, 8, 64)
+    if what == "long value": v[:, :, 5] *= 1000
+    if what == "long key": k[:, :, 7] *= 30
+    if what == "tiny values": v[:, :, :200] *= 1e-4
+    if what == "sharp": q *= 4
+    if what == "zero query": q[0, 0] = 0
+    with emulated(vars(kp)): error, rounded = worst(codecs, k, v, q, (3, 2), bfloat16=True)
+    assert error < (rounded / 2 if what == "long key" else 2e-3), (error, rounded)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_widths_emulated(seed):
+    "Templates at random, heads that differ, heads with nothing in a tier, every head width that the kernel takes."
+    D = (16, 48, 80, 128)[seed]
+    torch.manual_seed(seed)
+    widths = [torch.randint(0, 9, (2, 3, len(runs(D)))) * (torch.rand(2, 3, 1) < .8) for _ in "kv"]
+    for w in widths: w[:, 2, 0] = 1
+    with emulated(vars(kp)): assert worst(*drawn(D, 3, seed, widths=widths), torch.randn(2, 8, D), (3, 2)) < 2e-3
+
+
+def test_refuses_what_does_not_fit():
+    codecs, k, v = drawn(32, 2, 1)
+    _, k_pages, v_pages = coded(codecs, k, v)
+    plan, table, lens = kp.Plan(*codecs, 2), torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    for q, pages, t in ((torch.randn(1, 3, 32), k_pages, table), (torch.randn(1, 4, 32), k_pages[:, 1:], table),
+                        (torch.randn(1, 4, 32), k_pages, table.repeat(1, 2))):
+        with pytest.raises(ValueError, match="attend_pages"): kp.attend_pages(plan, q, pages, v_pages, t, lens)
+
+
+def test_sass_is_native_and_keeps_registers():
+    "Compiled for sm_90a here: integer products are native; but for a few constants of the loop nothing is in local memory."
+    w = "654332211/443221110/332111000 543211100/332110000/211000000"
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
+    local = []
+    for registers in kp.REGISTERS:
+        command = [sys.executable, HERE / "pages_sass.py", f"128 128 1 4|{w}|{w}", str(registers)]
+        got = subprocess.run(command, env=env, capture_output=True, text=True)
+        if "No module named 'triton.experimental'" in got.stderr: pytest.skip("this Triton has no Gluon")
+        assert not got.returncode, got.stderr[-3000:]
+        n = {k: int(x) for k, x in re.findall(r"(\w+)=(\d+)", got.stdout)}
+        assert n["imma"] >= 60 and n["registers"] <= registers, n
+        local.append(n["local"])
+    assert min(local) <= 4, local
