@@ -453,7 +453,8 @@ class StoredCall(Call):
         if torch.is_grad_enabled() and (keys.cut or values.cut or q.requires_grad): warnings.warn(CUT)
         seen = mask if mask is None or mask.dtype == torch.bool else mask == 0
         weighs = mask is not None and mask.dtype != torch.bool and not (seen | (mask <= -1e4)).all()
-        if weighs: return exactly(module, q, keys.read(), values.read(), mask, scale, how)
+        one_way = mask is not None or q.shape[2] == 1 or getattr(module, "is_causal", True)
+        if weighs or not one_way: return exactly(module, q, keys.read(), values.read(), mask, scale, how)
         return attend_past(q, keys, values, seen, scale, **how)
 
 def read_packed(layer, keys, values):

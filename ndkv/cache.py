@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PLANNED', 'DTYPES', 'REPEATED', 'method', 'rotation_method', 'equalised_method', 'make_codec',
-           'exact_method', 'spectral_method', 'pages_method', 'make_plan', 'Packed', 'MemoPacked', 'HostPacked',
-           'Pieces', 'Past', 'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of',
-           'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache',
-           'refresh']
+           'exact_method', 'planned_method', 'make_plan', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Past',
+           'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer',
+           'model_modules', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, functools, importlib, inspect, warnings
@@ -108,23 +107,12 @@ def exact_method(
     "No codec: keys and values stay as the model made them, for comparison."
 
 # %% ../nbs/40_cache.ipynb #19c390f7
+PLANNED = "spectral", "pages" # Methods whose codecs a plan makes from a profile (`34_spectral`, `35_pages`)
+
+
 @method("spectral")
-def spectral_method(
-    d:int,         # head_dim
-    bits=None,     # Ignored: the plan has spent its budget
-    *,
-    layer:int,     # Index in the model
-    kind:str,      # "k" or "v"
-    heads:int,     # KV heads
-    seed:int=0,    # Ignored
-    codecs:dict,   # From `spectral.plan`, with this cache's block and sinks
-) -> SpectralCodec:
-    "Measured frames and widths (`34_spectral`), one codec for each (layer, kind)."
-    return _planned(codecs, d, layer, kind, heads)
-
-
 @method("pages")
-def pages_method(
+def planned_method(
     d:int,         # head_dim
     bits=None,     # Ignored: the plan has spent its budget
     *,
@@ -132,13 +120,13 @@ def pages_method(
     kind:str,      # "k" or "v"
     heads:int,     # KV heads
     seed:int=0,    # Ignored
-    codecs:dict,   # From `pages.plan_pages`, with this cache's block and sinks
-) -> PageCodec:
-    "Tiered pages (`35_pages`), one codec for each (layer, kind)."
-    return _planned(codecs, d, layer, kind, heads)
-
-
-PLANNED = "spectral", "pages" # Methods whose codecs a plan makes from a profile
+    codecs:dict,   # From `make_plan`, with this cache's block and sinks
+) -> SpectralCodec|PageCodec:
+    "What a plan has for keys or values of this layer."
+    codec = codecs.get((layer, kind))
+    if codec is None: raise ValueError(f"the plan has no codec for {'keys' if kind == 'k' else 'values'} of layer {layer}; make it from a profile of this model")
+    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model caches {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats heads after the cache no profile fits, use method='rotation'")
+    return codec
 
 
 def make_plan(
@@ -157,14 +145,6 @@ def make_plan(
     same = dict(tokens=tokens, length=length, window=window, model=model)
     if method == "pages": return plan_pages(profile, bits, sinks, block=block, **same)
     return plan(profile, bits, **dict(block=block, first=sinks, trellis=256) | kw, **same)
-
-
-def _planned(codecs, d, layer, kind, heads):
-    "The codec that a plan has for keys or values of a layer."
-    codec = codecs.get((layer, kind))
-    if codec is None: raise ValueError(f"the plan has no codec for {'keys' if kind == 'k' else 'values'} of layer {layer}; make it from a profile of this model")
-    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model caches {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats heads after the cache no profile fits, use method='rotation'")
-    return codec
 
 # %% ../nbs/40_cache.ipynb #67b0bdda
 class Packed:
@@ -1127,8 +1107,8 @@ def _partings(model, ids, cut, caches):
 # %% ../nbs/40_cache.ipynb #022e7d58
 def _whole_bits(config, bits, block):
     "Most bits a channel of equalised blocks, with their norms, means and weights, that a budget pays for; at least one."
-    dims = {d for *_, d in layer_shapes(config) if d}
-    cost = lambda b: max(make_codec("equalised", d, b, block, layer=0, kind="k", heads=1).bits_per_element for d in dims)
+    dims = {d for *_, d in layer_shapes(config) if d} # none known: every number of bits is taken at its word
+    cost = lambda b: max(make_codec("equalised", d, b, block, layer=0, kind="k", heads=1).bits_per_element for d in dims) if dims else b
     return max([1, *(b for b in range(1, 9) if cost(b) <= bits)])
 
 # %% ../nbs/40_cache.ipynb #0bdeba91

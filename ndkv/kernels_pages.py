@@ -6,7 +6,7 @@
 __all__ = ['STRIPS', 'PTX', 'EMULATED', 'MAGIC', 'HEADS', 'LIMIT', 'SHARED', 'REGISTERS', 'stored_levels', 'channel_order',
            'Plan', 'Lanes', 'ptx', 'emulate', 'level_table', 'load_strip', 'channel_tiles', 'places', 'keys_program',
            'values_program', 'query_program', 'softmax_program', 'programs', 'signed', 'assembly', 'kernel_can_read',
-           'slot_positions', 'attend_pages']
+           'attend_pages']
 
 # %% ../nbs/51_read_pages.ipynb #4a229e41
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .pages import FIXED, HEADER, ORDER, PAGE, PARTS, STEP, TIERS, UNIT, integer_levels, planes, record, runs
+from .pages import FIXED, HEADER, ORDER, PAGE, PARTS, STEP, TIERS, UNIT, integer_levels, planes, record, runs, unpack_order
 try:
     import triton
     import triton.language as tl
@@ -1016,18 +1016,6 @@ def kernel_can_read(plan, device):
     return shape and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def slot_positions(
-    half:Tensor, # uint8 `[..., bytes]`, keys of one head
-) -> Tensor: # int64 `[..., PAGE]`
-    "Position of every slot: in the order of tiers, and of positions inside a tier."
-    bits = ((half[..., HEADER:HEADER + ORDER, None] >> torch.arange(8, device=half.device)) & 1).flatten(-2)
-    last, lead = bits[..., :PAGE].bool(), bits[..., PAGE:].bool()
-    rank = (~last).long().cumsum(-1) - 1               # among the tokens outside the last tier
-    lead = lead.gather(-1, rank.clamp_min(0)) & ~last
-    tier = torch.where(last, 2, torch.where(lead, 0, 1))
-    return tier.argsort(dim=-1, stable=True)
-
-
 def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits):
     "Parts by the plain kernel; queries and means of every page by PyTorch."
     B, H, groups = q.shape[:3]
@@ -1037,7 +1025,7 @@ def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits):
     means = torch.einsum("bhgrpd,hsd->bhgprs", turned, plan.turned)     # in the order of positions
     starts = plan.heads[:, 2].tolist()
     halves = torch.stack([k_pages[:, s:s + STRIPS] for s in starts], 1) # [pages, H, ...]
-    slots = slot_positions(halves)[table.long().clamp_min(0)].transpose(1, 2) # [B, H, most, PAGE]
+    slots = unpack_order(halves[..., HEADER:HEADER + ORDER])[table.long().clamp_min(0)].transpose(1, 2) # [B, H, most, PAGE]
     means = means.gather(-1, slots[:, :, None, :, None].expand(means.shape)).contiguous()
     query = F.pad(query, (0, CK - D)).contiguous()
     new = lambda *shape: torch.zeros(B*H*groups, splits, 4, *shape, device=q.device)

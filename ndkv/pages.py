@@ -545,9 +545,9 @@ def _encoder(self:PageCodec, device):
 
 
 def _for_kernel(self:PageCodec, pos, order):
-    "Is there an order, or a direction that gives one, and do pages start where the coordinates say?"
+    "Is there an order, or a direction that gives one, do pages start where the coordinates say, does a page fit?"
     ordered = order is not None or self.direction is not None
-    return ordered and (self.home.rope is None or (pos - self.home.first) % PAGE == 0)
+    return ordered and self.D <= 128 and (self.home.rope is None or (pos - self.home.first) % PAGE == 0)
 
 
 def _partners(rope, D):

@@ -244,6 +244,8 @@ def attend_past(
 ) -> Tensor: # `[B, Hq, n, width of values]`
     "Attention over a past that is decoded a tile at a time."
     (B, Hq, n, D), H = q.shape, keys.new.shape[1]
+    if mask is not None and mask.shape[-1] != keys.length:
+        raise ValueError(f"attention: a mask of {mask.shape[-1]} columns for {keys.length} tokens; give one for what the cache returns")
     some, rows = max(1, scores // (B*Hq*tile)), []
     for i in range(0, n, some):
         x = q[:, :, i:i+some].float().unflatten(1, (H, -1)).flatten(2, 3) * (D**-.5 if scale is None else scale)
