@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, masking_
 from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache,
                                       LinearAttentionAndFullAttentionLayer, LinearAttentionLayer)
 from .codec import NormDirectionCodec
-from .equalised import POWER, EqualisedCodec, variation_lost
+from .equalised import EqualisedCodec, variation_lost
 from .fisher import prompt_profile
 from .frames import rotation
 from .hub import load_profile
@@ -72,7 +72,7 @@ def equalised_method(
     heads:int,     # KV heads; they share the rotation
     seed:int=0,    # Of the cache
     tokens:int=64, # That share means and weights
-    power:float=POWER, # Of a channel's spread, in its weight
+    power:float|None=None, # Of a channel's spread, in its weight; None = three slopes
 ) -> EqualisedCodec:
     "Mean and weight of every channel of a block, the rest rotated and coded."
     return EqualisedCodec(d, bits, _rotation(d, layer, kind, seed), tokens, power)

@@ -11,7 +11,7 @@ from ndkv.cache import NDCache, NDLayer, encoder_decoder, make_codec, prompt_cac
 from ndkv.attention import PagedCache
 from ndkv.codec import NormDirectionCodec
 from ndkv.codebooks import distortion, lloyd_max
-from ndkv.equalised import EqualisedCodec, variation_lost
+from ndkv.equalised import KNEE, OCTAVE, SLOPES, EqualisedCodec, _weight, variation_lost
 from ndkv.eviction import EvictingCache
 from ndkv.models import load_model
 from ndkv.serving import Server
@@ -58,6 +58,44 @@ def test_blocks_are_alone(group, cut, seed):
         alone = codec.encode(part)
         torch.testing.assert_close(codec.decode(alone), codec.decode(some), rtol=1e-4, atol=2.) # equal but for a code at a tie
         for k in alone: assert (alone[k] == some[k]).float().mean() > .99, k
+
+
+@few
+@given(d=st.sampled_from([2, 3, 16, 64, 80]), seed=st.integers(0, 999), power=st.sampled_from([None, 0., .3, 1.]))
+def test_weights_of_spreads(d, seed, power):
+    "One at the median channel, never smaller for a larger spread, three slopes that meet, any shift of all spreads the same."
+    code = torch.randint(0, 13, (2, 5, d), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    log, middle = _weight(code, power).log2(), code.int().median(-1, keepdim=True).values
+    torch.testing.assert_close(_weight(code + 3, power).log2(), log)
+    above = (middle - code.int()) / OCTAVE
+    quiet, ordinary, outlier = SLOPES
+    slopes = torch.where(above < 0, quiet*above, torch.where(above <= KNEE, ordinary*above, ordinary*KNEE + outlier*(above - KNEE)))
+    torch.testing.assert_close(log, slopes.float() if power is None else power*above.float())
+    a, b = code.long()[..., None], code.long()[..., None, :]
+    assert (log[..., None] <= log[..., None, :] + 1e-6)[a >= b].all()
+
+
+def test_slopes_serve_all_kinds_of_channels():
+    "Queries that grow with ordinary channels only and are small on outliers: what they read is nearer than with any one power, with outliers and without."
+    g = torch.Generator().manual_seed(0)
+    spread = torch.exp2(torch.randn(64, generator=g).clamp(-1.5, 1.5))
+    def cost(power, outliers):
+        s, q = spread.clone(), spread.clamp_min(1)**.75
+        s[:outliers], q[:outliers] = 2.**5, 2.**-5
+        x, c = torch.randn(1, 4, 640, 64, generator=torch.Generator().manual_seed(1)) * s, EqualisedCodec(64, 4, power=power)
+        return ((c.decode(c.encode(x)) - x) * q).square().mean().item()
+    for outliers, others in ((0, (.5, .75, 1.)), (4, (0., .25, .5, .75))):
+        assert cost(None, outliers) < .97*min(cost(p, outliers) for p in others), outliers
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path):
+    "Codes are the same for all weights: what was saved under others must not come back as something else."
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**CONFIG)).eval()
+    cache = NDCache(model.config, window=8, block=16, power=.75)
+    x = torch.randn(2, 1, 2, 100, 16) * torch.exp2(torch.arange(16.) / 3)
+    for i in range(2): cache.update(*x, i)
+    save_cache(cache, tmp_path / 'c.safetensors', model)
+    with pytest.raises(ValueError, match='does not decode what was saved'): load_cache(tmp_path / 'c.safetensors', NDCache(model.config, window=8, block=16), model)
 
 
 def test_bias_outliers_and_lonely_tokens_cost_nothing():

@@ -20,6 +20,7 @@ from conftest import ROOT
 from ndkv.cli import app
 from ndkv.codebooks import distortion, lloyd_max
 from ndkv.data import EOT, train_tokenizer
+from ndkv.equalised import VERSION as EQUALISED
 from ndkv.models import ZOO, load_model, save_model, zoo_config
 from ndkv.results import load_rows, validate
 from ndkv.search import bit_path, cells_of, read_grid, recommend, sweep
@@ -162,6 +163,8 @@ def test_pages_and_their_plan_in_one_grid(home, tmp_path, clean_code):
     assert rows['pages', 'kl_mean']['value'] > 0 and rows['pages', 'bits']['value'] <= 3 and rows['spectral', 'bits']['value'] <= 3.02
     assert rows['pages', 'kl_mean']['version'] == 1 and rows['spectral', 'kl_mean']['home'] == '64'
     with pytest.raises(ValueError, match='choose tokens'): search_from_plan(home, dict(trellis=0))
+    versions = {c['method']: c.get('version') for c in cells_of(read_grid(dict(models=['tiny'], methods=['equalised', 'rotation', 'int'], bits=[4]))).values()}
+    assert versions == dict(equalised=EQUALISED, rotation=None, int=2)
 
 
 def search_from_plan(home, options):
