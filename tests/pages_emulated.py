@@ -25,10 +25,9 @@ class Pointer:
 
     def to(self, dtype): return Pointer(self.memory, np.uint8, self.at) # an address counts bytes
 
-    @property
-    def places(self):
-        at = np.asarray(self.at)[..., None] + np.arange(self.dtype.itemsize)
-        assert at.min() >= 0 and at.max() < self.memory.size, "outside of the tensor"
+    def places(self, keep=...):
+        at = np.asarray(self.at)[keep][..., None] + np.arange(self.dtype.itemsize)
+        assert ((at >= 0) & (at < self.memory.size)).all(), "outside of the tensor"
         return at
 
 
@@ -43,20 +42,28 @@ class Gluon:
     def zeros(self, shape, dtype, layout): return _array(np.zeros(shape), dtype)
     def full(self, shape, x, dtype, layout): return _array(np.full(shape, x), dtype)
     def minimum(self, a, b): return np.minimum(a, b).view(Array)
-    def where(self, c, a, b): return np.where(c, a, b).view(Array)
+    def maximum(self, a, b): return np.maximum(a, b).view(Array)
+    def where(self, c, a, b): # of two memories: enough for hints, which nothing reads
+        return a if isinstance(a, Pointer) else np.where(c, a, b).view(Array)
     def static_range(self, *n): return range(*n)
+    uint8 = np.uint8
+    def SwizzledSharedLayout(self, *layout): return None
+    def allocate_shared_memory(self, *what): # programs have it as `shared`
+        there = types.SimpleNamespace(_keep_alive=lambda: None, store=lambda x: None)
+        there.slice = lambda *at: there
+        return there
 
     def load(self, p, mask=True, other=0):
         if not np.any(mask): return _array(np.full(np.shape(p.at), other), p.dtype)
-        return np.ascontiguousarray(p.memory[p.places]).view(p.dtype)[..., 0].view(Array)
+        return np.ascontiguousarray(p.memory[p.places()]).view(p.dtype)[..., 0].view(Array)
 
     def store(self, p, x, mask=None):
         at, x = np.asarray(p.at), np.ascontiguousarray(np.broadcast_to(x, np.shape(p.at)), p.dtype)
         keep = np.ones(at.shape, bool) if mask is None else np.asarray(mask)
-        p.memory[p.places[keep]] = x[keep].view(np.uint8).reshape(-1, p.dtype.itemsize)
+        p.memory[p.places(keep)] = x[keep].view(np.uint8).reshape(-1, p.dtype.itemsize)
 
 
-def _blocks(grid): return ((i, j) for i in range(grid[0]) for j in range(grid[1]))
+def _blocks(grid): return ((i,) for i in range(grid[0]))
 
 
 def run_read_pages(names, kernel, grid, *args):
@@ -66,11 +73,11 @@ def run_read_pages(names, kernel, grid, *args):
     values = [Pointer(memory[id(a)], tensors[id(a)].dtype) if id(a) in tensors else a for a in args]
     lanes = 32 * args[-1]
     for block in _blocks(grid):
-        shared = np.zeros(1 << 16, np.uint8)
+        shared = np.zeros(1 << 18, np.uint8)
 
         def run(inputs, key, part, index):
-            query, keys, softmax, weighted = names["programs"](key)
-            L = dict(query=[query], keys=keys, softmax=[softmax], values=weighted)[part][int(index)]
+            query, keys, softmax, weighted, block = names["programs"](key)
+            L = dict(query=[query], keys=keys, softmax=[softmax], values=weighted, block=block)[part][int(index)]
             assert len(L.inputs) == len(inputs), (part, L.inputs, len(inputs))
             outs = []
             for w in range(args[-1]):

@@ -15,7 +15,7 @@ TYPES = dict(Q="*fp32", SCALE="*fp32", TURNS="*fp32", BASIS="*fp16", MEANS="*fp1
              KEY="constexpr", W="constexpr") # the others are numbers
 
 
-def compiled(key, registers=168):
+def compiled(key, registers=128):
     "The compiled kernel, and seconds. `key`: head_dim, channels of values, products of the mean, warps | widths of keys | of values."
     import triton
     from triton.backends.compiler import GPUTarget
@@ -66,5 +66,5 @@ def counts(text, usage):
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "Triton cannot compile while it interprets"
-    kernel, seconds = compiled(sys.argv[1], registers=int(sys.argv[2]) if len(sys.argv) > 2 else 168)
+    kernel, seconds = compiled(sys.argv[1], registers=int(sys.argv[2]) if len(sys.argv) > 2 else 128)
     print(" ".join(f"{k}={v}" for k, v in counts(*disassembled(kernel)).items()), f"milliseconds={1000*seconds:.0f}")
