@@ -560,31 +560,33 @@ def sweep(
 
 @command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300', 'ndkv bench kernels --out elsewhere --json')
 def bench(
-    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers.')]='kernels',
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: the same of tiered pages, and writing them; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers.')]='kernels',
     model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or of `ndkv models`, a folder, or a .gguf file.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
-    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, throughput or serving.')]=None,
+    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, page_kernels, throughput or serving.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
     seconds:Annotated[Optional[float], typer.Option(help='For generate, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
-    only:Annotated[str, typer.Option(help='For kernels and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
+    only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
-    files = dict(kernels='kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving')
+    files = dict(kernels='kernels', pages='page_kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving')
     if what not in files: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(files)}')
-    if what in ('kernels', 'tune', 'generate', 'queue') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+    if what in ('kernels', 'pages', 'tune', 'generate', 'queue') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
     writable(out/'runs.jsonl')
     from ndkv.kernels_bench import CASES, CLAIMED, tune
+    from ndkv.pages_bench import PAGE_CASES
     seconds = seconds or (150 if what == 'queue' else 420)
-    cases = [c for c in (CLAIMED if what == 'tune' else CASES) if c.name.startswith(tuple(only.split(',')))]
-    if not cases and what in ('kernels', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in CASES))}')
+    there = PAGE_CASES if what == 'pages' else CLAIMED if what == 'tune' else CASES
+    cases = [c for c in there if c.name.startswith(tuple(only.split(',')))]
+    if not cases and what in ('kernels', 'pages', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in there))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     source = Path(find_model(model, zoo()))
     if what in ('cpu', 'serve'): existing(source, 'model')
     with as_folder(source) as path: run = _benched(what, source, path, model, out, name or files[what], data, seconds, cases, memory, only)
     if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA' if what == 'kernels' else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
+    shown = {'speedup':'times as fast as SDPA' if what in ('kernels', 'pages') else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
 
@@ -604,7 +606,9 @@ def _bench(what, run, path, data, seconds, cases, memory, only):
     "One of the benches."
     from ndkv import throughput
     from ndkv.kernels_bench import bench as time_kernels
+    from ndkv.pages_bench import bench_pages
     if what == 'kernels': time_kernels(cases, run)
+    elif what == 'pages': bench_pages(cases, run)
     elif what == 'generate':
         for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'queue':
