@@ -6,32 +6,35 @@
 __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TABLES', 'REFERENCE', 'BITS', 'WINDOWED', 'BARE',
            'DEFAULTS', 'SHARED', 'GREY', 'PALE', 'CODES', 'HOMES', 'KERNELS', 'CONTESTANTS', 'MIXES', 'QUALITY',
            'PRINTED', 'BITS_COLUMNS', 'CASES', 'OPERATORS', 'CLAIMS', 'SPEED', 'OTHERS', 'OPTIONS', 'SHARED_TOKENS',
-           'PROTOCOL', 'TAILS', 'SURVIVED', 'HARDLY', 'TEXTS', 'CHOICES', 'MOST', 'PUBLIC', 'ZOO', 'BEGIN', 'END',
-           'MARKED', 'DIGITS', 'NUMBERS', 'WORDS', 'MISSED', 'FIRST_ENCODER', 'ENCODERS', 'OF_ENCODERS', 'OWN_FORMAT',
-           'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT', 'UNITS', 'TYPED', 'repository', 'notes', 'Book', 'significant',
-           'shown', 'tex_number', 'res', 'tex_escape', 'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table',
-           'exact_at', 'rotation_at', 'curve', 'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line',
-           'spectral_line', 'bits_figure', 'not_run', 'blank', 'legend_above', 'open_axes', 'plain_log',
-           'method_figure', 'series', 'ratedistortion_figure', 'spectra_figure', 'saved_figure', 'cache_bytes',
-           'roofline_figure', 'throughput_figure', 'pairs', 'eviction_figure', 'quality_line', 'quality', 'heads_table',
-           'total_of', 'bits_line', 'bits_table', 'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached',
-           'spectral_value', 'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3',
-           'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k', 'throughput_ratio_32k',
-           'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest', 'architectures_passed',
-           'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in', 'whole', 'panels',
-           'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived', 'refused',
-           'stress_table', 'stress_figure', 'tasks_table', 'texts_table', 'share_of_bits', 'ladder_figure',
-           'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
-           'needle_accuracy_drop_2bit', 'sweep_cells', 'default_over_rotation_4bit', 'drop_kl_ratio_2bit',
-           'speculative_acceptance', 'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked',
-           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'kernel_device',
-           'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens', 'total_ratio',
-           'half_bit_share', 'stress_pairs', 'stress_mixed_pairs', 'methods_tried', 'methods_everywhere',
-           'library_models', 'derived', 'numbers_tex', 'missed_before', 'missed_now', 'with_missed', 'history_table',
-           'claims_once_missed', 'encoder_at', 'by_encoder', 'listed', 'encoder_sentence', 'scales_sentence',
-           'captions_tex', 'encoders_table', 'note', 'claims_table', 'drawn_from', 'kind_of', 'letters', 'measured_in',
-           'ways_table', 'tex_breakable', 'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned',
-           'compare', 'describe', 'verify', 'lint_text', 'lint_paper', 'report']
+           'PROTOCOL', 'TAILS', 'SURVIVED', 'HARDLY', 'TEXTS', 'CHOICES', 'MOST', 'PUBLIC', 'ZOO', 'PAGES',
+           'PAGE_CODES', 'ROTATION_WORKS', 'PAGE_COLUMNS', 'BEGIN', 'END', 'MARKED', 'DIGITS', 'NUMBERS', 'WORDS',
+           'MISSED', 'FIRST_ENCODER', 'ENCODERS', 'OF_ENCODERS', 'OWN_FORMAT', 'WAYS', 'NOTEBOOKS', 'ALLOWED', 'LAYOUT',
+           'UNITS', 'TYPED', 'repository', 'notes', 'Book', 'significant', 'shown', 'tex_number', 'res', 'tex_escape',
+           'Style', 'style_of', 'theme', 'save_figure', 'figure', 'table', 'exact_at', 'rotation_at', 'curve',
+           'draw_noise_floor', 'draw_curve', 'frontier', 'models_of', 'line', 'spectral_line', 'bits_figure', 'not_run',
+           'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series', 'ratedistortion_figure',
+           'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
+           'eviction_figure', 'quality_line', 'quality', 'heads_table', 'total_of', 'bits_line', 'bits_table',
+           'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio',
+           'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
+           'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged',
+           'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use',
+           'all_in', 'whole', 'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
+           'survived', 'refused', 'stress_table', 'stress_figure', 'tasks_table', 'texts_table', 'share_of_bits',
+           'ladder_figure', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared',
+           'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'default_over_rotation_4bit',
+           'drop_kl_ratio_2bit', 'speculative_acceptance', 'page_line', 'page_bits', 'page_models', 'page_cost',
+           'bits_at', 'page_share', 'worst_of', 'budget_error', 'share_cell', 'page_table_line', 'pages_table',
+           'draw_pages', 'pages_figure', 'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown',
+           'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device',
+           'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens',
+           'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs', 'stress_mixed_pairs', 'methods_tried',
+           'methods_everywhere', 'library_models', 'derived', 'numbers_tex', 'missed_before', 'missed_now',
+           'with_missed', 'history_table', 'claims_once_missed', 'encoder_at', 'by_encoder', 'listed',
+           'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note', 'claims_table',
+           'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger',
+           'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text',
+           'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, subprocess, tempfile
@@ -176,6 +179,7 @@ STYLES = dict(
     bf16=Style('bf16 cache', '#555555', 'D'),
     rotation=Style('rotation', '#0072B2', 'o'),
     spectral=Style('spectral', '#D55E00', 's'),
+    pages=Style('tiered pages', '#009E73', '^'),
 )
 FALLBACK = ('#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
@@ -837,7 +841,7 @@ def bits_ratio(book, model, bits, profile='wiki_cal', tokens=4096):
 
 def _ratio_claim(bits, target):
     sentence = f'Effective bits of spectral codes that reach the mean KL of rotation + Lloyd–Max at {bits} bits, as a share of its effective bits, frames counted at 4096 tokens; worst model of the zoo.'
-    @claim(f'bits_ratio_{bits}', sentence, 'of the bits', target)
+    @claim(f'trellis_bits_ratio_{bits}', sentence, 'of the bits', target)
     def ratio(book): return worst(book, lambda m: bits_ratio(book, m, bits))
 
 for _bits, _target in ((2, '<= 0.5'), (3, '<= 0.5'), (4, '<= 0.6')): _ratio_claim(_bits, _target)
@@ -1370,6 +1374,158 @@ def speculative_acceptance(book):
     if len(models) < 6 or not all(book.value(metric='texts_equal', model=m, **where) == 1 for m in models): return None
     return min((book.value(metric='acceptance', model=m, **where) for m in models), default=None)
 
+# %% ../nbs/90_report.ipynb #0b1a9cbf
+PAGES = dict(file='pages', data='wikitext2_valid', length=2048, window=128, sinks=4)
+PAGE_CODES = dict(
+    pages=dict(method='pages', tokens=0),
+    plan=dict(method='spectral', home='64', tokens=0),
+    paid=dict(method='pages', tokens=SHARED_TOKENS),
+    rotation=dict(method='rotation'),
+)
+
+def page_line(
+    book:Book, # Where to look
+    metric:str, # `kl_mean`, `bits`, ...
+    model:str, # Of the grid
+    code:str, # One of `PAGE_CODES`
+) -> dict: # Budget -> row
+    "Rows of one code on one model."
+    rows = line(book, metric, model=model, **PAGES, **PAGE_CODES[code])
+    return {r['k_bits']: r for r in rows}
+
+def page_bits(book, model, code) -> dict: # Budget -> effective bits
+    "What one code stores; in the line `paid` with the frames, as if 4096 tokens of text shared them."
+    plain = page_line(book, 'bits', model, code)
+    framed = page_line(book, 'bits_with_frames', model, code) if code == 'paid' else plain
+    return {b: r['value'] + (framed[b]['value'] - r['value'])*r['length']/SHARED_TOKENS for b, r in plain.items()}
+
+def page_models(book) -> tuple: # Models of the zoo, public checkpoints
+    "Who has rows of pages."
+    found = models_of(book, file='pages', method='pages')
+    return [m for m in found if m not in PUBLIC], [m for m in PUBLIC if m in found]
+
+# %% ../nbs/90_report.ipynb #f394ded9
+def page_cost(
+    book:Book, # Where to look
+    model:str, # Of the grid
+    bits:float, # Budget of both
+) -> dict|None: # The row of the pages, with the ratio as its value
+    "Mean KL of pages over that of the trellis plan."
+    ours,theirs = (page_line(book, 'kl_mean', model, code).get(bits) for code in ('pages', 'plan'))
+    return dict(ours, value=ours['value']/theirs['value']) if ours and theirs else None
+
+# %% ../nbs/90_report.ipynb #1f175761
+def bits_at(
+    points:list, # (bits, mean KL) in order of bits
+    goal:float, # Mean KL to reach
+) -> tuple|None: # Bits, and whether these are an upper bound only
+    "Bits at which a line of measured points comes down to `goal`."
+    i = next((i for i, (_, kl) in enumerate(points) if kl <= goal), None)
+    if i is None: return None
+    right,low = points[i]
+    if i == 0: return right, low < goal
+    left,high = points[i - 1]
+    return left + (right - left)*log(high/goal)/log(high/low), False
+
+# %% ../nbs/90_report.ipynb #29f6fbb8
+def page_share(
+    book:Book, # Where to look
+    model:str, # Of the grid
+    bits:int, # Of the rotation
+    asked:bool=False, # Count what was asked, where frames are shared by packed tokens only
+) -> tuple|None: # The row of its bits with the share as its value, and whether the share is an upper bound only
+    "Bits of pages, frames counted at 4096 tokens, over the rotation's bits at its mean KL."
+    goal,theirs = (page_line(book, m, model, 'rotation').get(bits) for m in ('kl_mean', 'bits'))
+    kl,ours = page_line(book, 'kl_mean', model, 'paid'),page_bits(book, model, 'paid')
+    if not goal or not kl: return None
+    found = bits_at([(b if asked else ours[b], r['value']) for b, r in kl.items()], goal['value'])
+    return found and (dict(theirs, value=found[0]/theirs['value']), found[1])
+
+# %% ../nbs/90_report.ipynb #aa899603
+def worst_of(rows:list) -> float|None:
+    "The largest value; None where one is missing."
+    return max(r['value'] for r in rows) if rows and None not in rows else None
+
+def _page_cost_claim(bits):
+    sentence = f'Mean KL of tiered pages over that of the trellis plan, both at {bits} effective {"bit" if bits == 1 else "bits"}, frames not counted; WikiText-2, worst model of the zoo.'
+    @claim(f'pages_over_plan_{bits}bit', sentence, 'times the KL', '<= 1.8')
+    def cost(book): return worst_of([page_cost(book, m, bits) for m in page_models(book)[0]])
+
+for _bits in (1, 2, 3): _page_cost_claim(_bits)
+
+ROTATION_WORKS = 'SmolLM2-135M-Instruct', 'Gemma-3-270M' # On Qwen2.5 the rotation fails: any code has fewer bits there
+
+def _page_share_claim(id, bits, models, where, target):
+    sentence = (f'Effective bits of tiered pages at the mean KL of the rotation at {bits} bits, as a share of its effective bits, frames counted at {SHARED_TOKENS} tokens; '
+                f'between measured budgets log KL is interpolated, and where the smallest is better already, its bits count as an upper bound; WikiText-2, {where}.')
+    @claim(id, sentence, 'of the bits', target)
+    def share(book):
+        shares = [page_share(book, m, bits) for m in models(book)]
+        return worst_of([s and s[0] for s in shares])
+
+for _bits, _target in ((2, '<= 0.25'), (3, '<= 0.42'), (4, '<= 0.6')):
+    _page_share_claim(f'bits_ratio_{_bits}', _bits, lambda book: page_models(book)[0], 'worst model of the zoo', _target)
+for _bits, _target in ((2, '<= 0.4'), (3, '<= 0.5'), (4, '<= 0.6')):
+    _page_share_claim(f'bits_ratio_public_{_bits}', _bits, lambda book: ROTATION_WORKS, 'worse of SmolLM2 and Gemma-3', _target)
+
+@claim('budget_error', 'Bits that tiered pages store, against those that were asked, frames in neither; worst budget of all models.', '% of the budget', '<= 2')
+def budget_error(book):
+    rows = [r for models in page_models(book) for m in models for r in page_line(book, 'bits', m, 'pages').values()]
+    return max((100*abs(r['value']/r['k_bits'] - 1) for r in rows), default=None)
+
+# %% ../nbs/90_report.ipynb #4acba7f0
+PAGE_COLUMNS = (('pages', 1), ('plan', 1), ('pages', 2), ('plan', 2), ('rotation', 2), ('pages', 3), ('plan', 3), ('rotation', 3), ('rotation', 4))
+
+def share_cell(share) -> str:
+    "A share of bits as LaTeX, with a sign where it is an upper bound; a dash where no budget is good enough."
+    if share is None: return '–'
+    row,bound = share
+    return r'$\le$\,'*bound + res(row, 2)
+
+def page_table_line(book, model) -> str:
+    "One model: mean KL of every code at every budget, then shares of the rotation's bits."
+    kl = {code: page_line(book, 'kl_mean', model, code) for code in ('pages', 'plan', 'rotation')}
+    cells = [res(kl[code].get(b), scale=1000) for code, b in PAGE_COLUMNS]
+    shares = [share_cell(page_share(book, model, b)) for b in BITS]
+    return ' & '.join([tex_escape(model), *cells, *shares]) + r' \\'
+
+@table('pages')
+def pages_table(book):
+    "Mean KL of pages, trellis plan and rotation at equal budgets, and bits at equal KL, model by model."
+    group = r'& \multicolumn{2}{c}{1 bit} & \multicolumn{3}{c}{2 bits} & \multicolumn{3}{c}{3 bits} & 4 bits & \multicolumn{3}{c@{}}{share of bits at} \\'
+    rules = r'\cmidrule(lr){2-3}\cmidrule(lr){4-6}\cmidrule(lr){7-9}\cmidrule(lr){10-10}\cmidrule(l){11-13}'
+    names = ' & '.join(['model', *(dict(rotation='rot.').get(code, code) for code, _ in PAGE_COLUMNS), *map(str, BITS)]) + r' \\'
+    lines = [r'\begin{tabular}{@{}l' + 'r'*12 + '@{}}', r'\toprule', group, rules, names]
+    for models in page_models(book):
+        if models: lines += [r'\midrule', *(page_table_line(book, m) for m in models)]
+    if len(lines) == 5: lines += [r'\midrule', NOT_RUN + r' \\']
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
+# %% ../nbs/90_report.ipynb #b3c258da
+def draw_pages(ax, book, model):
+    "Lines of the codes on one model: filled and solid without frames, hollow and dashed with them."
+    for code, style in (('rotation', 'rotation'), ('plan', 'spectral'), ('pages', 'pages'), ('paid', 'pages')):
+        bits,kl = page_bits(book, model, code),page_line(book, 'kl_mean', model, code)
+        if not kl: continue
+        look,label = STYLES[style],dict(plan='trellis plan', paid='tiered pages, frames counted at 4096 tokens').get(code, STYLES[style].label)
+        mfc,ls = ('white', (0, (4, 2))) if code == 'paid' else (look.color, '-')
+        ax.plot([bits[b] for b in kl], [r['value'] for r in kl.values()], color=look.color, marker=look.marker, ms=4, mew=1, mfc=mfc, ls=ls, label=label)
+
+@figure('pages')
+def pages_figure(book, plt):
+    "Effective bits per element against mean KL: pages, trellis plan and rotation on public checkpoints."
+    models = page_models(book)[1]
+    if not models: return blank(plt)
+    fig,axes = plt.subplots(1, len(models), figsize=(5.5, 2.1), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax, model in zip(axes[0], models):
+        draw_pages(ax, book, model)
+        ax.set(title=model.replace('-Instruct', ''), yscale='log', xticks=(1, 2, 3, 4))
+    axes[0, 0].set_ylabel('mean KL (nats)')
+    fig.supxlabel('effective bits per element', fontsize=8)
+    legend_above(fig, axes[0], ncols=4)
+    open_axes(axes[0])
+    return fig
+
 # %% ../nbs/90_report.ipynb #3852151a
 def claims(
     source=None, # A Book, a results folder, or None for the one of this repository
@@ -1541,6 +1697,29 @@ def _spectral_number(id, metric, budget, scale=1):
 
 for _name, _budget in (('one', 1), ('two', 2)):
     for _id, _metric, _scale in (('kl', 'kl_mean', 1), ('tail', 'kl_p999', 1), ('flips', 'flips', 100)): _spectral_number(f'{_id}_spectral_{_name}', _metric, _budget, _scale)
+
+# %% ../nbs/90_report.ipynb #101905f3
+def _page_cost_number(id, of, pick):
+    @number(id)
+    def cost(book):
+        rows = [page_cost(book, m, b) for m in of(book) for b in (1, 2, 3)]
+        return NOT_RUN if None in rows else among(rows, pick)
+
+for _which, _pick in (('least', min), ('most', max)):
+    _page_cost_number(f'pages_zoo_{_which}', lambda book: page_models(book)[0], _pick)
+    for _word, _models in (('smollm', PUBLIC[:1]), ('others', PUBLIC[1:])): _page_cost_number(f'pages_{_word}_{_which}', lambda book, m=_models: m, _pick)
+
+for _bits, _word in ((3, 'three'), (4, 'four')):
+    @number(f'bits_ratio_asked_{_word}')
+    def bits_ratio_asked(book, bits=_bits):
+        shares = [page_share(book, m, bits, asked=True) for m in page_models(book)[0]]
+        return NOT_RUN if None in shares else among([row for row, _ in shares])
+
+for _word, _code, _bits in (('rotation_qwen_four', 'rotation', 4), ('pages_qwen_one', 'pages', 1)):
+    number(_word)(lambda book, c=_code, b=_bits: res(page_line(book, 'kl_mean', PUBLIC[2], c).get(b)))
+
+@number('pages_zoo')
+def pages_zoo(book): return in_words(len(page_models(book)[0]))
 
 # %% ../nbs/90_report.ipynb #40746e55
 def _least_number(id, **where): number(id)(lambda book: among(_rows(book, **where), min))
