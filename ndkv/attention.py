@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CUT', 'NEUTRAL', 'SDPA', 'PagedPast', 'template', 'spectral_pages', 'Call', 'Handed', 'PagedCall', 'exactly',
-           'padding', 'PagedLayer', 'PagedCache', 'options', 'ndkv_packed', 'StoredCall', 'read_packed', 'page_cache']
+           'padding', 'PagedLayer', 'PagedCache', 'options', 'ndkv_packed', 'PageReader', 'attend_stored', 'StoredCall',
+           'page_cache']
 
 # %% ../nbs/58_attention.ipynb #d380eed6
 import warnings
@@ -436,6 +437,47 @@ AttentionInterface.register("ndkv_packed", ndkv_packed)
 AttentionMaskInterface.register("ndkv_packed", sdpa_mask)
 
 # %% ../nbs/58_attention.ipynb #12af58b8
+try: from ndkv import kernels_pages
+except ImportError: kernels_pages = None # this Triton has no Gluon: tiles
+
+class PageReader:
+    "Makes of the past of an `NDCache` what 'ndkv_packed' attends to, and keeps what its kernel knows of each layer."
+    def __init__(self): self.plans = {} # layer -> codecs of keys and values, their `Plan`
+
+    def __call__(self, layer, keys, values): return StoredCall(layer, keys, values, self).pair
+
+    def plan(self,
+        layer:int,
+        keys,        # `Past`
+        values,      # `Past`
+        scale:float, # Of scores
+        device,
+    ): # The layer's `Plan`, for twice the pages whenever there are more; None: no kernel reads this
+        k, v, pages = keys.packed.codec, values.packed.codec, keys.packed.n // keys.packed.group
+        if kernels_pages is None or not (hasattr(k, "strips") and hasattr(v, "strips")): return None
+        known = self.plans.get(layer)
+        if known is None or known[0] is not k or known[1] is not v or known[2].pages < pages or known[2].scale != scale:
+            more = max(64, 1 << (pages - 1).bit_length())
+            self.plans[layer] = known = k, v, kernels_pages.Plan(k, v, more, scale, device)
+        return known[2] if kernels_pages.kernel_can_read(known[2], device) else None
+
+# %% ../nbs/58_attention.ipynb #00a46a3a
+def attend_stored(
+    plan,        # `Plan` of the layer
+    q:Tensor,    # `[B, Hq, 1, D]`
+    keys,        # `Past`
+    values,      # `Past`
+) -> Tensor: # `[B, Hq, 1, Dv]`
+    "One new token over pages where they lie, and over full-precision tokens beside them."
+    k, v = (p.packed.entries["pages"] for p in (keys, values))
+    B, _, P, _ = k.shape
+    table = torch.arange(B*P, dtype=torch.int32, device=q.device).view(B, P)
+    exact = [torch.cat([p.sink, *p.exact], 2) for p in (keys, values)]
+    n = torch.full((B,), exact[0].shape[2], dtype=torch.int32, device=q.device)
+    lens = torch.full((B,), P, dtype=torch.int32, device=q.device)
+    return kernels_pages.attend_pages(plan, q[:, :, 0], k.reshape(B*P, -1), v.reshape(B*P, -1), table, lens, (*exact, n))[:, :, None]
+
+# %% ../nbs/58_attention.ipynb #b66b4eb5
 class StoredCall(Call):
     "New tokens and the past of a layer of an `NDCache`."
     allowed = "sliding_window", # the cache gives what is seen, the mask says the rest
@@ -444,9 +486,21 @@ class StoredCall(Call):
         layer:int, # For messages
         keys,      # `Past`
         values,    # `Past`
+        reader:PageReader,
     ):
         super().__init__(keys.new, values.new, keys.length, layer)
-        self.past = keys, values
+        self.past, self.reader = (keys, values), reader
+
+    def by_kernel(self, q, mask, scale, how):
+        "What the kernel makes of it; None where it cannot."
+        keys, values = self.past
+        simple = mask is None and q.shape[2] == 1 and not any(x is not None and x is not False for x in how.values())
+        if not simple or torch.is_grad_enabled() or keys.skip or values.skip or not keys.packed.n: return None
+        home = getattr(keys.packed.codec, "home", None)
+        if home is None or keys.pos != home.first or values.packed.n != keys.packed.n: return None
+        if any("pages" not in p.packed.entries or p.packed.entries["pages"].device != q.device for p in self.past): return None
+        plan = self.reader.plan(self.layer, keys, values, scale, q.device)
+        return None if plan is None else attend_stored(plan, q, keys, values)
 
     def attend(self, module, q, mask, scale, how):
         keys, values = self.past
@@ -454,12 +508,9 @@ class StoredCall(Call):
         seen = mask if mask is None or mask.dtype == torch.bool else mask == 0
         weighs = mask is not None and mask.dtype != torch.bool and not (seen | (mask <= -1e4)).all()
         one_way = mask is not None or q.shape[2] == 1 or getattr(module, "is_causal", True)
+        if (out := self.by_kernel(q, mask, scale, how)) is not None: return out
         if weighs or not one_way: return exactly(module, q, keys.read(), values.read(), mask, scale, how)
         return attend_past(q, keys, values, seen, scale, **how)
-
-def read_packed(layer, keys, values):
-    "A reader for `NDCache`, of models that are loaded with attn_implementation='ndkv_packed'."
-    return StoredCall(layer, keys, values).pair
 
 def page_cache(
     config,        # `model.config`
@@ -472,4 +523,4 @@ def page_cache(
     if why := _why_not(config, only_full=False): raise ValueError(why)
     if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) != "ndkv_packed":
         raise ValueError("page_cache: its pages are read by ndkv_packed only; load the model with attn_implementation='ndkv_packed'")
-    return NDCache(config, bits, "pages", profile, reader=read_packed, **kw)
+    return NDCache(config, bits, "pages", profile, reader=PageReader(), **kw)

@@ -991,7 +991,7 @@ def _read_pages(
     i = gl.arange(0, 32*W, layout=layout)
     lane, warp = i & 31, i >> 5
     g, t = lane >> 2, lane & 3
-    blocks = B*H*groups*splits   # those of one multiprocessor are of the same head, whose tables they share in L1
+    blocks = B*H*groups*splits   # those that follow each other on a multiprocessor are of the same head
     place = (gl.program_id(0) % sms)*((blocks + sms - 1) // sms) + gl.program_id(0) // sms
     live = place < blocks
     place = gl.minimum(place, blocks - 1)

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from hypothesis import given, settings, strategies as st
 
-from ndkv.attention import page_cache, read_packed
+from ndkv.attention import PageReader, page_cache
 from ndkv.cache import NDCache, NDLayer, Past, refresh
 from ndkv.fisher import calibrate
 from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
@@ -326,7 +326,7 @@ def test_refused(models):
     cases = [(lambda: make(block=64), "use a multiple of 128"), (lambda: make(bits=.3), "do not pay"), (lambda: make(bits=(2, 2)), "one number"),
              (lambda: make(profile=replace(profile, importance={})), "ndkv calibrate"), (lambda: make(profile=None), "codecs"),
              (lambda: page_cache(plain.config, 2, profile), "attn_implementation='ndkv_packed'"), (lambda: page_cache(packed.config, 2), "ndkv calibrate"),
-             (lambda: make(reader=read_packed, exact_new=False), "reader"), (lambda: record("k", 20, ((1,),)*3), "8, 16, 24"),
+             (lambda: make(reader=PageReader(), exact_new=False), "reader"), (lambda: record("k", 20, ((1,),)*3), "8, 16, 24"),
              (lambda: NDCache(tf.DeepseekV3Config(), 4, "pages", codecs={}), "latents"),
              (lambda: allocate_strips([Strips(torch.zeros(1, 3, 2), torch.tensor([8, 8]))], 3.), "do not pay")]
     for make_it, says in cases:
@@ -339,7 +339,7 @@ def test_refused(models):
 def test_a_reader_in_another_attention_is_refused(models):
     "Pages that are handed to an attention that cannot read them stop the call."
     plain, _, profile = models("llama")
-    cache = NDCache(plain.config, 3, "pages", profile, window=16, reader=read_packed)
+    cache = NDCache(plain.config, 3, "pages", profile, window=16, reader=PageReader())
     ids = torch.randint(1, 61, (1, 330), generator=torch.Generator().manual_seed(4))
     with pytest.raises(ValueError, match="ndkv_packed") as e: stream(plain, ids, (300,), cache)
     assert "\n" not in str(e.value)

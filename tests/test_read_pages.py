@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from ndkv.spectral import Home
 from pages_emulated import emulated
 
 HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0" else "cpu"
+
+
+def fast():
+    "Inside, `attend_pages` takes the Gluon kernel: on a GPU the real one, else its emulation."
+    return emulated(vars(kp)) if DEVICE == "cpu" else nullcontext()
 
 
 def coded(codecs, k, v):
@@ -48,8 +55,9 @@ def worst(codecs, k, v, q, lens, tokens=(70, 33, 1), bfloat16=False, warps=2, **
     table, n = shuffled.int().repeat(B, 1), torch.tensor(tokens[:B], dtype=torch.int32)
     exact = torch.randn(B, H, max(tokens), D), torch.randn(B, H, max(tokens), codecs[1].D), n
     back = shuffled.argsort()
-    got = kp.attend_pages(kp.Plan(*codecs, P, warps=warps), q, k_pages[back], v_pages[back], table,
-                          torch.tensor(lens, dtype=torch.int32), exact, **kw)
+    put = lambda x: x.to(DEVICE).contiguous()
+    got = kp.attend_pages(kp.Plan(*codecs, P, device=torch.device(DEVICE), warps=warps), put(q), put(k_pages[back]), put(v_pages[back]),
+                          put(table), put(torch.tensor(lens, dtype=torch.int32)), tuple(map(put, exact)), **kw).cpu()
     dk, dv = (c.decode(e, 4)[0].double() for c, e in zip(codecs, entries))
     errors = []
     for b in range(B):
@@ -63,7 +71,7 @@ def worst(codecs, k, v, q, lens, tokens=(70, 33, 1), bfloat16=False, warps=2, **
 
 @pytest.mark.parametrize("D,G,rope", [(24, 3, None), (32, 4, "interleaved"), (32, 6, "partial"), (64, 1, "half")])
 def test_plain_kernel(D, G, rope):
-    assert worst(*drawn(D, 3, D, rope=rope, mean=float(rope is not None)), torch.randn(3, 2*G, D), (3, 1, 0)) < 1e-5
+    assert worst(*drawn(D, 3, D, rope=rope, mean=float(rope is not None)), torch.randn(3, 2*G, D), (3, 1, 0), plain=True) < 1e-5
 
 
 CASES = dict(usual={}, no_mean=dict(mean=0., rope=None), long_mean=dict(mean=300.), interleaved=dict(rope="interleaved"),
@@ -74,7 +82,7 @@ CASES = dict(usual={}, no_mean=dict(mean=0., rope=None), long_mean=dict(mean=300
 @pytest.mark.parametrize("G", [2, 6])
 def test_kernel_emulated(name, G):
     case = drawn(64, 4, 3, **CASES[name])
-    with emulated(vars(kp)): assert worst(*case, 3*torch.randn(3, 2*G, 64), (4, 1, 0), splits=2) < 1e-3
+    with fast(): assert worst(*case, 3*torch.randn(3, 2*G, 64), (4, 1, 0), splits=2) < 1e-3
 
 
 @pytest.mark.parametrize("what", ["long value", "long key", "tiny values", "sharp", "zero query"])
@@ -86,7 +94,7 @@ def test_kernel_extremes(what):
     if what == "tiny values": v[:, :, :200] *= 1e-4
     if what == "sharp": q *= 4
     if what == "zero query": q[0, 0] = 0
-    with emulated(vars(kp)): error, rounded = worst(codecs, k, v, q, (3, 2), bfloat16=True)
+    with fast(): error, rounded = worst(codecs, k, v, q, (3, 2), bfloat16=True)
     assert error < (rounded / 2 if what == "long key" else 2e-3), (error, rounded)
 
 
@@ -97,7 +105,35 @@ def test_any_widths_emulated(seed):
     torch.manual_seed(seed)
     widths = [torch.randint(0, 9, (2, 3, len(runs(D)))) * (torch.rand(2, 3, 1) < .8) for _ in "kv"]
     for w in widths: w[:, 2, 0] = 1
-    with emulated(vars(kp)): assert worst(*drawn(D, 3, seed, widths=widths), torch.randn(2, 8, D), (3, 2)) < 2e-3
+    with fast(): assert worst(*drawn(D, 3, seed, widths=widths), torch.randn(2, 8, D), (3, 2)) < 2e-3
+
+
+@torch.no_grad()
+def test_generation_reads_pages_by_the_kernel(monkeypatch):
+    "A model's single tokens go through the kernel, chunks and cropped pasts too, with the predictions of decoded tiles."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ndkv import attention, calibrate
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="ndkv_packed")).eval().to(DEVICE)
+    ids = torch.randint(0, 61, (4, 420), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    profile = calibrate(model, ids, window=16, enough=1, bar=False)
+    def read():
+        cache = attention.page_cache(model.config, 3, profile, window=16)
+        step = lambda a, b: model(ids[:2, a:b], past_key_values=cache).logits
+        out = [step(0, 410), step(410, 411), step(411, 415), step(415, 416)]
+        cache.crop(-130)
+        return torch.cat([*out, step(286, 287)], 1), cache
+    with monkeypatch.context() as m:
+        m.setattr(kp, "kernel_can_read", lambda *a: False)
+        want, cache = read()
+    assert {s.packed.n for s in cache.layers[0].stores} == {256}
+    calls, attend = [], kp.attend_pages
+    monkeypatch.setattr(kp, "attend_pages", lambda *a, **k: calls.append(a[5].tolist()) or attend(*a, **k))
+    with fast(): got, _ = read()
+    assert len(calls) == 6 and calls[0] == [3, 3] and calls[-1] == [2, 2]
+    torch.testing.assert_close(got, want, atol=3e-3*want.abs().max().item(), rtol=0)
 
 
 def test_refuses_what_does_not_fit():
@@ -128,7 +164,7 @@ def test_parts_of_a_block_are_shared():
     codecs, k, v = drawn(32, 6, 5)
     q = torch.randn(1, 8, 32)
     for warps in (1, 2, 8):
-        with emulated(vars(kp)): assert worst(codecs, k, v, q, (6,), warps=warps, splits=2 if warps == 1 else 1) < 1e-3
+        with fast(): assert worst(codecs, k, v, q, (6,), warps=warps, splits=2 if warps == 1 else 1) < 1e-3
 
 
 def test_splits_fill_the_gpu():
