@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'PLANNED', 'DTYPES', 'REPEATED', 'method', 'rotation_method', 'equalised_method', 'make_codec',
            'exact_method', 'planned_method', 'make_plan', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Past',
            'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer',
-           'model_modules', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
+           'model_modules', 'page_codecs', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, functools, importlib, inspect, warnings
@@ -917,6 +917,19 @@ def _calibrated(config, profile, bits, method, window, block, sinks, length, kw)
     if asks: return dict(profile=profile)
     more = {name: kw.pop(name) for name in ("trellis",) if name in kw and method != "pages"}
     return dict(codecs=make_plan(method or "spectral", profile, bits, block, sinks, window, length, config, **more))
+
+# %% ../nbs/40_cache.ipynb #d383c362
+def page_codecs(
+    config,          # `model.config`
+    profile,         # From `calibrate`, or where it is
+    bits:float|None, # Budget, effective bits an element; None = 2
+    window:int,      # Exact recent tokens
+    sinks:int,       # Exact first tokens
+    length:int,      # Tokens of text after which at most `bits` are stored
+) -> dict: # (layer, "k" or "v") -> `PageCodec`
+    "Codecs of tiered pages, those that an `NDCache` of these settings has."
+    if profile is None: raise ValueError("tiered pages want a profile; give profile= (ndkv calibrate)")
+    return _calibrated(config, profile, 2 if bits is None else bits, "pages", window, PAGE, sinks, length, {})["codecs"]
 
 # %% ../nbs/40_cache.ipynb #7da2e9d4
 def _check_counts(**counts):

@@ -136,6 +136,30 @@ def test_generation_reads_pages_by_the_kernel(monkeypatch):
     torch.testing.assert_close(got, want, atol=3e-3*want.abs().max().item(), rtol=0)
 
 
+@torch.no_grad()
+def test_a_server_reads_pages_by_the_kernel(monkeypatch):
+    "Slots of different lengths in one step, one of them without pages."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ndkv import Server, calibrate
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="ndkv_packed")).eval().to(DEVICE)
+    ids = torch.randint(0, 61, (4, 320), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    profile = calibrate(model, ids, window=16, enough=1, bar=False)
+    def step():
+        server = Server(model, slots=3, length=400, codes="pages", bits=3, window=16, profile=profile)
+        for name, n in (("a", 300), ("b", 30), ("c", 170)): server.add_request(ids[0, :n].tolist(), name, max_new_tokens=2)
+        server.step()
+        return server.logits.float().cpu()
+    with monkeypatch.context() as m:
+        m.setattr(kp, "kernel_can_read", lambda *a: False)
+        want = step()
+    with fast(): got = step()
+    torch.testing.assert_close(got, want, atol=3e-3*want.abs().max().item(), rtol=0)
+    assert not torch.equal(got, want)
+
+
 def test_refuses_what_does_not_fit():
     codecs, k, v = drawn(32, 2, 1)
     _, k_pages, v_pages = coded(codecs, k, v)

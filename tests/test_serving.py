@@ -399,3 +399,48 @@ def test_wrappers_that_put_another_cache_in_place_are_refused(model):
     server.add_request([1, 2, 3])
     with pytest.raises(ValueError, match="another cache"): server.step()
     assert len(server.waiting) == 1 and not server.pool.held
+
+
+@pytest.fixture(scope="module")
+def profile(model):
+    from ndkv import calibrate
+    ids = torch.randint(0, 97, (4, 300), generator=torch.Generator().manual_seed(0))
+    return calibrate(model, ids, window=16, enough=1, bar=False)
+
+
+def test_tiered_pages_are_the_bytes_of_a_cache(model, profile):
+    "Requests in a queue, on tiered pages: each token from the logits of an `NDCache` of the same profile, and the same bytes."
+    from ndkv.attention import page_cache
+    kw = dict(bits=3, window=16, profile=profile)
+    server = Server(model, slots=2, length=700, codes="pages", **kw)
+    heard, asked = listen(server), prompts(290, 145, 410, 20, 273)
+    done = {r.request_id: r for r in server.generate_batch(asked, max_new_tokens=6).values()}
+    assert len(done) == 5 and all(len(r.generated_tokens) == 6 for r in done.values())
+    for r in done.values(): check(model, page_cache(model.config, length=700, **kw), r, heard[r.request_id], 1e-4)
+
+
+def test_pages_of_a_slot_are_those_of_a_cache(model, profile):
+    "A prompt, then tokens until a buffer is coded; a prefix that two requests share is stored once."
+    kw = dict(bits=2, window=8, profile=profile)
+    server = Server(model, slots=2, length=600, codes="pages", **kw)
+    ids = prompts(395)[0]
+    requests = [server._request(ids, name) for name in "ab"]
+    cache = NDCache(model.config, method="pages", length=600, **kw)
+    with torch.no_grad():
+        keys = server.pool.keys(ids)
+        slots = [server.pool.admit(ids, 400, keys) for _ in requests]
+        assert server.pool.table[0, :2].tolist() == server.pool.table[1, :2].tolist() and len(keys) == 2
+        for r, slot in zip(requests, slots): server._prefill(r, slot)
+        plain = copy.deepcopy(model)
+        plain.config._attn_implementation = "sdpa"
+        plain(torch.tensor([ids]), past_key_values=cache)
+    for pool_layer, layer in zip(server.pool.layers, cache.layers):
+        for store, mine in zip(pool_layer.kept, layer.stores):
+            there = mine.packed.entries["pages"][0, 0]
+            same = (store[server.pool.table[0, :len(there)].long()] == there).double().mean()
+            assert len(there) == 2 and same > .99 # but for codes at a tie: attention was computed in another way
+
+
+def test_tiered_pages_want_a_profile(model):
+    with pytest.raises(ValueError, match="profile"): Server(model, codes="pages")
+    with pytest.raises(ValueError, match="budget|bits"): Server(model, codes="pages", bits=9, profile="nowhere")
