@@ -139,11 +139,11 @@ def make_plan(
     length:int=4096, # Tokens of text after which the budget holds
     model=None,      # Model or configuration whose layers hold them; None = as the profile describes it
     tokens:int|None=None, # That share the bases, which are then paid from the budget
-    **kw             # Other arguments of `plan`, for "spectral"
+    **kw             # Other arguments of `plan` or `plan_pages`
 ) -> dict: # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget."
     same = dict(tokens=tokens, length=length, window=window, model=model)
-    if method == "pages": return plan_pages(profile, bits, sinks, block=block, **same)
+    if method == "pages": return plan_pages(profile, bits, sinks, block=block, **same, **kw)
     return plan(profile, bits, **dict(block=block, first=sinks, trellis=256) | kw, **same)
 
 # %% ../nbs/40_cache.ipynb #67b0bdda

@@ -616,6 +616,7 @@ def plan_pages(
     model=None,           # Model or configuration whose layers hold them; None = as the profile describes it
     block:int=PAGE,       # Of the cache
     ridge:float=.01,      # As in `klt`
+    tiers:bool=True,      # Spend more on important tokens? False: as if all were of mean importance, to see what tiers gain
 ) -> dict: # (layer, "k" or "v") -> `PageCodec`
     "Codecs of all layers under one budget of bits."
     if not profile.prices: raise ValueError("plan_pages: the profile holds no sensitivities; make it with `calibrate`")
@@ -632,11 +633,18 @@ def plan_pages(
         most = max(held[i] for i, _ in some)
         share = {i: held[i] / most if most else 1. for i, _ in some}
         sharing = {i: tokens * held[i] / length if tokens and most else None for i, _ in some}
-        strips = [strips_of(bases[i, kind], tier_importance(profile, i, kind), share[i], sharing[i], kind == "k")
-                  for i, kind in some]
+        importance = {key: tier_importance(profile, *key) for key in some}
+        if not tiers: importance = {key: _even(x) for key, x in importance.items()}
+        strips = [strips_of(bases[i, kind], importance[i, kind], share[i], sharing[i], kind == "k") for i, kind in some]
         widths = allocate_strips(strips, bits)
         out |= {key: _codec(profile, key, bases[key], w, first) for key, w in zip(some, widths)}
     return out
+
+
+def _even(importance):
+    "The mean over tokens for every tier, `[H, tiers]`."
+    weight = torch.tensor(TIERS, dtype=importance.dtype) / PAGE
+    return (importance * weight).sum(-1, keepdim=True).expand_as(importance).contiguous()
 
 
 def _bases(i, s, price, ridge):

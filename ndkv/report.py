@@ -24,13 +24,13 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'ladder_figure', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared',
            'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'default_over_rotation_4bit',
            'drop_kl_ratio_2bit', 'speculative_acceptance', 'page_line', 'page_bits', 'page_models', 'page_cost',
-           'bits_at', 'page_share', 'worst_of', 'budget_error', 'share_cell', 'page_table_line', 'pages_table',
-           'draw_pages', 'pages_figure', 'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown',
-           'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device',
-           'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens',
-           'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs', 'stress_mixed_pairs', 'methods_tried',
-           'methods_everywhere', 'library_models', 'derived', 'numbers_tex', 'missed_before', 'missed_now',
-           'with_missed', 'history_table', 'claims_once_missed', 'encoder_at', 'by_encoder', 'listed',
+           'bits_at', 'page_share', 'worst_of', 'tier_gain_public', 'budget_error', 'share_cell', 'page_table_line',
+           'pages_table', 'draw_pages', 'pages_figure', 'claims', 'claims_markdown', 'architectures_markdown',
+           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
+           'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models',
+           'bits_tokens', 'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs', 'stress_mixed_pairs',
+           'methods_tried', 'methods_everywhere', 'library_models', 'derived', 'numbers_tex', 'missed_before',
+           'missed_now', 'with_missed', 'history_table', 'claims_once_missed', 'encoder_at', 'by_encoder', 'listed',
            'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note', 'claims_table',
            'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger',
            'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text',
@@ -1377,9 +1377,10 @@ def speculative_acceptance(book):
 # %% ../nbs/90_report.ipynb #0b1a9cbf
 PAGES = dict(file='pages', data='wikitext2_valid', length=2048, window=128, sinks=4)
 PAGE_CODES = dict(
-    pages=dict(method='pages', tokens=0),
+    pages=dict(method='pages', tokens=0, tiers=None),
+    even=dict(method='pages', tokens=0, tiers=False), # widths do not follow importance
     plan=dict(method='spectral', home='64', tokens=0),
-    paid=dict(method='pages', tokens=SHARED_TOKENS),
+    paid=dict(method='pages', tokens=SHARED_TOKENS, tiers=None),
     rotation=dict(method='rotation'),
 )
 
@@ -1467,6 +1468,11 @@ for _bits, _target in ((2, '<= 0.25'), (3, '<= 0.42'), (4, '<= 0.6')):
     _page_share_claim(f'bits_ratio_{_bits}', _bits, lambda book: page_models(book)[0], 'worst model of the zoo', _target)
 for _bits, _target in ((2, '<= 0.4'), (3, '<= 0.5'), (4, '<= 0.6')):
     _page_share_claim(f'bits_ratio_public_{_bits}', _bits, lambda book: ROTATION_WORKS, 'worse of SmolLM2 and Gemma-3', _target)
+
+@claim('tier_gain_public', 'Mean KL of pages of one effective bit whose widths do not follow importance, over that of tiered pages; WikiText-2, SmolLM2.', 'times the KL', '>= 2.5')
+def tier_gain_public(book):
+    even,tiered = (page_line(book, 'kl_mean', 'SmolLM2-135M-Instruct', code).get(1) for code in ('even', 'pages'))
+    return even['value']/tiered['value'] if even and tiered else None
 
 @claim('budget_error', 'Bits that tiered pages store, against those that were asked, frames in neither; worst budget of all models.', '% of the budget', '<= 2')
 def budget_error(book):

@@ -161,11 +161,13 @@ def _from_plan(cell, where):
     if cell["k_bits"] != cell["v_bits"]: raise ValueError(f"{name} spends one budget on keys and values; give one number of bits")
     tokens, home = given.pop("tokens", 0), given.pop("home", cell["block"]) if name == "spectral" else cell["block"]
     more = dict(trellis=given.pop("trellis", 256), block=home) if name == "spectral" else {}
-    if given: raise ValueError(f"{name} has no option {next(iter(given))!r} in a grid; choose {'trellis, home or tokens' if more else 'tokens'}")
+    if name == "pages": more = dict(tiers=given.pop("tiers", True))
+    if given: raise ValueError(f"{name} has no option {next(iter(given))!r} in a grid; choose {'tiers or tokens' if name == 'pages' else 'trellis, home or tokens'}")
     codecs = make_plan(name, _profile(cell, where), cell["k_bits"], **dict(block=cell["block"]) | more, sinks=cell["sinks"], window=cell["window"],
                        length=cell["length"], model=_load(cell, where)[0], tokens=tokens or None)
     note = dict(prices="fisher", allocation="global", tokens=tokens)
-    if more: note |= dict(home=str(home), trellis=more["trellis"], classes=len(next(iter(codecs.values())).counts))
+    if name == "spectral": note |= dict(home=str(home), trellis=more["trellis"], classes=len(next(iter(codecs.values())).counts))
+    elif not more["tiers"]: note |= dict(tiers=False)
     return dict(codecs=codecs), note
 
 

@@ -157,12 +157,15 @@ def test_baselines_and_spectral_in_one_grid(home, tmp_path, clean_code):
 
 def test_pages_and_their_plan_in_one_grid(home, tmp_path, clean_code):
     "The same windows for both; rows say which format."
-    grid = dict(models=['tiny'], methods=['pages', {'method': 'spectral', 'home': 64, 'trellis': 0}], bits=[3], tasks=['prose'], length=[330], n=1, window=[16], sinks=[4], block=[128], calibration='prose', calibration_windows=4)
+    grid = dict(models=['tiny'], methods=['pages', {'method': 'pages', 'tiers': False}, {'method': 'spectral', 'home': 64, 'trellis': 0}], bits=[3], tasks=['prose'], length=[330], n=1, window=[16], sinks=[4], block=[128], calibration='prose', calibration_windows=4)
     assert not go(home, tmp_path, grid)['failed']
-    rows = {(r['method'], r['metric']): r for r in load_rows(tmp_path)}
+    found = load_rows(tmp_path)
+    rows = {(r['method'], r['metric']): r for r in found if r.get('tiers', True)}
+    even = {r['metric']: r['value'] for r in found if not r.get('tiers', True)}
+    assert even['bits'] <= 3 and even['kl_mean'] != rows['pages', 'kl_mean']['value']
     assert rows['pages', 'kl_mean']['value'] > 0 and rows['pages', 'bits']['value'] <= 3 and rows['spectral', 'bits']['value'] <= 3.02
     assert rows['pages', 'kl_mean']['version'] == 1 and rows['spectral', 'kl_mean']['home'] == '64'
-    with pytest.raises(ValueError, match='choose tokens'): search_from_plan(home, dict(trellis=0))
+    with pytest.raises(ValueError, match='choose tiers or tokens'): search_from_plan(home, dict(trellis=0))
     versions = {c['method']: c.get('version') for c in cells_of(read_grid(dict(models=['tiny'], methods=['equalised', 'rotation', 'int'], bits=[4]))).values()}
     assert versions == dict(equalised=EQUALISED, rotation=None, int=2)
 
