@@ -442,7 +442,10 @@ except ImportError: kernels_pages = None # this Triton has no Gluon: tiles
 
 class PageReader:
     "Makes of the past of an `NDCache` what 'ndkv_packed' attends to, and keeps what its kernel knows of each layer."
-    def __init__(self): self.plans = {} # layer -> codecs of keys and values, their `Plan`
+    def __init__(self,
+        kernel:bool=False, # Read by the kernel where one fits?
+    ):
+        self.kernel, self.plans = kernel, {} # layer -> codecs of keys and values, their `Plan`
 
     def __call__(self, layer, keys, values): return StoredCall(layer, keys, values, self).pair
 
@@ -494,7 +497,7 @@ class StoredCall(Call):
     def by_kernel(self, q, mask, scale, how):
         "What the kernel makes of it; None where it cannot."
         keys, values = self.past
-        simple = mask is None and q.shape[2] == 1 and not any(x is not None and x is not False for x in how.values())
+        simple = self.reader.kernel and mask is None and q.shape[2] == 1 and not any(x is not None and x is not False for x in how.values())
         if not simple or torch.is_grad_enabled() or keys.skip or values.skip or not keys.packed.n: return None
         home = getattr(keys.packed.codec, "home", None)
         if home is None or keys.pos != home.first or values.packed.n != keys.packed.n: return None
@@ -516,6 +519,7 @@ def page_cache(
     config,        # `model.config`
     bits:float=2,  # Budget, effective bits an element
     profile=None,  # From `calibrate`, or where it is
+    kernel:bool=False, # Let the kernel read single tokens, where one fits?
     **kw           # Other arguments of `NDCache`
 ) -> NDCache:
     "A cache of tiered pages that 'ndkv_packed' reads a tile at a time."
@@ -523,4 +527,4 @@ def page_cache(
     if why := _why_not(config, only_full=False): raise ValueError(why)
     if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) != "ndkv_packed":
         raise ValueError("page_cache: its pages are read by ndkv_packed only; load the model with attn_implementation='ndkv_packed'")
-    return NDCache(config, bits, "pages", profile, reader=PageReader(), **kw)
+    return NDCache(config, bits, "pages", profile, reader=PageReader(kernel), **kw)

@@ -1254,9 +1254,9 @@ def attend_pages(
     blocks = e[0].shape[1] if e[0].dim() == 2 else 0
     result = q.new_empty(B, Hq, plan.Dv)
     n, R = top.shape[1], out.shape[-1]
-    DVP = _power(plan.Dv)
+    DVP = _power(plan.Dv) # reductions are over four numbers or more: what has run on a GPU
     C = min(64, DVP)
     _finish[(B*plan.H*groups, DVP // C)](
         top, total, out, rows, plan.v_mean, *e, result, n, blocks, plan.H, G, groups, R, plan.Dv,
-        _power(n), _power(max(blocks, 1)), _power(R), DVP, C)
+        max(_power(n), 4), max(_power(blocks), 4), max(_power(R), 16), DVP, C)
     return result

@@ -110,9 +110,10 @@ class TieredLayer(PoolLayer):
         pool,
         like,   # `PagedLayer` of this layer, for its index
         codecs, # Of all layers, from `make_plan`
+        kernel, # Read by the kernel where one fits?
     ):
         super().__init__(pool, like)
-        self.all_codecs, self.kept, self.plan = codecs, [], None
+        self.all_codecs, self.kept, self.plan, self.kernel = codecs, [], None, kernel
 
     stores = property(lambda self: self.kept)
     by_kernel = False # the encoder runs beside the graph
@@ -137,7 +138,7 @@ class TieredLayer(PoolLayer):
 
     def reads(self, scale, device):
         "The `Plan` of this layer; None where no kernel reads it."
-        if kernels_pages is None: return None
+        if kernels_pages is None or not self.kernel: return None
         if self.plan is None or self.plan.scale != (scale or self.plan.D**-.5):
             self.plan = kernels_pages.Plan(*self.codecs, self.pool.most, scale, device)
         return self.plan if kernels_pages.kernel_can_read(self.plan, device) else None
@@ -193,17 +194,17 @@ class PagePool(PagedCache):
         pages:int,   # Pages in each layer
         length:int,  # Tokens of the longest request
         device="cpu",
-        **kw         # Of `PagedCache`: bits, window, sinks, seed, …; `codes="pages"`: tiered pages of a profile
+        **kw         # Of `PagedCache`: bits, window, sinks, seed, …; `codes="pages"`: tiered pages of a profile, and `kernel`
     ):
         tiered = kw.get("codes") == "pages"
-        budget = {name: kw.pop(name, None) for name in ("bits", "profile", "codes")} if tiered else {}
+        budget = {name: kw.pop(name, None) for name in ("bits", "profile", "codes", "kernel")} if tiered else {}
         super().__init__(config, **kw)
         like = self.layers[0]
         self.sinks, self.window, self.page = like.sinks, like.window, PAGE if tiered else page_of(like)
         if self.window < 1: raise ValueError("a pool codes a page before the step that fills it, so its window must hold the new token; give window=1 or more")
         self.room, self.slots, self.pages = self.sinks + self.window + self.page + tiered, slots, pages # of an `NDCache` the window is full beside a new token
         codecs = page_codecs(config, budget["profile"], budget["bits"], self.window, self.sinks, length) if tiered else None
-        self.layers = [TieredLayer(self, l, codecs) if tiered else PoolLayer(self, l) for l in self.layers]
+        self.layers = [TieredLayer(self, l, codecs, budget["kernel"]) if tiered else PoolLayer(self, l) for l in self.layers]
         self.most = self.width = max(self.whole_pages(length), 1)
         make = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=device)
         self.table, self.packed, self.fresh, self.active = make(slots, self.most), make(slots), make(slots), make(slots)

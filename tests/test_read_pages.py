@@ -120,7 +120,7 @@ def test_generation_reads_pages_by_the_kernel(monkeypatch):
     ids = torch.randint(0, 61, (4, 420), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     profile = calibrate(model, ids, window=16, enough=1, bar=False)
     def read():
-        cache = attention.page_cache(model.config, 3, profile, window=16)
+        cache = attention.page_cache(model.config, 3, profile, kernel=True, window=16)
         step = lambda a, b: model(ids[:2, a:b], past_key_values=cache).logits
         out = [step(0, 410), step(410, 411), step(411, 415), step(415, 416)]
         cache.crop(-130)
@@ -148,7 +148,7 @@ def test_a_server_reads_pages_by_the_kernel(monkeypatch):
     ids = torch.randint(0, 61, (4, 320), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     profile = calibrate(model, ids, window=16, enough=1, bar=False)
     def step():
-        server = Server(model, slots=3, length=400, codes="pages", bits=3, window=16, profile=profile)
+        server = Server(model, slots=3, length=400, codes="pages", kernel=True, bits=3, window=16, profile=profile)
         for name, n in (("a", 300), ("b", 30), ("c", 170)): server.add_request(ids[0, :n].tolist(), name, max_new_tokens=2)
         server.step()
         return server.logits.float().cpu()
