@@ -165,7 +165,7 @@ def template(
 
 def spectral_pages(profile, layer:int, bits:float, sinks:int, codes="cubic", layout=None, block:int=64) -> tuple: # attention, layout
     "`PackedAttention` of one layer in the frames of a profile, and its pages."
-    if codes not in ("cubic", "uniform", "trellis"): raise ValueError(f"codes={codes!r}; use 'cubic', 'uniform' or 'trellis'")
+    if codes not in ("cubic", "uniform", "trellis"): raise ValueError(f"codes={codes!r}; use 'cubic', 'uniform' or 'trellis' (tiered pages are held by page_cache, and by a Server with codes='pages')")
     if not profile.prices: raise ValueError("the profile holds no prices of errors; make it with `calibrate`")
     s, price = profile.layers[layer], profile.prices[layer]
     D, r = s.k_cov.shape[-1], s.rope

@@ -197,6 +197,7 @@ class PagePool(PagedCache):
         **kw         # Of `PagedCache`: bits, window, sinks, seed, …; `codes="pages"`: tiered pages of a profile, and `kernel`
     ):
         tiered = kw.get("codes") == "pages"
+        if "kernel" in kw and not tiered: raise ValueError("kernel= is for codes='pages'; other codes are read by their kernel wherever it runs")
         budget = {name: kw.pop(name, None) for name in ("bits", "profile", "codes", "kernel")} if tiered else {}
         super().__init__(config, **kw)
         like = self.layers[0]

@@ -443,4 +443,5 @@ def test_pages_of_a_slot_are_those_of_a_cache(model, profile):
 
 def test_tiered_pages_want_a_profile(model):
     with pytest.raises(ValueError, match="profile"): Server(model, codes="pages")
-    with pytest.raises(ValueError, match="budget|bits"): Server(model, codes="pages", bits=9, profile="nowhere")
+    with pytest.raises(ValueError, match="bits=9"): Server(model, codes="pages", bits=9, profile="nowhere")
+    with pytest.raises(ValueError, match="kernel= is for"): Server(model, kernel=True)
