@@ -26,6 +26,7 @@ from .codebooks import distortion, uniform
 from .equalised import variation_lost
 from .kernels_decode import Layout, PackedAttention, cubic
 from .kernels_trellis import TrellisAttention, TrellisLayout
+from .pages import PAGE, PageCodec
 from .spectral import Home, key_frame, klt
 from .tiles import attend_chunk, attend_exact, attend_past, attend_tiles, write_pages
 from .trellis import trellis_distortion
@@ -453,14 +454,15 @@ class PageReader:
         layer:int,
         keys,        # `Past`
         values,      # `Past`
-        scale:float, # Of scores
+        scale,       # Of scores; None = 1/√D
         device,
     ): # The layer's `Plan`, for twice the pages whenever there are more; None: no kernel reads this
         k, v, pages = keys.packed.codec, values.packed.codec, keys.packed.n // keys.packed.group
-        if kernels_pages is None or not (hasattr(k, "strips") and hasattr(v, "strips")): return None
-        known = self.plans.get(layer)
+        if kernels_pages is None or not (isinstance(k, PageCodec) and isinstance(v, PageCodec)): return None
+        known, scale, rope = self.plans.get(layer), scale or k.D**-.5, k.home.rope
         if known is None or known[0] is not k or known[1] is not v or known[2].pages < pages or known[2].scale != scale:
             more = max(64, 1 << (pages - 1).bit_length())
+            if rope is not None and rope.max_length: more = max(pages, min(more, (rope.max_length - k.home.first) // PAGE))
             self.plans[layer] = known = k, v, kernels_pages.Plan(k, v, more, scale, device)
         return known[2] if kernels_pages.kernel_can_read(known[2], device) else None
 

@@ -324,7 +324,7 @@ PTX = { # results first, then arguments
     "store32": "st.shared.b32 [{0}+{at}], {1};", "store8": "st.shared.u8 [{0}+{at}], {1};",
     "shared4": "ld.shared.v4.b32 {{{0}, {1}, {2}, {3}}}, [{4}+{at}];", "shared1": "ld.shared.b32 {0}, [{1}+{at}];",
 }
-_GLOBAL = "ld.global.nc{cache}.{kind} {outs}, [{p}+{at}];"
+_GLOBAL = "ld.global.nc.L1::no_allocate.{kind} {outs}, [{p}+{at}];"
 
 
 def ptx(
@@ -342,7 +342,7 @@ def ptx(
         if name == "load":
             kind = {1: "u8", 2: "u16", 4: "b32", 8: "v2.b32", 16: "v4.b32"}[fixed["size"]]
             regs = ", ".join("%" + o for o in outs)
-            lines.append(_GLOBAL.format(cache="" if fixed["keep"] else ".L1::no_allocate", kind=kind, at=fixed["at"],
+            lines.append(_GLOBAL.format(kind=kind, at=fixed["at"],
                                         outs="{" + regs + "}" if len(outs) > 1 else regs, p=show(args[0])))
         else: lines.append(PTX[name].format(*("%" + o for o in outs), *map(show, args), **fixed))
     lines += [f"mov.b32 ${i}, {show(o)};" for i, o in enumerate(L.outputs)]
@@ -543,7 +543,7 @@ def load_strip(
         size = max(1, R*p//2)
         chunk, words[p] = min(size, 16), []
         for i in range(0, size, 16):
-            out = L.load(f"p{chunk}", n=max(1, chunk//4), size=chunk, at=start + 32*i, keep=False)
+            out = L.load(f"p{chunk}", n=max(1, chunk//4), size=chunk, at=start + 32*i)
             words[p] += out if isinstance(out, tuple) else [out]
         start += 32*size
     return words, start

@@ -177,7 +177,7 @@ def _attend_tiers(self:TieredLayer, q, scale=None, **how):
     pool, B, capped = self.pool, len(q), any(x is not None for x in how.values())
     plan = None if capped else self.reads(scale, q.device)
     if plan is None and q.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError("no kernel reads this model's pages on this GPU, and decoding waits for it; make the server with graph=False")
+        raise ValueError("no kernel reads this model's pages here, and decoding waits for the GPU; make the server with graph=False")
     if plan is None: return torch.cat([_attend_slot(self, q, slot, scale, how) for slot in range(B)])
     table, packed, fresh = (t[:B].to(q.device) for t in (pool.table, pool.packed, pool.fresh))
     exact = [buffer[:B] for buffer in self.exact]
@@ -354,6 +354,7 @@ class Server:
         **kw            # Of `PagedCache`: bits, window, sinks, seed, …; `profile=` with `codes="pages"`: tiered pages
     ):
         refuse_prompt_learning(model)
+        if graph and kw.get("codes") == "pages" and not kw.get("kernel"): raise ValueError("graph=True replays kernels, and codes='pages' are decoded without one; give kernel=True, or graph=False")
         self.model, self.device, self.tokenizer = model, model.get_input_embeddings().weight.device, tokenizer
         self.config, self.graph, self.graphs, self.flushes, self.names = generation_config, graph, {}, {}, count()
         self._settings()

@@ -108,17 +108,36 @@ def test_any_widths_emulated(seed):
     with fast(): assert worst(*drawn(D, 3, seed, widths=widths), torch.randn(2, 8, D), (3, 2)) < 2e-3
 
 
+def small_model(length, layers, **rope):
+    "A model that reads packed pasts, ids, and a profile of it."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ndkv import calibrate
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **rope, attn_implementation="ndkv_packed")).eval().to(DEVICE)
+    ids = torch.randint(0, 61, (4, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return model, ids, calibrate(model, ids, window=16, enough=1, bar=False)
+
+
+@torch.no_grad()
+def test_what_is_known_of_a_layer_is_made_once_and_stays_in_range(monkeypatch):
+    "Rotation tables that hold up to a length are not asked beyond it; steps share a plan."
+    from ndkv import attention
+    rope = dict(rope_type="dynamic", factor=2., rope_theta=1e4)
+    model, ids, profile = small_model(400, 1, max_position_embeddings=512, rope_parameters=rope)
+    cache, made, plan = attention.page_cache(model.config, 3, profile, kernel=True, window=16), [], kp.Plan
+    monkeypatch.setattr(kp, "Plan", lambda *a, **k: made.append(a[2]) or plan(*a, **k))
+    with fast():
+        for a, b in ((0, 300), (300, 301), (301, 302)): model(ids[:1, a:b], past_key_values=cache)
+    assert made == [3]
+
+
 @torch.no_grad()
 def test_generation_reads_pages_by_the_kernel(monkeypatch):
     "A model's single tokens go through the kernel, chunks and cropped pasts too, with the predictions of decoded tiles."
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from ndkv import attention, calibrate
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="ndkv_packed")).eval().to(DEVICE)
-    ids = torch.randint(0, 61, (4, 420), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    profile = calibrate(model, ids, window=16, enough=1, bar=False)
+    from ndkv import attention
+    model, ids, profile = small_model(420, 2)
     def read():
         cache = attention.page_cache(model.config, 3, profile, kernel=True, window=16)
         step = lambda a, b: model(ids[:2, a:b], past_key_values=cache).logits
@@ -139,14 +158,8 @@ def test_generation_reads_pages_by_the_kernel(monkeypatch):
 @torch.no_grad()
 def test_a_server_reads_pages_by_the_kernel(monkeypatch):
     "Slots of different lengths in one step, one of them without pages."
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from ndkv import Server, calibrate
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="ndkv_packed")).eval().to(DEVICE)
-    ids = torch.randint(0, 61, (4, 320), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    profile = calibrate(model, ids, window=16, enough=1, bar=False)
+    from ndkv import Server
+    model, ids, profile = small_model(320, 1)
     def step():
         server = Server(model, slots=3, length=400, codes="pages", kernel=True, bits=3, window=16, profile=profile)
         for name, n in (("a", 300), ("b", 30), ("c", 170)): server.add_request(ids[0, :n].tolist(), name, max_new_tokens=2)

@@ -416,7 +416,30 @@ def test_tiered_pages_are_the_bytes_of_a_cache(model, profile):
     heard, asked = listen(server), prompts(290, 145, 410, 20, 273)
     done = {r.request_id: r for r in server.generate_batch(asked, max_new_tokens=6).values()}
     assert len(done) == 5 and all(len(r.generated_tokens) == 6 for r in done.values())
-    for r in done.values(): check(model, page_cache(model.config, length=700, **kw), r, heard[r.request_id], 1e-4)
+    for r in done.values(): check(model, page_cache(model.config, length=700, **kw), r, heard[r.request_id], .03)
+
+
+@torch.no_grad()
+def test_a_slot_is_packed_when_a_cache_is(model, profile):
+    "Token by token, across a full buffer: as many packed tokens as in an `NDCache` that has read the same."
+    from ndkv.attention import page_cache
+    server = Server(model, slots=1, length=400, codes="pages", bits=3, window=16, profile=profile)
+    cache, ids = page_cache(model.config, 3, profile, window=16), prompts(145)[0]
+    server.add_request(ids, "r", max_new_tokens=8)
+    in_slot = {}
+    server.step()
+    request = server.running[0]
+    while server.running:
+        packed, fresh = server.pool.lengths[0]
+        in_slot[packed + fresh] = packed
+        server.step()
+    model(torch.tensor([ids]), past_key_values=cache)
+    in_cache = {len(ids): cache.layers[0].stores[0].packed.n}
+    for token in request.generated_tokens:
+        model(torch.tensor([[token]]), past_key_values=cache)
+        in_cache[cache.get_seq_length()] = cache.layers[0].stores[0].packed.n
+    assert len(in_slot) >= 6 and set(in_slot.values()) == {0, 128}
+    assert in_slot == {n: in_cache[n] for n in in_slot}
 
 
 def test_pages_of_a_slot_are_those_of_a_cache(model, profile):
@@ -438,10 +461,11 @@ def test_pages_of_a_slot_are_those_of_a_cache(model, profile):
         for store, mine in zip(pool_layer.kept, layer.stores):
             there = mine.packed.entries["pages"][0, 0]
             same = (store[server.pool.table[0, :len(there)].long()] == there).double().mean()
-            assert len(there) == 2 and same > .99 # but for codes at a tie: attention was computed in another way
+            assert len(there) == 2 and same > .9 # but for ties of codes and of the order: attention was computed in another way
 
 
 def test_tiered_pages_want_a_profile(model):
     with pytest.raises(ValueError, match="profile"): Server(model, codes="pages")
     with pytest.raises(ValueError, match="bits=9"): Server(model, codes="pages", bits=9, profile="nowhere")
     with pytest.raises(ValueError, match="kernel= is for"): Server(model, kernel=True)
+    with pytest.raises(ValueError, match="kernel=True, or graph=False"): Server(model, graph=True, codes="pages", profile="nowhere")
