@@ -67,7 +67,7 @@ def _blocks(grid): return ((i,) for i in range(grid[0]))
 
 def run_read_pages(names, kernel, grid, *args):
     "Every block, one after another; results are written into the tensors."
-    tensors = {id(a): a.numpy() for a in args if hasattr(a, "numpy")}
+    tensors = {id(a): (a.float() if str(a.dtype) == "torch.bfloat16" else a).numpy() for a in args if hasattr(a, "numpy")}
     memory = {k: np.ascontiguousarray(v).reshape(-1).view(np.uint8) for k, v in tensors.items()}
     values = [Pointer(memory[id(a)], tensors[id(a)].dtype) if id(a) in tensors else a for a in args]
     lanes = 32 * args[-1]
@@ -75,8 +75,7 @@ def run_read_pages(names, kernel, grid, *args):
         shared = np.zeros(1 << 18, np.uint8)
 
         def run(inputs, key, part, index):
-            query, keys, softmax, weighted, block = names["programs"](key)
-            L = dict(query=[query], keys=keys, softmax=[softmax], values=weighted, block=block)[part][int(index)]
+            L = names["programs"](key)[part][int(index)]
             assert len(L.inputs) == len(inputs), (part, L.inputs, len(inputs))
             outs = []
             for w in range(args[-1]):
@@ -86,11 +85,11 @@ def run_read_pages(names, kernel, grid, *args):
                 outs.append(names["emulate"](L, regs, shared))
             return tuple(_array(np.concatenate(o)).view(np.int32) for o in zip(*outs))
 
-        def choose(template, inputs, key, part, first, end):
-            assert first <= template < end
-            return run(inputs, key, part, template)
+        def of_pair(pair, what, key, warps, layout, first, end):
+            assert first <= pair < end
+            return types.FunctionType(names["_rounds"].fn.__code__, mine)(*what, key, warps, layout, pair)
 
-        mine = {**names, "gl": Gluon(block), "_run": run, "_choose": choose, "_program": names["assembly"],
+        mine = {**names, "gl": Gluon(block), "_run": run, "_of_pair": of_pair, "_program": names["assembly"],
                 "_lane_pointers": names["_lane_pointers"].fn}
         types.FunctionType(kernel.fn.__code__, mine)(*values)
 

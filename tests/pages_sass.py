@@ -1,6 +1,6 @@
 """Compile the page kernel for sm_90a without a GPU, disassemble it, count: `python tests/pages_sass.py KEY [REGISTERS]`.
 
-Prints instructions of the query (every second page) and of the rest of a page, native integer products, local memory.
+Prints instructions of a page, native integer products, those with both operands in shared memory, accesses of local memory.
 """
 import os
 import re
@@ -10,13 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
-TYPES = dict(Q="*fp32", SCALE="*fp32", TURNS="*fp32", BASIS="*fp16", MEANS="*fp16", RATIO="*fp32", LEVELS="*i32",
+TYPES = dict(Q="*bf16", ORDER="*i32", UNIT_="*fp32", TURNS="*fp32", TABLES="*fp16", RATIO="*fp32", LEVELS="*i32",
              HEADS="*i32", K="*u8", V="*u8", TABLE="*i32", LENS="*i32", TOP="*fp32", SUM="*fp32", OUT="*fp32",
              KEY="constexpr", W="constexpr") # the others are numbers
 
 
 def compiled(key, registers=128):
-    "The compiled kernel, and seconds. `key`: head_dim, channels of values, products of the mean, warps | widths of keys | of values."
+    "The compiled kernel, and seconds. `key`: head_dim, channels of values, products of the mean, warps, early registers of keys, of values | widths of keys | of values."
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -52,15 +52,12 @@ def instructions(text):
 
 
 def counts(text, usage):
-    "Of the loop over pages; with one template every instruction of it runs, those of the query every second time."
+    "Of the loop over rounds; with one template every instruction of it runs once a page."
     found, labels = instructions(text)
     branches = [(i, labels[to]) for i, (_, to) in enumerate(found) if to]
     end, start = max(((i, to) for i, to in branches if to < i), key=lambda b: b[0] - b[1])
-    queries = [i for i, (name, _) in enumerate(found) if name.startswith("HMMA")]
-    around = [to - i for i, to in branches if start <= i < queries[0] and to > queries[-1]]
-    query = around[-1] if around else 0
     names = [name.split(".")[0] for name, _ in found]
-    return dict(query=query, page=end - start + 1 - query, imma=names.count("IMMA"), hmma=names.count("HMMA"),
+    return dict(page=end - start + 1, imma=names.count("IMMA"), hgmma=names.count("HGMMA"),
                 local=sum(n in ("LDL", "STL") for n in names), registers=int(re.search(r"REG:(\d+)", usage)[1]))
 
 
