@@ -89,8 +89,7 @@ def run_read_pages(names, kernel, grid, *args):
             assert first <= pair < end
             return types.FunctionType(names["_rounds"].fn.__code__, mine)(*what, key, warps, layout, pair)
 
-        mine = {**names, "gl": Gluon(block), "_run": run, "_of_pair": of_pair, "_program": names["assembly"],
-                "_lane_pointers": names["_lane_pointers"].fn}
+        mine = {**names, "gl": Gluon(block), "_run": run, "_of_pair": of_pair, "_program": names["assembly"]}
         types.FunctionType(kernel.fn.__code__, mine)(*values)
 
 

@@ -187,7 +187,7 @@ def test_sass_is_native_and_keeps_registers():
     w = "654332211/443221110/332111000 543211100/332110000/211000000"
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
-    command = [sys.executable, HERE / "pages_sass.py", f"128 128 1 16 16 16|{w}|{w}"]
+    command = [sys.executable, HERE / "pages_sass.py", f"128 128 1 16|{w}|{w}"]
     got = subprocess.run(command, env=env, capture_output=True, text=True)
     if "No module named 'triton.experimental'" in got.stderr: pytest.skip("this Triton has no Gluon")
     assert not got.returncode, got.stderr[-3000:]
