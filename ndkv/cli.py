@@ -393,8 +393,8 @@ def measured(
 ) -> tuple: # Profile, tokens
     "A profile; what an interrupted call has measured is not measured again."
     NDCache(model.config, method='spectral', codecs={}) # is refused here where it would refuse the profile
-    kept = [Path(f'{part}{end}') for end in ('', '.prices', '.tokens')]
-    tokens = text_windows(path, tokenizer, length, windows) if path else kept_text(model, windows, length, kept[2])
+    kept = [Path(f'{part}{end}') for end in ('', '.tokens')]
+    tokens = text_windows(path, tokenizer, length, windows) if path else kept_text(model, windows, length, kept[1])
     try: profile = measure_profile(model, tokens, batch=batch, data=path.name.split('.')[0] if path else 'own text', bar=bars(), checkpoint=part, every=1 if len(tokens) < 16*batch else 8)
     except KeyboardInterrupt: raise ValueError(f'interrupted; what is measured is in {part}*, and the same command goes on from there') from None
     for file in kept: file.unlink(missing_ok=True)

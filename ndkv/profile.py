@@ -432,16 +432,10 @@ def collect(
 ) -> Profile: # On the CPU, float64
     "Statistics of every attention layer in one pass over a text."
     model = bare(model)
-    _check_tokens(model, tokens, skip)
-    D = _widest(describe(model)["head_dim"])
-    if tokens.shape[0] * (tokens.shape[1] - skip) < enough*D:
-        raise ValueError(f"collect: {tokens.shape[0] * (tokens.shape[1] - skip)} tokens are too few for heads of {D} channels; give at least {enough*D}, beside the first {skip} of each window")
-    ropes = find_rope(model, tokens)
-    for r in ropes.values(): r.check(tokens.shape[1])
-    p = Profile({}, describe(model), [dict(name=data, hash=tokens_hash(tokens), windows=0, length=tokens.shape[1])], skip)
+    p, ropes = _blank(model, tokens, skip, data, enough)
     if checkpoint and Path(checkpoint).exists(): p = _resume(checkpoint, p)
     done, steps = p.data[0]["windows"], 0
-    copied = watched(model, lambda m, q, k, v, kw: _add(p, m, q, k, v, kw, ropes))
+    copied = watched(model, lambda m, q, k, v, kw: _add_layer(p, m, q, k, v, kw, ropes))
     with tqdm(total=len(tokens), initial=done, desc="profile", disable=not bar, mininterval=2) as progress:
         while done < len(tokens):
             ids = tokens[done:done + batch]
@@ -463,7 +457,16 @@ def _check_tokens(model, tokens, skip):
     vocab = vocabulary(model)
     if tokens.min() < 0 or tokens.max() >= vocab: raise ValueError(f"collect: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model has {vocab}; encode the text with the model's own tokenizer")
 
-def _add(p, module, q, k, v, kw, ropes):
+def _blank(model, tokens, skip, data, enough):
+    "A profile without statistics of a text that is fit for them, and the rotary embeddings of the layers."
+    _check_tokens(model, tokens, skip)
+    D, n = _widest(describe(model)["head_dim"]), tokens.shape[0] * (tokens.shape[1] - skip)
+    if n < enough*D: raise ValueError(f"collect: {n} tokens are too few for heads of {D} channels; give at least {enough*D}, beside the first {skip} of each window")
+    ropes = find_rope(model, tokens)
+    for r in ropes.values(): r.check(tokens.shape[1])
+    return Profile({}, describe(model), [dict(name=data, hash=tokens_hash(tokens), windows=0, length=tokens.shape[1])], skip), ropes
+
+def _add_layer(p, module, q, k, v, kw, ropes):
     "Merge the statistics of one layer and batch into a profile."
     i = module.layer_idx
     old = p.layers[i].to(k.device) if i in p.layers else None
