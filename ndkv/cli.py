@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'LATENT', 'USUAL', 'MODEL', 'OPTION', 'JSON', 'PROFILE', 'DATA', 'CLAIM_KEYS',
-           'GRIDS', 'METRICS', 'ANATOMY', 'command', 'main', 'one_line', 'console', 'grid', 'show_json', 'bars',
-           'generate', 'bytes_per_token', 'divergence', 'demo_row', 'demo_line', 'latent', 'make_cells', 'numbers',
-           'demonstrate', 'zoo', 'quiet', 'quiet_load', 'one_model', 'demo', 'show_demo', 'claims', 'report', 'verify',
-           'existing', 'writable', 'pushable', 'text_file', 'kept_text', 'measured', 'calibrate', 'summary',
-           'show_cells', 'evaluate', 'spectra', 'sweep', 'bench', 'show_anatomy', 'inspect', 'show_frontier',
-           'recommend', 'train', 'show_models', 'models']
+           'GRIDS', 'METRICS', 'WITH_MODEL', 'ANATOMY', 'command', 'main', 'one_line', 'console', 'grid', 'show_json',
+           'bars', 'generate', 'bytes_per_token', 'divergence', 'demo_row', 'demo_line', 'latent', 'make_cells',
+           'numbers', 'demonstrate', 'zoo', 'quiet', 'quiet_load', 'one_model', 'demo', 'show_demo', 'claims', 'report',
+           'verify', 'existing', 'writable', 'pushable', 'text_file', 'kept_text', 'measured', 'forget',
+           'measured_kinds', 'calibrate', 'summary', 'show_cells', 'evaluate', 'spectra', 'sweep', 'bench', 'text_of',
+           'calibrate_bench', 'show_anatomy', 'inspect', 'show_frontier', 'recommend', 'train', 'show_models', 'models']
 
 # %% ../nbs/95_cli.ipynb #1439e71e
 import json, math, sys, tempfile, time
@@ -34,7 +34,7 @@ from .attention import PagedCache
 from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
 from .baselines import CACHES, CALIBRATED, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
-from .fisher import calibrate as measure_profile, own_text
+from .fisher import calibrate as measure_profile, mix_profiles, own_text
 from .hub import load_profile
 from .inspection import BUDGETS, anatomy, choose, draw, frontier
 from .metrics import quantile
@@ -388,39 +388,59 @@ def measured(
     path:Path|None, # Text; None = the model writes its own
     length:int, # Tokens a window
     windows:int, # Count
-    batch:int, # At a time
-    part:Path, # Beginning of the names of what is kept on the way
+    batch:int, # At a time; there are two times at least, as forecasts are tested on text that they were not fitted to
+    part:Path, # Beginning of the names of what is kept on the way, until `forget`
 ) -> tuple: # Profile, tokens
     "A profile; what an interrupted call has measured is not measured again."
     NDCache(model.config, method='spectral', codecs={}) # is refused here where it would refuse the profile
-    kept = [Path(f'{part}{end}') for end in ('', '.tokens')]
-    tokens = text_windows(path, tokenizer, length, windows) if path else kept_text(model, windows, length, kept[1])
+    tokens = text_windows(path, tokenizer, length, windows) if path else kept_text(model, windows, length, Path(f'{part}.tokens'))
+    batch = max(1, min(batch, len(tokens)//2))
     try: profile = measure_profile(model, tokens, batch=batch, data=path.name.split('.')[0] if path else 'own text', bar=bars(), checkpoint=part, every=1 if len(tokens) < 16*batch else 8)
     except KeyboardInterrupt: raise ValueError(f'interrupted; what is measured is in {part}*, and the same command goes on from there') from None
-    for file in kept: file.unlink(missing_ok=True)
     return profile, tokens
 
+def forget(part:Path):
+    "Remove what `measured` has kept."
+    for end in ('', '.tokens'): Path(f'{part}{end}').unlink(missing_ok=True)
+
+def measured_kinds(
+    model, # Causal language model
+    tokenizer, # Its tokenizer
+    paths:list, # Texts, one a kind; None = the model writes its own
+    length:int, # Tokens a window
+    windows:int, # Count, of all kinds together
+    batch:int, # At a time
+    part:Path, # Beginning of the names of what is kept on the way
+):
+    "A profile of several kinds of text, each measured on its share of the windows."
+    if windows < len(paths): raise ValueError(f'--windows {windows}: {len(paths)} texts need as many at least')
+    if len(set(paths)) < len(paths): raise ValueError('--text: a text is named twice; name each kind of text once')
+    parts = [part, *(part.with_name(f'{part.name}{i}') for i in range(2, len(paths) + 1))]
+    found = [measured(model, tokenizer, path, length, windows//len(paths), batch, p)[0] for path, p in zip(paths, parts)]
+    for p in parts: forget(p)
+    return found[0] if len(found) == 1 else mix_profiles(found)
+
 # %% ../nbs/95_cli.ipynb #1ff3b472
-@command('ndkv calibrate llama --data data --text wiki_train_1', 'ndkv calibrate HuggingFaceTB/SmolLM2-135M --windows 16 --push me/SmolLM2-135M-ndkv', 'ndkv calibrate ./my-model --data my-text.txt --out my-model.safetensors')
+@command('ndkv calibrate llama --data data --text wiki_train_1', 'ndkv calibrate ./my-model --text letters.txt --text program.py --text own', 'ndkv calibrate HuggingFaceTB/SmolLM2-135M --windows 16 --push me/SmolLM2-135M-ndkv', 'ndkv calibrate ./my-model --data my-text.txt --out my-model.safetensors')
 def calibrate(
     model:MODEL=None,
     model_:OPTION=None,
     data:DATA=Path('data'),
-    text:Annotated[Optional[str], typer.Option(help='Text file in that folder; none = the model writes its own.')]=None,
+    text:Annotated[Optional[list[str]], typer.Option(help='Text file, in that folder or anywhere; repeat it for other kinds of text, which weigh the same; own = what the model writes itself.', show_default='own')]=None,
     length:Annotated[int, typer.Option(min=256, help='Tokens a window.')]=1024,
-    windows:Annotated[int, typer.Option(min=1, help='Windows, evenly spread over the text.')]=32,
+    windows:Annotated[int, typer.Option(min=1, help='Windows in all, evenly spread over the texts.')]=32,
     batch:Annotated[int, typer.Option(min=1, help='Windows at a time.')]=4,
     out:Annotated[Optional[Path], typer.Option(help='Profile to write, MODEL.safetensors by default.')]=None,
     push:Annotated[Optional[str], typer.Option(help='OWNER/NAME of a repository on the Hub to publish it in.')]=None,
     as_json:JSON=False,
 ):
     "Measure what a model's cache needs to know: covariances of keys and values, and prices of their errors. Goes on where an interrupted call stopped."
-    model,path = one_model(model, model_),text_file(data, text)
+    model,paths = one_model(model, model_),[None if t == 'own' else text_file(data, t) for t in text or [None]]
     out = out or Path(f'{Path(model).name}.safetensors')
     writable(out)
     if push: pushable(push)
     lm,tokenizer = quiet_load(model)
-    profile,_ = measured(lm.float(), tokenizer, path, length, windows, batch, out.with_name(f'{out.name}.part'))
+    profile = measured_kinds(lm.float(), tokenizer, paths, length, windows, batch, out.with_name(f'{out.name}.part'))
     profile.save(out)
     commit = profile.push_to_hub(push) if push else None
     found = dict(profile=str(out), layers=len(profile.layers), tokens=profile.tokens, text=[d['name'] for d in profile.data], hub=push and f'{push}@{commit}')
@@ -560,18 +580,18 @@ def sweep(
 
 @command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300', 'ndkv bench kernels --out elsewhere --json')
 def bench(
-    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: the same of tiered pages, and writing them; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers.')]='kernels',
-    model:Annotated[str, typer.Option(help='For cpu and serve: a name in results/zoo or of `ndkv models`, a folder, or a .gguf file.')]='llama',
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: the same of tiered pages, and writing them; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers; calibrate: a profile of 32 windows of 1024 tokens of --data.')]='kernels',
+    model:Annotated[str, typer.Option(help='For cpu, serve and calibrate: a name in results/zoo or of `ndkv models`, a folder, or a .gguf file.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
-    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, page_kernels, throughput or serving.')]=None,
-    data:Annotated[Path, typer.Option(help='Folder of the text files, for serve.')]=Path('data'),
+    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, page_kernels, throughput, serving or calibrate.')]=None,
+    data:Annotated[Path, typer.Option(help='Folder of the text files, for serve and calibrate, or one text file.')]=Path('data'),
     seconds:Annotated[Optional[float], typer.Option(help='For generate, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
     only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
-    files = dict(kernels='kernels', pages='page_kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving')
+    files = dict(kernels='kernels', pages='page_kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving', calibrate='calibrate')
     if what not in files: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(files)}')
     if what in ('kernels', 'pages', 'tune', 'generate', 'queue') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
     writable(out/'runs.jsonl')
@@ -583,12 +603,35 @@ def bench(
     if not cases and what in ('kernels', 'pages', 'tune'): raise ValueError(f'--only {only}: no case starts so; there are {", ".join(dict.fromkeys(c.name for c in there))}')
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     source = Path(find_model(model, zoo()))
-    if what in ('cpu', 'serve'): existing(source, 'model')
+    if what in WITH_MODEL: existing(source, 'model')
     with as_folder(source) as path: run = _benched(what, source, path, model, out, name or files[what], data, seconds, cases, memory, only)
     if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA' if what in ('kernels', 'pages') else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once'}
+    shown = {'speedup':'times as fast as SDPA' if what in ('kernels', 'pages') else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once', 'calibrate_seconds':'seconds', 'calibrate_extra_bytes':'bytes beside the model'}
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
+
+WITH_MODEL = 'cpu', 'serve', 'calibrate' # Benches of a model that is named
+
+def text_of(data): return data if data.is_file() else existing(data/'wiki_val.txt.xz', 'text')
+
+def calibrate_bench(
+    run:Run, # Takes the rows
+    folder, # Of a model
+    text:Path, # To calibrate on
+    windows:int=32,
+    length:int=1024, # Tokens a window
+    batch:int=4, # Windows at a time
+):
+    "Seconds of a calibration as `ndkv calibrate` makes it and, on a GPU, bytes at the peak beside those of the model."
+    lm,tokenizer = load_model(folder)
+    lm,tokens = lm.float(),text_windows(text, tokenizer, length, windows)
+    if gpu := lm.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    measure_profile(lm, tokens, batch=batch, bar=bars())
+    found = dict(calibrate_seconds=time.perf_counter() - start)
+    weights = {t.data_ptr(): t.nbytes for t in (*lm.parameters(), *lm.buffers())}
+    if gpu: found['calibrate_extra_bytes'] = torch.cuda.max_memory_allocated() - sum(weights.values())
+    for metric,value in found.items(): run.row(method='calibrate', metric=metric, model=Path(folder).name, batch=batch, windows=windows, length=length, value=value, dtype='float32', threads=torch.get_num_threads())
 
 def _benched(what, source, path, model, out, name, data, seconds, cases, memory, only):
     "The run of one bench; a model that the bench would refuse is refused before it."
@@ -599,7 +642,7 @@ def _benched(what, source, path, model, out, name, data, seconds, cases, memory,
         text = config.get_text_config(decoder=True)
         learned = 0 if getattr(text, 'rope_parameters', None) else getattr(text, 'max_position_embeddings', 0)
         if what == 'cpu' and 0 < learned < 4200: raise ValueError(f'bench cpu reads 4096 tokens and some more, and {path.name} has learned {learned} positions; take a model with more')
-    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in ('cpu', 'serve') else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name, model=source if what in ('cpu', 'serve') else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in WITH_MODEL else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name, model=source if what in WITH_MODEL else None, data=text_of(data) if what == 'calibrate' else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
     return run
 
 def _bench(what, run, path, data, seconds, cases, memory, only):
@@ -613,6 +656,7 @@ def _bench(what, run, path, data, seconds, cases, memory, only):
         for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'queue':
         if not throughput.queue_bench(run, memory=int(memory*2**30), seconds=seconds, only=only): raise RuntimeError('no contestant was measured; the lines above say why')
+    elif what == 'calibrate': calibrate_bench(run, path, text_of(data))
     elif what == 'cpu':
         for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
     else:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PASS', 'MORE', 'HELD', 'packed_mask', 'reading_gradients', 'fisher', 'check_measurable', 'refuse_prompt_learning',
-           'calibrate', 'own_text', 'prompt_profile']
+           'calibrate', 'log_mean', 'mix_profiles', 'own_text', 'prompt_profile']
 
 # %% ../nbs/32_fisher.ipynb #523e9520
 import json
@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .probe import PIECE, Halves, bare, device_of, draw, hooked, private_copy
-from .profile import MATRICES, MEANS, PAGE, RANKS, LayerStats, Profile, Rope, _add_layer, _blank, _digest, _write_atomic
+from .profile import MATRICES, MEANS, PAGE, RANKS, LayerStats, Profile, Rope, _add_layer, _blank, _differences, _digest, _write_atomic
 from .profile import collect, describe, find_rope, tokens_hash
 
 # %% ../nbs/32_fisher.ipynb #5340c770
@@ -415,9 +415,79 @@ def calibrate(
     profile, ropes = _blank(model, tokens, sinks, data, enough)
     seen = _Calibration(profile, ropes, -(-len(tokens) // batch))
     prices = fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, checkpoint, every, seen)
-    profile.data[0]["windows"] = len(tokens)
+    profile.data[0] |= dict(windows=len(tokens), window=window, sinks=sinks, block=block)
     layers = {i: s.to("cpu") for i, s in sorted(profile.layers.items())}
     return replace(profile, layers=layers, prices=prices, forecasts=seen.forecasts.done(), importance=seen.forecasts.importance()).check(enough=enough)
+
+# %% ../nbs/32_fisher.ipynb #fc01e908
+def log_mean(
+    matrices: list[Tensor],  # Each [H, D, D], symmetric, not negative
+    ridge: float = 0.01,  # Share r of its mean price that every direction has at least, while logarithms are taken
+) -> Tensor:  # [H, D, D]
+    "Log-Euclidean mean of prices."
+    F = torch.stack(list(matrices)).double()
+    size = F.diagonal(dim1=-2, dim2=-1).mean(-1)  # [n, H]
+    a = ridge * size.maximum(1e-6 * size.amax(1, keepdim=True)).clamp_min(1e-30)
+    w, U = torch.linalg.eigh(F + a[..., None, None] * torch.eye(F.shape[-1], dtype=F.dtype))
+    logs = (U * w.clamp_min(a[..., None]).log()[..., None, :]) @ U.mT
+    w, U = torch.linalg.eigh(logs.mean(0))
+    rest = (w.exp() - a.log().mean(0).exp()[..., None]).clamp_min(0)
+    return (U * rest[..., None, :]) @ U.mT
+
+# %% ../nbs/32_fisher.ipynb #bfa51fa5
+_SHAPE = "window", "sinks", "block"
+
+
+def mix_profiles(
+    profiles: list[Profile],  # From `calibrate`, one a kind of text; each weighs the same
+    ridge: float = 0.01,  # See `log_mean`
+) -> Profile:  # For texts of every kind
+    "One profile of several kinds of text: logarithmic mean of prices, union of statistics."
+    if not profiles: raise ValueError("mix: no profiles; give one for each kind of text")
+    for p in profiles: _check_kind(p)
+    for p in profiles[1:]: _check_same(profiles[0], p)
+    layers = {i: _union([p.layers[i] for p in profiles]) for i in profiles[0].layers}
+    prices = {i: tuple(log_mean(f, ridge) for f in zip(*(p.prices[i] for p in profiles))) for i in layers}
+    even = lambda name: {i: tuple(sum(x) / len(x) for x in zip(*(getattr(p, name)[i] for p in profiles))) for i in getattr(profiles[0], name)}
+    return Profile(layers, profiles[0].model, [d for p in profiles for d in p.data], profiles[0].skip, prices, even("forecasts"), even("importance"))
+
+
+def _union(stats):
+    "Statistics of a mixture of which each kind is the same share."
+    first, *rest = (replace(s, n=1) for s in stats)
+    for s in rest: first = first.merge(s)
+    return replace(first, n=sum(s.n for s in stats), weighted=all(s.weighted for s in stats))
+
+
+def _names(p): return " and ".join(repr(d["name"]) for d in p.data)
+
+
+def _check_kind(p):
+    "One line for a profile that cannot be mixed with any other."
+    if not p.prices: raise ValueError(f"mix: the profile of {_names(p)} holds no prices; make it with `calibrate`")
+    said = {tuple(d.get(k) for k in _SHAPE) for d in p.data}
+    if len(said) != 1 or None in next(iter(said)): raise ValueError(f"mix: the profile of {_names(p)} does not say for which window, sinks and block its prices were measured; calibrate again")
+
+
+def _check_same(a, b):
+    "One line for two profiles that cannot be mixed."
+    both = f"mix: profiles of {_names(a)} and {_names(b)}"
+    for name, x, y in _differences(a.model, b.model): raise ValueError(f"{both} are of different models, {name} is {x} and {y}; calibrate one model on both texts")
+    for k in _SHAPE:
+        if (x := a.data[0][k]) != (y := b.data[0][k]): raise ValueError(f"{both} are for caches of {k} {x} and {y}; calibrate both with the same {k}")
+    if a.skip != b.skip or a.layers.keys() != b.layers.keys(): raise ValueError(f"{both} differ in skip or in their layers; calibrate both in the same way")
+    for name in ("forecasts", "importance"):
+        if bool(getattr(a, name)) != bool(getattr(b, name)): raise ValueError(f"{both}: only one of them has {name}; calibrate with more or longer windows, two batches at least")
+    for i, s in a.layers.items():
+        t = b.layers[i]
+        if any(getattr(s, n).shape != getattr(t, n).shape for n in MATRICES): raise ValueError(f"{both} differ in heads or channels of layer {i}; calibrate one model on both texts")
+        if not _same_rope(s.rope, t.rope): raise ValueError(f"{both} differ in RoPE of layer {i}; load the model in the same way for both")
+
+
+def _same_rope(a, b):
+    "Do two rotary embeddings turn alike?"
+    plain = lambda r: (r.scaling, r.pairing, r.start, r.max_length, r.inv_freq.shape)
+    return plain(a) == plain(b) and torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-6, atol=0)
 
 # %% ../nbs/32_fisher.ipynb #9e3334c6
 HELD = 3 * 2**29  # Bytes of keys and values of texts that are written side by side, at most

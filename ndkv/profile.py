@@ -537,7 +537,7 @@ def _check_head(path, h):
     "Types of everything in a header, before it is used."
     number = lambda x, low=0: type(x) is int and low <= x < 2**48
     if not isinstance(h, dict) or h.get("format") != FORMAT: raise ValueError(f"{path}: profile of format {h.get('format') if isinstance(h, dict) else None!r}, this version reads {FORMAT}; make it anew (ndkv calibrate)")
-    text = lambda d: isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"), str) and number(d.get("windows")) and number(d.get("length"))
+    text = lambda d: isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"), str) and number(d.get("windows")) and number(d.get("length")) and all(number(d.get(k, 0)) for k in ("window", "sinks", "block"))
     rope = lambda r: (isinstance(r, dict) and type(r.get("scaling")) is float and 0 < r["scaling"] < 1e6 and r.get("pairing") in ("half", "interleaved")
                       and number(r.get("start")) and "max_length" in r and (r["max_length"] is None or number(r["max_length"], 1)))
     layer = lambda i, d: (len(i) < 6 and i.isdecimal() and str(int(i)) == i and isinstance(d, dict) and number(d.get("n"), 1) and type(d.get("weighted")) is bool and type(d.get("priced", False)) is bool and type(d.get("forecast", False)) is bool and type(d.get("paged", False)) is bool and isinstance(d.get("shape"), list) and len(d["shape"]) == 3

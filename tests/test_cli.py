@@ -318,6 +318,32 @@ def test_calibration_goes_on_after_a_kill(place):
     assert not list(place.glob('*.part*'))
 
 
+def test_calibration_on_several_kinds_of_text(place):
+    "Text, code and what the model writes, in one call; interrupted and taken up; bad calls are one line."
+    (place / 'program.py').write_text('def add(a, b):\n    return a + b\n' * 400)
+    args = ('calibrate', 'tiny', '--text', 'text.txt', '--text', 'program.py', '--text', 'own', '--length', 256, '--windows', 13, '--out', 'kinds.safetensors')
+    code, out, err = here(*args, '--json', cwd=place)
+    assert code == 0 and json.loads(out)['text'] == ['text', 'program', 'own text'], err
+    found = Profile.load(place / 'kinds.safetensors')
+    assert [d['windows'] for d in found.data] == [4, 4, 4] and found.forecasts and not list(place.glob('*.part*'))
+    code, out, err = here('evaluate', 'tiny', '--method', 'spectral', '--profile', 'kinds.safetensors', '--bits', '2', '--data', 'text.txt', '--length', 512, '--windows', 1, '--json', cwd=place)
+    assert code == 0 and json.loads(out)[0]['kl_mean'] > 0, err
+    for more, line in ((('--text', 'text.txt'), 'named twice'), (('--windows', 2), '3 texts need as many'), (('--text', 'nowhere'), 'no such text')):
+        code, out, err = here(*args, *more, cwd=place)
+        assert code == 1 and out == '' and re.fullmatch(r'ndkv: [^\n]*\n', err) and line in err, err
+
+
+def test_bench_calibrate(place, monkeypatch):
+    from functools import partial
+    monkeypatch.setattr(cli, 'calibrate_bench', partial(cli.calibrate_bench, windows=4, length=256))
+    code, out, err = here('bench', 'calibrate', '--model', 'tiny', '--data', 'text.txt', '--out', 'timed', '--json', cwd=place)
+    assert code == 0, err
+    row, = (r for r in json.loads(out) if r['metric'] == 'calibrate_seconds')
+    assert 0 < row['value'] < 60 and (row['model'], row['windows'], row['length']) == ('tiny', 4, 256) and validate(place / 'timed')[0] == len(json.loads(out))
+    code, out, err = here('bench', 'calibrate', '--model', 'tiny', '--data', 'nothing', '--out', 'timed', cwd=place)
+    assert code == 1 and re.fullmatch(r'ndkv: .*wiki_val.txt.xz: no such text; [^\n]*\n', err)
+
+
 def test_exit_codes(place, profile, monkeypatch):
     "0 is fine, 1 a line about what a user can mend, 2 usage; never a traceback."
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
