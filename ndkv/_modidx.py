@@ -797,6 +797,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ndkv.kernels_pages.Plan.plain': ('read_pages.html#plan.plain', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan.rotated': ('read_pages.html#plan.rotated', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan.sums': ('read_pages.html#plan.sums', 'ndkv/kernels_pages.py'),
+                                    'ndkv.kernels_pages.Plan.warps': ('read_pages.html#plan.warps', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._Unpack': ('read_pages.html#_unpack', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._Unpack.__init__': ('read_pages.html#_unpack.__init__', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._Unpack.all': ('read_pages.html#_unpack.all', 'ndkv/kernels_pages.py'),

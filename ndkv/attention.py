@@ -444,7 +444,7 @@ except ImportError: kernels_pages = None # this Triton has no Gluon: tiles
 class PageReader:
     "Makes of the past of an `NDCache` what 'ndkv_packed' attends to, and keeps what its kernel knows of each layer."
     def __init__(self,
-        kernel:bool=False, # Read by the kernel where one fits?
+        kernel:bool=True, # Read by the kernel where one fits?
     ):
         self.kernel, self.plans = kernel, {} # layer -> codecs of keys and values, their `Plan`
 
@@ -521,7 +521,7 @@ def page_cache(
     config,        # `model.config`
     bits:float=2,  # Budget, effective bits an element
     profile=None,  # From `calibrate`, or where it is
-    kernel:bool=False, # Let the kernel read single tokens, where one fits?
+    kernel:bool=True, # Let the kernel read single tokens, where one fits?
     **kw           # Other arguments of `NDCache`
 ) -> NDCache:
     "A cache of tiered pages that 'ndkv_packed' reads a tile at a time."

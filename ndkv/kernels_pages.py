@@ -24,6 +24,7 @@ try:
     import triton.language as tl
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as e: raise ImportError("page kernels need triton 3.6 or later: pip install -U triton") from e
 
 # %% ../nbs/51_read_pages.ipynb #8a0f2f4b
@@ -148,7 +149,7 @@ class Plan:
         device="cpu",
         warps:int=0,     # Of a block of the fast kernel, whose tables they share: 4, 8 or 16; 0: as many as fit
     ):
-        self.warps = warps
+        self._warps = warps
         k, v, home = keys.basis, values.basis, keys.home
         self.D, self.Dv, self.H, rope = keys.D, values.D, len(k.mean), home.rope
         self.scale, self.pages, self.device = scale or self.D**-.5, pages, device
@@ -220,12 +221,15 @@ class Plan:
         return self._sums
 
     @property
+    def warps(self): return self._warps or self.key and self._warps
+
+    @property
     def key(self): # what the kernel is compiled for
         text = lambda w: "/".join("".join(map(str, t)) for t in w)
         if self._key is None:
             sides = [" ".join(text(side[p[i]]) for p in self.pairs) for i, side in enumerate((self.k_templates, self.v_templates))]
-            self.warps = self.warps or most_warps(f"{self.D} {self.Dv} {self.mean}", "|".join(sides))
-            self._key = signed(f"{self.D} {self.Dv} {self.mean} {self.warps}|" + "|".join(sides))
+            self._warps = self._warps or most_warps(f"{self.D} {self.Dv} {self.mean}", "|".join(sides))
+            self._key = signed(f"{self.D} {self.Dv} {self.mean} {self._warps}|" + "|".join(sides))
         return self._key
 
 # %% ../nbs/51_read_pages.ipynb #e00c8b64
@@ -313,7 +317,7 @@ PTX = { # results first, then arguments
     "butterfly": "shfl.sync.bfly.b32 {}, {}, {}, 31, 0xffffffff;",
     "imma32": _mma(32, "s32.s8.s8.s32", 4, 2), "imma16": _mma(16, "s32.s8.s8.s32", 2, 1),
     "warp": "bar.warp.sync 0xffffffff;",
-    "block": "cp.async.wait_all; bar.sync 0;", "meet": "bar.sync 0;", "team": "bar.sync {}, {threads};",
+    "block": "cp.async.wait_all; bar.sync 0;", "meet": "bar.sync 0;", "next": "griddepcontrol.launch_dependents;", "earlier": "griddepcontrol.wait;", "team": "bar.sync {}, {threads};",
     "gate": "{{ .reg .pred p; setp.eq.u32 p, {1}, 0; @p mbarrier.init.shared::cta.b64 [{0}+{bar}], 1; "
             "fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; }}",
     "bulk": "{{ .reg .pred p; setp.eq.u32 p, {3}, 0; setp.ne.and.u32 p, {2}, 0, p; "
@@ -454,7 +458,7 @@ def emulate(
     def words(memory, address, n): # `[32, n]` bytes as registers
         return memory[address[:, None].astype(np.int64) + np.arange(n)]
     for name, outs, args, fixed in L.code:
-        if name in ("warp", "block", "meet", "arrive", "publish", "team", "gate", "await"): continue
+        if name in ("warp", "block", "meet", "arrive", "publish", "team", "gate", "await", "next", "earlier"): continue
         if name == "bulk":
             memory, source = regs[args[1]]
             n = int(get(args[2])[0])
@@ -931,6 +935,7 @@ def fill_program(
     "Bring tables to shared memory, 16 bytes a thread and step."
     L = Lanes(["p", "thread", "warp"]) # p: the tables, plus 16 bytes a thread
     to = L.mad("thread", 16, "smem")
+    L.next(n=0) # the kernel that merges may come, and wait
     L.meet(n=0)
     for x in range(0, at["queries"], 512*warps): L.copy(to, "p", "thread", n=0, to=x, at=x, last=(at["queries"] - x) // 16)
     L.block(n=0)
@@ -988,6 +993,7 @@ def merge_programs(
     give, take, K = Lanes([f"o{i}" for i in range(n)] + ["top", "sum", "lane", "warp"]), Lanes(["lane", "warp"]), -(-n // warps)
     area = 128*(K*warps + 2) # bytes of a warp
     to = give.mad("lane", 4, give.mad("warp", area, give.add("smem", at["sums"])))
+    give.earlier(n=0) # the kernel before has ended, so that what comes after this one need not ask
     give.meet(n=0) # nobody needs the sums of the last round
     for i, x in enumerate([f"o{i}" for i in range(n)]): give.store32(to, x, n=0, at=128*(i + 2))
     for i, x in enumerate(("top", "sum")): give.store32(to, x, n=0, at=128*i)
@@ -1208,9 +1214,10 @@ def _read_pages(
 @triton.jit
 def _read_exact(
     Q, K, V, N, TOP, SUM, OUT,    # N int32 [B]: full-precision tokens of each sequence
-    T, H, G, scale, D, DV, DP:tl.constexpr, DVP:tl.constexpr,
+    T, H, G, scale, D, DV, DP:tl.constexpr, DVP:tl.constexpr, EARLY:tl.constexpr,
 ):
     "Four query heads of a KV head (of 16 rows, what a product takes), 64 full-precision tokens."
+    if EARLY: gdc_launch_dependents()
     bh, block = tl.program_id(0), tl.program_id(1)
     r, n = tl.arange(0, 16), 64*block + tl.arange(0, 64)
     c, d = tl.arange(0, DP), tl.arange(0, DVP)
@@ -1238,6 +1245,7 @@ def _finish(
     E_TOP, E_SUM, E_OUT, RESULT,  # parts of full-precision tokens
     n, exact, B, H, G, groups, rows, DV,
     N:tl.constexpr, E:tl.constexpr, R:tl.constexpr, DVP:tl.constexpr, C:tl.constexpr, # powers of two; C channels of the result
+    EARLY:tl.constexpr,           # launched while the kernel before is running
 ):
     "Merge all parts of four query heads of four sequences, and change the basis of the sums of levels."
     h, group, d = tl.program_id(0) // groups, tl.program_id(0) % groups, C*tl.program_id(2) + tl.arange(0, C)
@@ -1248,6 +1256,7 @@ def _finish(
     table = (r < rows)[:, None] & (d < DV)[None, :]
     basis = tl.load(ROWS + (h*rows + r)[:, None]*DV + d[None, :], mask=table, other=0)
     mean = tl.load(MEAN + h*DV + d, mask=d < DV, other=0)
+    if EARLY: gdc_wait()
     top = tl.load(TOP + part[:, None] + 4*i[None, :], mask=some[:, None] & (i < n)[None, :], other=-1e30)
     e_top = tl.load(E_TOP + head[:, None]*exact + j[None, :], mask=some[:, None] & (j < exact)[None, :], other=-1e30)
     most = tl.maximum(tl.max(top, 1), tl.max(e_top, 1))
@@ -1294,7 +1303,7 @@ def kernel_can_read(plan, device):
     return shape and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits):
+def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits, early):
     "Parts by the plain kernel; queries and means of every page by PyTorch."
     B, H, groups = q.shape[:3]
     most, D, CK, CV = table.shape[1], plan.D, _power(plan.D), _power(plan.Dv)
@@ -1315,7 +1324,7 @@ def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits):
     return top, total, out, F.pad(plan.v_rows, (0, 0, 0, CV - plan.Dv)).contiguous()
 
 
-def _kernel_parts(plan, q, k_pages, v_pages, table, lens, splits):
+def _kernel_parts(plan, q, k_pages, v_pages, table, lens, splits, early=False):
     "Parts by the Gluon kernel."
     B, H, groups = q.shape[:3]
     programs = B*H*groups
@@ -1327,11 +1336,11 @@ def _kernel_parts(plan, q, k_pages, v_pages, table, lens, splits):
     _read_pages[(sms * -(-programs*splits // sms),)](
         q, plan.order, plan.unit, plan.turns, plan.tables, plan.ratio, plan.levels, plan.heads, k_pages, v_pages,
         table, lens, top, total, out, table.shape[1], splits, B, H, groups, k_pages.shape[1], v_pages.shape[1], sms,
-        key, plan.warps, num_warps=plan.warps, maxnreg=REGISTERS)
+        key, plan.warps, num_warps=plan.warps, maxnreg=REGISTERS, launch_pdl=early)
     return top, total, out, plan.sums(key)
 
 # %% ../nbs/51_read_pages.ipynb #e092f524
-def _exact_parts(plan, q, exact):
+def _exact_parts(plan, q, exact, early=False):
     "Parts of full-precision tokens: the recent window and the sinks."
     k, v, n = exact
     B, Hq, D = q.shape
@@ -1341,7 +1350,7 @@ def _exact_parts(plan, q, exact):
     G = Hq // plan.H
     _read_exact[(B*plan.H, blocks, -(-G // 4))](
         q, k.contiguous(), v.contiguous(), n, top, total, out, k.shape[2], plan.H, G,
-        plan.scale * math.log2(math.e), D, plan.Dv, _power(D), DVP)
+        plan.scale * math.log2(math.e), D, plan.Dv, _power(D), DVP, early)
     return top, total, out
 
 
@@ -1367,20 +1376,23 @@ def attend_pages(
         raise ValueError(f"attend_pages: {table.shape[1]} pages a sequence; make the plan for as many")
     G = Hq // plan.H
     groups, q = -(-G // 4), q.contiguous()
-    by_head = F.pad(q.view(B, plan.H, G, D), (0, 0, 0, 4*groups - G))
+    by_head = q.view(B, plan.H, G, D)
+    if G % 4: by_head = F.pad(by_head, (0, 0, 0, 4*groups - G))
     fast = not plain and kernel_can_read(plan, q.device)
-    splits = splits or best_splits(B*plan.H*groups, table.shape[1], plan.warps, _multiprocessors(q.device))
+    splits = splits or best_splits(B*plan.H*groups, table.shape[1], plan.warps if fast else TEAM, _multiprocessors(q.device))
     parts = _kernel_parts if fast else _plain_parts
     by_head = by_head.view(B, plan.H, groups, 4, D).contiguous()
-    top, total, out, rows = parts(plan, by_head, k_pages, v_pages, table, lens, splits)
-    if exact is None or not exact[0].shape[2]: e = [top.new_full((1,), -1e30)] * 3
-    else: e = _exact_parts(plan, q, exact)
+    some = exact is not None and exact[0].shape[2] > 0
+    early = fast and q.is_cuda # a kernel may come while the one before is running, and waits for what it reads
+    e = _exact_parts(plan, q, exact, early) if some else [torch.empty(1, device=q.device)] * 3
+    top, total, out, rows = parts(plan, by_head, k_pages, v_pages, table, lens, splits, early and some)
     blocks = e[0].shape[1] if e[0].dim() == 2 else 0
     result = q.new_empty(B, Hq, plan.Dv)
     n, R = top.shape[1], out.shape[-1]
     DVP = _power(plan.Dv)
-    C = min(32, DVP)
+    C, programs = DVP, plan.H*groups * -(-B // 4)
+    while C > 32 and programs*(DVP // C) < _multiprocessors(q.device): C //= 2
     _finish[(plan.H*groups, -(-B // 4), DVP // C)](
         top, total, out, rows, plan.v_mean, *e, result, n, blocks, B, plan.H, G, groups, R, plan.Dv,
-        max(_power(n), 4), max(_power(blocks), 4), max(_power(R), 16), DVP, C)
+        max(_power(n), 4), max(_power(blocks), 4), max(_power(R), 16), DVP, C, early, **(dict(launch_pdl=True) if early else {}))
     return result

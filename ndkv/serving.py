@@ -199,7 +199,7 @@ class PagePool(PagedCache):
     ):
         tiered = kw.get("codes") == "pages"
         if "kernel" in kw and not tiered: raise ValueError("kernel= is for codes='pages'; other codes are read by their kernel wherever it runs")
-        budget = {name: kw.pop(name, None) for name in ("bits", "profile", "codes", "kernel")} if tiered else {}
+        budget = {name: kw.pop(name, None) for name in ("bits", "profile", "codes")} | dict(kernel=kw.pop("kernel", True)) if tiered else {}
         super().__init__(config, **kw)
         like = self.layers[0]
         self.sinks, self.window, self.page = like.sinks, like.window, PAGE if tiered else page_of(like)
@@ -355,7 +355,7 @@ class Server:
         **kw            # Of `PagedCache`: bits, window, sinks, seed, …; `profile=` with `codes="pages"`: tiered pages
     ):
         refuse_prompt_learning(model)
-        if graph and kw.get("codes") == "pages" and not kw.get("kernel"): raise ValueError("graph=True replays kernels, and codes='pages' are decoded without one; give kernel=True, or graph=False")
+        if graph and kw.get("codes") == "pages" and not kw.get("kernel", True): raise ValueError("graph=True replays kernels, and kernel=False decodes pages without one; make the server with graph=False")
         self.model, self.device, self.tokenizer = model, model.get_input_embeddings().weight.device, tokenizer
         self.config, self.graph, self.graphs, self.flushes, self.names = generation_config, graph, {}, {}, count()
         self._settings()
