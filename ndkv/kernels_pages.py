@@ -176,10 +176,11 @@ class Plan:
         length = k.mean.double().norm(dim=-1)
         small = (length <= 4*k.scale.double().norm(dim=-1)).all() # then its rounding is that of the rest
         self.mean = 0 if not length.any() else 1 if small else 3
-        unit = torch.maximum(length, 1e-3*norm) if self.mean else norm / LIMIT
+        octaves = torch.maximum(length/norm*LIMIT, torch.ones(())).log2().ceil() # the mean is at most 1, too; octaves add to norms without rounding
+        unit = norm/LIMIT * 2**octaves
         factor = self.scale * math.log2(math.e)
         put = lambda x: x.float().to(self.device)
-        self.unit, self.ratio = put(unit * factor * _stretch(rope)), put(norm / LIMIT / unit)
+        self.unit, self.octaves = put(unit * factor * _stretch(rope)), put(-octaves - 128*STEP)
         turned = k.mean[:, None].expand(-1, PAGE, -1)
         if rope is not None: turned = home._turned(k.mean, torch.arange(PAGE))
         self.rows, self.turned = put(rows * factor), put(turned * factor) # for the plain kernel
@@ -314,6 +315,7 @@ PTX = { # results first, then arguments
              "shl.b64 s, s, {4}; sub.u64 s, m, s; popc.b64 {1}, s; }}",
     "unhalf": "{{ .reg .b16 a, b; mov.b32 {{a, b}}, {2}; cvt.f32.f16 {0}, a; cvt.f32.f16 {1}, b; }}",
     "movmatrix": "movmatrix.sync.aligned.m8n8.trans.b16 {}, {};",
+    "uniform": "shfl.sync.idx.b32 {}, {}, 0, 31, 0xffffffff;", # lane 0's, which the assembler then knows to be the same for all
     "butterfly": "shfl.sync.bfly.b32 {}, {}, {}, 31, 0xffffffff;",
     "imma32": _mma(32, "s32.s8.s8.s32", 4, 2), "imma16": _mma(16, "s32.s8.s8.s32", 2, 1),
     "warp": "bar.warp.sync 0xffffffff;",
@@ -424,6 +426,7 @@ EMULATED = {
     "half2": lambda a, b: np.stack([_f(b), _f(a)], 1).astype(np.float16).view(np.uint32)[:, 0],
     "unhalf": lambda a: tuple(_u(_halves(a)[:, i]) for i in range(2)),
     "select": lambda c, a, b: np.where(c != 0, a, b), "below": _below, "movmatrix": _transposed,
+    "uniform": lambda a: np.full(32, a[0]),
     "butterfly": lambda a, n: a[_LANE ^ n.astype(np.int64)],
     "imma32": lambda *x: _product(x[:4], x[4:6], x[6:], 32),
     "imma16": lambda *x: _product(x[:2], x[2:3], x[3:], 16),
@@ -742,10 +745,10 @@ def memory_map(
     return at | dict(all=at["areas"] + warps*at["warp"])
 
 
-def _team(L, warps):
+def _team(L, warps, warp="warp"):
     "Number of this warp's team; its number in the team; warps of a team."
     size = min(warps, TEAM)
-    return L.shr("warp", size.bit_length() - 1), L.and_("warp", size - 1), size
+    return L.shr(warp, size.bit_length() - 1), L.and_(warp, size - 1), size
 
 
 def _fixed(L, a, b):
@@ -794,7 +797,8 @@ def product_program(
 ) -> Lanes:
     "Basis, and positions of the mean, times all columns of a round: 64 rows a group of four warps and turn."
     L = Lanes(["lane", "warp"])
-    team, mate, size = _team(L, warps)
+    same = L.uniform("warp")
+    team, mate, size = _team(L, warps, same)
     groups, N, quarter = size // 4, HEADS*size, L.and_("warp", 3)
     sums = L.mad(team, size*at["page"], L.add("smem", at["sums"]))
     b, low_b = (L.mad(team, 2*N*D, L.add("smem", at[x])) for x in ("columns", "low"))
@@ -866,12 +870,16 @@ def _positions(L, below, where):
     return L.shared4(L.mad(L.shr("lane", 2), 16, where), n=4, at=0)
 
 
-def _quarter(L, words, u, less):
-    "A quarter of nibble `u`, minus `less`: log2 of a norm."
-    w, n = words[u >> 3], u & 7
-    if n > 4: w, n = L.shr(w, 20), n - 5
-    unit = 2.**(-2 - 4*n)
-    return L.fma(L.or_(L.and_(w, 15 << 4*n), 0x4B000000), unit, -2.**23*unit - less)
+def _quarters(L, words, base):
+    "A quarter of each of 16 nibbles plus `base`, a number or a register, in quarters: log2 of norms."
+    start = lambda n: -2.**(21 - 4*n) + base if isinstance(base, float) else L.fadd(base, -2.**(21 - 4*n))
+    starts, out = [start(n) for n in range(5)], []
+    for w in words:
+        high = L.shr(w, 20)
+        for n in range(8): # a nibble in the mantissa of 2^23 is a number
+            w, n = (w, n) if n < 5 else (high, n - 5)
+            out.append(L.fma(L.or_(L.and_(w, 15 << 4*n), 0x4B000000), 2.**(-2 - 4*n), starts[n]))
+    return out
 
 
 HEAD = "base", "norms0", "norms1", *(f"order{i}" for i in range(6)) # what is read of keys before values come
@@ -893,20 +901,20 @@ def softmax_program(
 ) -> Lanes: # -> probabilities as bytes (8 tiles), factor on the sums before, new reference, new sum
     "From integer products to weights of values in fixed point."
     U = PAGE // 8
-    L = Lanes(["area", "lane", "line", "odd", *HEAD] + [f"s{u}" for u in range(U)] + ["scale", "ratio", "valid", "top", "sum"])
-    unit = L.fmul(L.ex2(L.fma(L.float("base"), STEP, -128*STEP)), "ratio")
+    L = Lanes(["area", "lane", "line", "odd", *HEAD] + [f"s{u}" for u in range(U)] + ["scale", "octaves", "valid", "top", "sum"])
+    norms = _quarters(L, ["norms0", "norms1"], L.fma(L.float("base"), STEP, "octaves"))
     if mean: positions = _positions(L, [f"order{i}" for i in range(6)], L.add("area", at["slots"]))
     scores = []
     for u in range(U):
-        s = L.fmul(f"s{u}", L.ex2(_quarter(L, ["norms0", "norms1"], u, 0.)))
+        norm = L.ex2(norms[u])
         if mean:
             place = L.mad(L.prmt(positions[u >> 2], 0, 0x4440 + (u & 3)), 4, "line")
-            scores.append(L.fma(s, unit, L.shared1(place, at=at["lines"])))
-        else: scores.append(L.fmul(s, unit))
+            scores.append(L.fma(f"s{u}", norm, L.shared1(place, at=at["lines"])))
+        else: scores.append(L.fmul(f"s{u}", norm))
     L.op("await", "area", "odd", n=0, bar=at["gates"] + 8)
     v_norms = L.shared2(L.mad(L.shr("lane", 2), 8, "area"), n=2, at=at["values"] + HEADER + ORDER)
     v_base = L.float(L.shared_byte("area", at=at["values"]))
-    norms = [_quarter(L, v_norms, u, 3.75) for u in range(U)] # log2, relative to the largest possible one
+    norms = _quarters(L, v_norms, -3.75) # relative to the largest possible one
     most = None
     for s, norm in zip(scores, norms):
         weight = L.fma(s, "scale", norm)
@@ -1083,7 +1091,7 @@ def _run(args, key:gl.constexpr, part:gl.constexpr, index:gl.constexpr):
 def _rounds(
     keys, values, table, turns, # addresses: first page of this head, what lanes bring of the turns; this sequence's row of the block table
     first, end, k_bytes, v_bytes, k_half, v_half, # pages; bytes of a page, of a half
-    lane, warp, area, levels, scale, ratio,
+    lane, warp, area, levels, scale, octaves,
     KEY:gl.constexpr, W:gl.constexpr, layout:gl.constexpr,
     PAIR:gl.constexpr,       # templates of keys and values
 ):
@@ -1118,7 +1126,7 @@ def _rounds(
         scores = _run((area + size[7], lane) + levels + query[0:NQ], KEY, "keys", PAIR)
         if size[9]: _run((k, more*k_half, area, lane), KEY, "k_fetch", 0)
         else: _run((v, nothing + v_half, area, lane), KEY, "v_fetch", 0)
-        state = (scale, ratio, valid, top, total)
+        state = (scale, octaves, valid, top, total)
         weights = _run((area, lane, query[NQ], parity) + head + scores + state, KEY, "softmax", 0)
         top, total = weights[9], weights[10]
         out = _run((area + size[8], lane) + levels + weights[0:9] + out, KEY, "values", PAIR)
@@ -1144,7 +1152,7 @@ def _of_pair(pair, what, KEY:gl.constexpr, W:gl.constexpr, layout:gl.constexpr, 
 @gluon.jit
 def _read_pages(
     Q, ORDER, UNIT_,         # [programs, 4 heads, D]; rotary pairs side by side; what a score is worth
-    TURNS, TABLES, RATIO,    # of `Plan`
+    TURNS, TABLES, OCTAVES,    # of `Plan`
     LEVELS,                  # int32 [4, 32]: the tables of levels, once a lane (else each use becomes a copy)
     HEADS,                   # int32 [H, 7] of `Plan`
     K, V, TABLE, LENS,       # uint8 [pages, bytes] twice, int32 [B, most pages], int32 [B] pages
@@ -1188,14 +1196,14 @@ def _read_pages(
         x = x + (gl.load(source).to(gl.float32).to(gl.int32, bitcast=True),)
     unit = (gl.load(UNIT_ + h) + gl.zeros([32*W], gl.float32, layout=layout)).to(gl.int32, bitcast=True)
     scale = _run(x + (channel, (g*16 < D).to(gl.int32), unit, lane), KEY, "ready", 0)[0]
-    ratio = (gl.load(RATIO + h) + gl.zeros([32*W], gl.float32, layout=layout)).to(gl.int32, bitcast=True)
+    octaves = (gl.load(OCTAVES + h) + gl.zeros([32*W], gl.float32, layout=layout)).to(gl.int32, bitcast=True)
     levels = ()
     for n in gl.static_range(4): levels = levels + (gl.load(LEVELS + 32*n + lane),)
     keys = (K + gl.load(HEADS + 7*h + 2)).to(gl.int64)
     values = (V + gl.load(HEADS + 7*h + 3)).to(gl.int64)
     turns = TURNS.to(gl.int64) + wide + lane*16
     what = (keys, values, TABLE + b*most, turns, first, end, k_bytes, v_bytes, gl.load(HEADS + 7*h + 4), gl.load(HEADS + 7*h + 5),
-            lane, warp, area, levels, scale, ratio)
+            lane, warp, area, levels, scale, octaves)
     found = _of_pair(gl.load(HEADS + 7*h + 6), what, KEY, W, layout, 0, size[2])
     top, total, out = found[0], found[1], found[2:2 + N]
     _run(out + (top, total, lane, warp), KEY, "give", 0)
@@ -1269,11 +1277,11 @@ def _finish(
             total += w * tl.sum(sums, 1)
             levels += w[:, None] * tl.load(OUT + at[:, None]*rows + r[None, :], mask=live[:, None] & (r < rows)[None, :], other=0)
     out = tl.dot(levels, basis, input_precision="tf32x3") + total[:, None] * mean[None, :]
-    for x in range(exact):
-        own = head*exact + x
-        w = tl.exp2(tl.load(E_TOP + own, mask=some, other=-1e30) - most)
-        total += w * tl.load(E_SUM + own, mask=some, other=0)
-        out += w[:, None] * tl.load(E_OUT + own[:, None]*DVP + d[None, :], mask=some[:, None] & (d < DV)[None, :], other=0)
+    for x in tl.static_range(E): # loads at once
+        own, live = head*exact + x, some & (x < exact)
+        w = tl.where(live, tl.exp2(tl.load(E_TOP + own, mask=live, other=-1e30) - most), 0)
+        total += w * tl.load(E_SUM + own, mask=live, other=0)
+        out += w[:, None] * tl.load(E_OUT + own[:, None]*DVP + d[None, :], mask=live[:, None] & (d < DV)[None, :], other=0)
     out = out / tl.maximum(total, 1e-30)[:, None]
     tl.store(RESULT + head[:, None]*DV + d[None, :], out.to(RESULT.dtype.element_ty), mask=some[:, None] & (d < DV)[None, :])
 
@@ -1334,7 +1342,7 @@ def _kernel_parts(plan, q, k_pages, v_pages, table, lens, splits, early=False):
     top, total, out = new(), new(8), new(8*n)
     sms = _multiprocessors(q.device)
     _read_pages[(sms * -(-programs*splits // sms),)](
-        q, plan.order, plan.unit, plan.turns, plan.tables, plan.ratio, plan.levels, plan.heads, k_pages, v_pages,
+        q, plan.order, plan.unit, plan.turns, plan.tables, plan.octaves, plan.levels, plan.heads, k_pages, v_pages,
         table, lens, top, total, out, table.shape[1], splits, B, H, groups, k_pages.shape[1], v_pages.shape[1], sms,
         key, plan.warps, num_warps=plan.warps, maxnreg=REGISTERS, launch_pdl=early)
     return top, total, out, plan.sums(key)

@@ -15,8 +15,9 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'blank', 'legend_above', 'open_axes', 'plain_log', 'method_figure', 'series', 'ratedistortion_figure',
            'spectra_figure', 'saved_figure', 'cache_bytes', 'roofline_figure', 'throughput_figure', 'pairs',
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'total_of', 'bits_line', 'bits_table',
-           'speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value', 'worst', 'bits_ratio',
-           'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
+           'speed_table', 'page_speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value',
+           'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'page_read_error',
+           'encode_pages_step_us', 'encode_prefill_fraction', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
            'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged',
            'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use',
            'all_in', 'whole', 'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
@@ -27,14 +28,14 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'bits_at', 'page_share', 'worst_of', 'tier_gain_public', 'budget_error', 'share_cell', 'page_table_line',
            'pages_table', 'draw_pages', 'pages_figure', 'claims', 'claims_markdown', 'architectures_markdown',
            'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
-           'eval_device', 'kernel_device', 'among', 'speedup_least', 'speedup_most', 'in_words', 'bits_models',
-           'bits_tokens', 'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs', 'stress_mixed_pairs',
-           'methods_tried', 'methods_everywhere', 'library_models', 'derived', 'numbers_tex', 'missed_before',
-           'missed_now', 'with_missed', 'history_table', 'claims_once_missed', 'encoder_at', 'by_encoder', 'listed',
-           'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note', 'claims_table',
-           'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger',
-           'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text',
-           'lint_paper', 'report']
+           'eval_device', 'kernel_device', 'among', 'page_kernel_device', 'speedup_least', 'speedup_most', 'in_words',
+           'bits_models', 'bits_tokens', 'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs',
+           'stress_mixed_pairs', 'methods_tried', 'methods_everywhere', 'library_models', 'derived', 'numbers_tex',
+           'missed_before', 'missed_now', 'with_missed', 'history_table', 'claims_once_missed', 'encoder_at',
+           'by_encoder', 'listed', 'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note',
+           'claims_table', 'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
+           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
+           'verify', 'lint_text', 'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, subprocess, tempfile
@@ -766,6 +767,23 @@ def speed_table(book):
         lines.append(' & '.join([name, f"{(r['k_bits'] + r['v_bits'])/2:g}", str(r['batch']), f"{r['length']//1024}k", *cells]) + r' \\')
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
+# %% ../nbs/90_report.ipynb #b8efe5ca
+@table('page_speed')
+def page_speed_table(book):
+    "Time of decode attention on tiered pages and on bfloat16."
+    lines = [r'\begin{tabular}{@{}rrrlrrrrrr@{}}', r'\toprule',
+             r'& & & & \multicolumn{3}{c}{time (\textmu s)} & & \multicolumn{2}{c}{relative error} \\ \cmidrule(lr){5-7}\cmidrule(l){9-10}',
+             r'bits & batch & context & heads & pages & and window & bf16 & speed-up & pages & bf16 \\', r'\midrule']
+    rows = [r for r in book.rows if r['file'] == 'page_kernels' and r['metric'] == 'speedup']
+    for r in sorted(rows, key=lambda r: (-r['batch']*r['length'], -r['batch'], r['k_bits'] + r['v_bits'], r['data'])):
+        where = {k: r[k] for k in ('file', 'method', 'batch', 'length', 'data', 'run')}
+        tables, _, mean = r['data'].partition(' tables of widths, mean ')
+        metrics = ('time_pages_us', 3), ('time_us', 3), ('time_bf16_us', 3), ('speedup', 3), ('error', 2), ('error_bf16', 2)
+        cells = [res(book.cell(metric=m, **where), d) for m, d in metrics]
+        head = f"{tables} kinds" + ('' if float(mean) else ', no mean')
+        lines.append(' & '.join([f"{(r['k_bits'] + r['v_bits'])/2:.2g}", str(r['batch']), f"{r['length']//1024}k", head, *cells]) + r' \\')
+    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+
 # %% ../nbs/90_report.ipynb #364904ca
 OPERATORS = {'<=': operator.le, '>=': operator.ge, '<': operator.lt, '>': operator.gt}
 
@@ -887,6 +905,29 @@ for _id, _what, _target, _where in (
     ('speedup_prerope_8x32k', 'full pre-RoPE keys', '>= 1.0', dict(method='prerope')),
     ('speedup_4bit_1x32k', 'uniform 4-bit codes', '>= 2.0', dict(method='4bit_uniform', batch=1)),
 ): _speed_claim(_id, _what, _target, **_where)
+
+def _page_claim(id, bits, target, batch=8, length=32768):
+    where = f'{batch} × {length//1024}k tokens, 32 query and 8 KV heads of 128'
+    @claim(id, f'Decode attention, {where}: tiered pages of {bits} bits, keys relative to their page, with a mean, sinks and window; against SDPA of PyTorch on bfloat16.',
+           'times as fast', target)
+    def speedup(book):
+        at = dict(file='page_kernels', method=f'pages_{bits}bit', batch=batch, length=length)
+        return book.value(metric='speedup', **at)
+
+for _id, *_case in (
+    ('speedup_pages_1bit_8x32k', 1, '>= 5.5'), ('speedup_pages_2bit_8x32k', 2, '>= 4.5'), ('speedup_pages_3bit_8x32k', 3, '>= 3.5'),
+    ('speedup_pages_2bit_64x4k', 2, '>= 4.5', 64, 4096), ('speedup_pages_2bit_1x32k', 2, '>= 2.6', 1), ('speedup_pages_2bit_8x4k', 2, '>= 2.5', 8, 4096),
+    ('speedup_pages_2bit_1x128k', 2, '>= 4', 1, 131072),
+): _page_claim(_id, *_case)
+
+@claim('page_read_error', 'Relative error of decode attention on tiered pages beyond the error of the codes, worst of the timed cases; random content, bfloat16 output.', 'relative', '<= 2e-3')
+def page_read_error(book): return max((r['value'] for r in _rows(book, file='page_kernels', metric='error')), default=None)
+
+@claim('encode_pages_step_us', 'Time to write one page of keys and values for 64 sequences, 8 KV heads of 128, at 2 bits.', 'µs', '<= 40')
+def encode_pages_step_us(book): return book.value(file='page_kernels', metric='time_us', method='encode_pages_2bit', batch=64, length=128)
+
+@claim('encode_prefill_fraction', 'Bytes of bfloat16 keys and values that become tiered pages of 2 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= .25')
+def encode_prefill_fraction(book): return book.value(file='page_kernels', metric='bandwidth_fraction', method='encode_pages_2bit', batch=8, length=4096)
 
 @claim('bandwidth_fraction_4bit', 'Bytes of uniform 4-bit codes and norms that decode attention reads in a second, of the rate of a copy in the same run; 8 × 32k tokens.', 'of a copy', '>= 0.5')
 def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'bandwidth_fraction'}, method='4bit_uniform', batch=8, length=32768)
@@ -1673,6 +1714,14 @@ def _rate_number(id, metric, bits=None):
 _rate_number('read_rate_4bit', 'time_us')
 _rate_number('read_rate_bf16', 'time_bf16_us', 16)
 
+for _id, _metric in (('time_pages_us', 'time_us'), ('time_pages_bf16_us', 'time_bf16_us'), ('pages_share_of_copy', 'bandwidth_fraction')):
+    _row_number(_id, file='page_kernels', method='pages_2bit', batch=8, length=32768, metric=_metric)
+
+@number('page_kernel_device')
+def page_kernel_device(book):
+    row = book.cell(file='page_kernels', method='pages_2bit', batch=8, length=32768, metric='speedup')
+    return NOT_RUN if row is None else tex_escape(book.runs[row['run']]['device'])
+
 @number('speedup_least')
 def speedup_least(book): return among(_rows(book, file='kernels', metric='speedup'), min)
 
@@ -2070,6 +2119,7 @@ def measured_in(command:str) -> str:
     words = command.split()
     if words[:1] == ['pytest']: return ', '.join(Path(w).stem for w in words if w.endswith('.py'))
     if module := re.search(r'from ndkv\.(\w+) import', command): return f'ndkv.{module[1]}'
+    if words[:3] == ['ndkv', 'bench', 'pages']: return '54_pages_bench'
     if words[:2] == ['ndkv', 'bench'] and words[2:3] not in ([], ['kernels']): return '78_throughput'
     return next((n for w in words for n in [NOTEBOOKS.get(w), Path(w).stem if w.endswith('.ipynb') else None] if n), '–')
 

@@ -10,9 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-TYPES = dict(Q="*bf16", ORDER="*i32", UNIT_="*fp32", TURNS="*fp32", TABLES="*fp16", RATIO="*fp32", LEVELS="*i32",
+TYPES = dict(Q="*bf16", ORDER="*i32", UNIT_="*fp32", TURNS="*fp32", TABLES="*fp16", OCTAVES="*fp32", LEVELS="*i32",
              HEADS="*i32", K="*u8", V="*u8", TABLE="*i32", LENS="*i32", TOP="*fp32", SUM="*fp32", OUT="*fp32",
              KEY="constexpr", W="constexpr") # the others are numbers
+
+
+ALU = "LOP3", "PRMT", "SHF", "IADD3", "VIADD", "VIADDMNMX", "FMNMX", "SEL", "ISETP", "FSETP", "LEA", "PLOP3", "FSEL", "BMSK", "SGXT" # one every other clock
 
 
 def compiled(key, registers=128):
@@ -57,7 +60,8 @@ def counts(text, usage):
     branches = [(i, labels[to]) for i, (_, to) in enumerate(found) if to]
     end, start = max(((i, to) for i, to in branches if to < i), key=lambda b: b[0] - b[1])
     names = [name.split(".")[0] for name, _ in found]
-    return dict(page=end - start + 1, imma=names.count("IMMA"), hgmma=names.count("HGMMA"),
+    loop = names[start:end + 1]
+    return dict(page=len(loop), alu=sum(n in ALU for n in loop), imma=names.count("IMMA"), hgmma=names.count("HGMMA"),
                 local=sum(n in ("LDL", "STL") for n in names), registers=int(re.search(r"REG:(\d+)", usage)[1]))
 
 
