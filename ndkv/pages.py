@@ -536,19 +536,18 @@ def _plane_jobs(
     widths:tuple, # Of tiers, of runs
     head:int,
     start:int,    # First byte of the head's strips in a page
-) -> list: # 32 numbers each, as `33_kernels_encode_pages._pack_kernel` reads them
+) -> list: # 24 numbers each, as `33_kernels_encode_pages._pack_kernel` reads them
     "What each plane of each part of a strip is made of."
     jobs, channels = [], [0, *torch.tensor(runs(D)).cumsum(0).tolist()]
     for t, r, tiles, slot, bits in _parts(kind, D, widths):
         half = channels[r+1] - channels[r] == 8
         R = tiles if half else 2*tiles
-        if kind == "k": base, from_ = slot*D + channels[r], [(16 if half else 8)*D*q for q in range(8)]
-        else: base, from_ = channels[r]*PAGE + slot, [16*q if half else 8*PAGE*(q & 1) + 16*(q >> 1) for q in range(8)]
+        base = slot*D + channels[r] if kind == "k" else channels[r]*PAGE + slot
         for p, low in planes(bits):
             size, first = max(1, R*p//2), [field(bits, p, R, q, 0) % 32 for q in range(R)]
             how = SPREADS.index(tuple(field(bits, p, R, 0, i) for i in range(4)))
             mask = ((1 << p) - 1)*0x01010101
-            jobs.append([head, low, mask - (1 << 32)*(mask >> 31), how, R, min(R, 8//p), size, int(half), start, base, *[0]*6, *from_,
+            jobs.append([head, low, mask - (1 << 32)*(mask >> 31), how, R, (min(R, 8//p) - 1).bit_length(), size, int(half), start, base, *[0]*6,
                          *first, *[0]*(8 - R)])
             start += 32*size
     return jobs
@@ -573,7 +572,7 @@ def _encoder(self:PageCodec, device):
     direction = None if direction is None else turned(direction)
     tensors = dict(basis=M.mT, moved=moved, offset=-(turned(basis.mean) @ M.mT), direction=direction, weight=weight,
                    widths=by_tier.to(torch.uint8), last=last[by_tier], spread=spread, partner=partner,
-                   jobs=torch.tensor(jobs, dtype=torch.int64).to(torch.int32).view(-1, 32), dest=torch.tensor(starts, dtype=torch.int32))
+                   jobs=torch.tensor(jobs, dtype=torch.int64).to(torch.int32).view(-1, 24), dest=torch.tensor(starts, dtype=torch.int32))
     tensors = {k: None if t is None else t.to(device).contiguous() for k, t in tensors.items()}
     self._at["encoder", device] = Encoder(**tensors, nbytes=self.nbytes, values=self.follows, tiers=TIERS, unit=UNIT, step=STEP)
     return self._at["encoder", device]
