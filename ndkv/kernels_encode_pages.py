@@ -39,38 +39,55 @@ def _strips(u, M: tl.constexpr, DP: tl.constexpr):
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #7a961196
 @triton.jit
+def _cells(x, M: tl.constexpr):
+    "8 columns as a tuple of `[M, 4]`, of which a thread holds one column."
+    a, b = tl.split(tl.reshape(x, [M, 4, 2]))
+    return (a, b)
+
+
+@triton.jit
 def _runs(u, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    "Columns of every run."
+    "Cells of every run."
     strips = _strips(u, M, DP)
     a, b = _halves(strips[0], M, 16)
-    out = (a,)
-    if D > 8: out = out + (b,)
+    out = (_cells(a, M),)
+    if D > 8: out = out + (_cells(b, M),)
     for k in tl.static_range(1, DP//16):
-        if 16*k + 16 <= D:
-            out = out + (strips[k],)
-        elif 16*k < D:
-            a, b = _halves(strips[k], M, 16)
-            out = out + (a,)
+        a, b = _halves(strips[k], M, 16)
+        if 16*k + 16 <= D: out = out + (_cells(a, M) + _cells(b, M),)
+        elif 16*k < D: out = out + (_cells(a, M),)
     return out
+
+# %% ../nbs/33_kernels_encode_pages.ipynb #2378a3f0
+@triton.jit
+def _joins(parts, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
+    "COUNT tensors of N columns beside each other."
+    for level in tl.static_range(1, 8):
+        if 1 << level <= COUNT:
+            coarser = ()
+            for i in tl.static_range(COUNT >> level): coarser = coarser + (_joined(parts[2*i], parts[2*i + 1], M, N << level),)
+            parts = coarser
+    return parts[0]
+
+
+@triton.jit
+def _eight(a, b, M: tl.constexpr): return tl.reshape(tl.join(a, b), [M, 8])
 
 
 @triton.jit
 def _together(runs, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    "The inverse of `_runs`."
-    none = tl.zeros([M, 8], tl.uint8)
-    if D > 8: parts = (_joined(runs[0], runs[1], M, 16),)
-    else: parts = (_joined(runs[0], none, M, 16),)
+    "The inverse of `_runs`; zeros beyond the head."
+    none, first = runs[0][0]*0, _eight(runs[0][0], runs[0][1], M)
+    nothing = _eight(none, none, M)
+    if D > 8: parts = (_joined(first, _eight(runs[1][0], runs[1][1], M), M, 16),)
+    else: parts = (_joined(first, nothing, M, 16),)
     for k in tl.static_range(1, DP//16):
-        if 16*k + 16 <= D: parts = parts + (runs[k + 1],)
-        elif 16*k < D: parts = parts + (_joined(runs[k + 1], none, M, 16),)
-        else: parts = parts + (_joined(none, none, M, 16),)
-    for level in tl.static_range(1, 8):
-        if 16 << level <= DP:
-            coarser = ()
-            for i in tl.static_range(DP >> (4 + level)):
-                coarser = coarser + (_joined(parts[2*i], parts[2*i + 1], M, 16 << level),)
-            parts = coarser
-    return parts[0]
+        if 16*k + 16 <= D:
+            x = runs[k + 1]
+            parts = parts + (_joined(_eight(x[0], x[1], M), _eight(x[2], x[3], M), M, 16),)
+        elif 16*k < D: parts = parts + (_joined(_eight(runs[k + 1][0], runs[k + 1][1], M), nothing, M, 16),)
+        else: parts = parts + (_joined(nothing, nothing, M, 16),)
+    return _joins(parts, M, 16, DP//16)
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #cd80c632
 @triton.jit
@@ -80,46 +97,50 @@ def _stepped(y, low, high):
 
 
 @triton.jit
-def _code(u, w, s):
-    "Stored codes of `u`, `s` units in 1: the bits above `w` are not looked at."
-    code = tl.zeros_like(u).to(tl.uint8)
-    if w == 1:
-        code = (u > 0).to(tl.uint8)
-    elif w == 2:
-        code = _stepped(u*(s*(1/33.5)) + 1.5, 0., 3.)
-    elif w == 3:
-        m = tl.abs(u*s)
-        bits = (m > 17.).to(tl.int32) + (m > 36.).to(tl.int32) + (m > 59.5).to(tl.int32)
-        code = (bits ^ tl.where(u > 0, 4, 3)).to(tl.uint8)
-    elif w == 4:
-        t = u*s + .5
-        m = tl.abs(t)
-        outer = m > 37.5
-        more = m > tl.where(outer, 63., 18.)
-        last = m > tl.where(outer, tl.where(more, 82., 49.), tl.where(more, 27.5, 9.))
-        high = tl.where(outer, tl.where(more, 6, 4), tl.where(more, 2, 0))
-        code = (high + last.to(tl.int32) + tl.where(t > 0, 0, 8)).to(tl.uint8)
-    elif w > 4:
-        step = (1 << (8 - w)).to(tl.float32)
-        top = (1 << (w - 1)).to(tl.float32)
-        code = _stepped(u*(s/step) - tl.floor(step/2)/step, -top, top - 1)
-    return code
+def _code3(x, s):
+    m = tl.abs(x*s)
+    bits = (m > 17.).to(tl.int32) + (m > 36.).to(tl.int32) + (m > 59.5).to(tl.int32)
+    return (bits ^ tl.where(x > 0, 4, 3)).to(tl.uint8)
 
-# %% ../nbs/33_kernels_encode_pages.ipynb #05573608
+
 @triton.jit
-def _cells(x, M: tl.constexpr):
-    "Columns of a run as tuples of `[M, 4]`, of which a thread holds one column: sums over a tuple stay in its registers."
-    if x.shape[1] == 16:
-        a, b = _halves(x, M, 16)
-        a0, a1 = tl.split(tl.reshape(a, [M, 4, 2]))
-        b0, b1 = tl.split(tl.reshape(b, [M, 4, 2]))
-        out = (a0, a1, b0, b1)
-    else:
-        a0, a1 = tl.split(tl.reshape(x, [M, 4, 2]))
-        out = (a0, a1)
+def _code4(x, s):
+    t = x*s + .5
+    m = tl.abs(t)
+    outer = m > 37.5
+    more = m > tl.where(outer, 63., 18.)
+    last = m > tl.where(outer, tl.where(more, 82., 49.), tl.where(more, 27.5, 9.))
+    high = tl.where(outer, tl.where(more, 6, 4), tl.where(more, 2, 0))
+    return (high + last.to(tl.int32) + tl.where(t > 0, 0, 8)).to(tl.uint8)
+
+# %% ../nbs/33_kernels_encode_pages.ipynb #a436f44f
+@triton.jit
+def _code(x, w, s):
+    "Stored codes of the cells `x`, `s` units in 1: the bits above `w` are not looked at."
+    n: tl.constexpr = len(x)
+    none = tl.zeros_like(x[0]).to(tl.uint8)
+    a, b, c, d = none, none, none, none
+    if w == 1:
+        a, b = (x[0] > 0).to(tl.uint8), (x[1] > 0).to(tl.uint8)
+        if n > 2: c, d = (x[2] > 0).to(tl.uint8), (x[3] > 0).to(tl.uint8)
+    elif w == 3:
+        a, b = _code3(x[0], s), _code3(x[1], s)
+        if n > 2: c, d = _code3(x[2], s), _code3(x[3], s)
+    elif w == 4:
+        a, b = _code4(x[0], s), _code4(x[1], s)
+        if n > 2: c, d = _code4(x[2], s), _code4(x[3], s)
+    elif w > 0: # equal steps
+        step = tl.where(w == 2, 33.5, (1 << (8 - w)).to(tl.float32))
+        top = (1 << (w - 1)).to(tl.float32)
+        r, low, high = s/step, tl.where(w == 2, 0., -top), tl.where(w == 2, 3., top - 1)
+        first = tl.where(w == 2, 1.5, -tl.floor(step/2)/step)
+        a, b = _stepped(x[0]*r + first, low, high), _stepped(x[1]*r + first, low, high)
+        if n > 2: c, d = _stepped(x[2]*r + first, low, high), _stepped(x[3]*r + first, low, high)
+    if n > 2: out = (a, b, c, d)
+    else: out = (a, b)
     return out
 
-
+# %% ../nbs/33_kernels_encode_pages.ipynb #05573608
 @triton.jit
 def _squares(x):
     out = x[0]*x[0]
@@ -196,7 +217,7 @@ def _norms(runs, widths, weights, lasts, spread, coded, M: tl.constexpr, UNIT: t
     "The norm of each token, in steps: found by three questions from the RMS on, then the best of three."
     power = tl.zeros([M, 4], tl.float32)
     for k in tl.static_range(len(runs)):
-        power += tl.where(widths[k] > 0, _squares(_cells(runs[k], M)), 0.)
+        power += tl.where(widths[k] > 0, _squares(runs[k]), 0.)
     rms = tl.sqrt(tl.sum(power, 1) / coded)
     n = tl.floor(tl.log2(tl.maximum(rms, 9.313225746154785e-10))/STEP + .5) - 1 # 2^-30
     for ask in tl.static_range(3):
@@ -205,14 +226,14 @@ def _norms(runs, widths, weights, lasts, spread, coded, M: tl.constexpr, UNIT: t
         pull = tl.zeros([M, 4], tl.float32)
         for k in tl.static_range(len(runs)):
             if widths[k] > 0:
-                least, x = (rho*lasts[k])[:, None], _cells(runs[k], M)
+                least, x = (rho*lasts[k])[:, None], runs[k]
                 pull += weights[k]*lasts[k] * (_above(x, least) - len(x)*least)
         n += tl.where(rho*spread < tl.sum(pull, 1), more, 0)
     r, s, q = tl.exp2((n - 1)*STEP)*UNIT, tl.exp2(n*STEP)*UNIT, tl.exp2((n + 1)*STEP)*UNIT
     below, here, above = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
     for k in tl.static_range(len(runs)):
         if widths[k] > 0:
-            x = _cells(runs[k], M)
+            x = runs[k]
             below += weights[k]*_missed(x, widths[k], r[:, None])
             here += weights[k]*_missed(x, widths[k], s[:, None])
             above += weights[k]*_missed(x, widths[k], q[:, None])
@@ -221,12 +242,12 @@ def _norms(runs, widths, weights, lasts, spread, coded, M: tl.constexpr, UNIT: t
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #58c74ff1
 @triton.jit
-def _coded(runs, widths, n, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIT: tl.constexpr, STEP: tl.constexpr):
-    "Stored codes at norms `n`, all runs together."
+def _coded(runs, widths, n, UNIT: tl.constexpr, STEP: tl.constexpr):
+    "Stored codes at norms `n`, of each run."
     scale = (1/(tl.exp2(n*STEP)*UNIT))[:, None]
     out = ()
     for k in tl.static_range(len(runs)): out = out + (_code(runs[k], widths[k], scale),)
-    return _together(out, M, D, DP)
+    return out
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #3659ef7a
 @triton.jit
@@ -288,6 +309,40 @@ def _product(x, high, low, u, XT: tl.constexpr, WIDE: tl.constexpr):
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #92a3453e
 @triton.jit
+def _two(a, b): return a.to(tl.int32) | (b.to(tl.int32) << 8)
+
+
+@triton.jit
+def _words(codes, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    "A word of every four columns that a thread has of 16: `[M, DP/4]`."
+    first = _two(codes[0][0], codes[0][1])
+    if D > 8: first = first | (_two(codes[1][0], codes[1][1]) << 16)
+    parts = (first,)
+    for k in tl.static_range(1, DP//16):
+        if 16*k + 16 <= D:
+            x = codes[k + 1]
+            parts = parts + (_two(x[0], x[1]) | (_two(x[2], x[3]) << 16),)
+        elif 16*k < D: parts = parts + (_two(codes[k + 1][0], codes[k + 1][1]),)
+        else: parts = parts + (first*0,)
+    return _joins(parts, M, 4, DP//16)
+
+
+@triton.jit
+def _store(CODES, codes, slot, place, some, head, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+           FOLLOWS: tl.constexpr):
+    "Codes of M tokens of pages and heads `head`."
+    if FOLLOWS: # [channel, slot]
+        c = tl.arange(0, DP)[None, :]
+        to = CODES + (head*D*PAGE + place + tl.arange(0, M) % 16)[:, None] + c*PAGE
+        tl.store(to, _together(codes, M, D, DP), mask=some[:, None] & (c < D))
+    else: # [slot, word]
+        S: tl.constexpr = (D + 15)//16*4
+        c = tl.arange(0, DP//4)[None, :]
+        to = CODES.to(tl.pointer_type(tl.int32)) + (head*S*PAGE + slot*S)[:, None] + c
+        tl.store(to, _words(codes, M, D, DP), mask=some[:, None] & (c < S))
+
+# %% ../nbs/33_kernels_encode_pages.ipynb #2899ae34
+@triton.jit
 def _codes_kernel(X, ORDER, MOVED, OFFSET, WEIGHTS, WIDTHS, LAST, SPREAD, CODES, NORMS,
                   H, P, n, each, sb, sh, st,
                   D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
@@ -331,10 +386,7 @@ def _codes_kernel(X, ORDER, MOVED, OFFSET, WEIGHTS, WIDTHS, LAST, SPREAD, CODES,
         norm = tl.where(spread > 0, tl.minimum(tl.maximum(norm, -128.), 127.), -128.) # -128: nothing is coded
         head = ((b*P + p)*H + h).to(tl.int64)
         tl.store(NORMS + head*PAGE + slot, norm.to(tl.int8), mask=some)
-        code = _coded(runs, widths, norm, M, D, DP, UNIT, STEP)
-        if FOLLOWS: out = CODES + (head*D*PAGE + place + i % 16)[:, None] + c[None, :]*PAGE
-        else: out = CODES + (head*D*PAGE + slot*D)[:, None] + c[None, :]
-        tl.store(out, code, mask=some[:, None] & live[None, :])
+        _store(CODES, _coded(runs, widths, norm, UNIT, STEP), slot, place, some, head, M, D, DP, PAGE, FOLLOWS)
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #a6141833
 @triton.jit
@@ -389,10 +441,8 @@ def _heads_kernel(X, ORDER, MOVED, OFFSET, WIDTHS, CODES, NORMS, DEST, PAGES,
                 u = _product(x, tl.load(to, mask=both, other=0.), tl.load(to + D*D, mask=both, other=0.), u, XT, WIDE)
             n = tl.load(NORMS + head*PAGE + slot, mask=i < size, other=0).to(tl.int32)
             n = tl.minimum(tl.maximum(n, base), base + 15).to(tl.float32)
-            code = _coded(_runs(u, 64, D, DP), _of_runs(WIDTHS, (h*3 + tier)*D, D), n, 64, D, DP, UNIT, STEP)
-            if FOLLOWS: out = CODES + (head*D*PAGE + place + i % 16)[:, None] + c[None, :]*PAGE
-            else: out = CODES + (head*D*PAGE + slot*D)[:, None] + c[None, :]
-            tl.store(out, code, mask=(i < size)[:, None] & (c[None, :] < D))
+            codes = _coded(_runs(u, 64, D, DP), _of_runs(WIDTHS, (h*3 + tier)*D, D), n, UNIT, STEP)
+            _store(CODES, codes, slot, place, i < size, head, 64, D, DP, PAGE, FOLLOWS)
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #76c7fc18
 @triton.jit
@@ -420,22 +470,22 @@ def _pack_kernel(CODES, META, PAGES, H, pages, nbytes,
     head, low, mask, how = tl.load(job), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
     registers, each, size, half = tl.load(job + 4), tl.load(job + 5), tl.load(job + 6), tl.load(job + 7)
     to, base = tl.load(job + 8), tl.load(job + 9)
+    S: tl.constexpr = (D + 15)//16*16 # bytes of a slot of keys
     page, lane = tl.program_id(1)*N + tl.arange(0, N)[:, None], tl.arange(0, 32)[None, :]
     some = (page < pages) & (lane >= 0)
     g, t = lane >> 2, lane & 3
     if VALUES: own = g*PAGE + 4*t
-    elif half > 0: own = g*D + 2*t
-    else: own = g*D + 4*t
-    own = CODES + (page.to(tl.int64)*H + head)*D*PAGE + base + own
+    else: own = g*S + 4*t
+    own = CODES + (page.to(tl.int64)*H + head)*(D if VALUES else S)*PAGE + base + own
     out = PAGES + page.to(tl.int64)*nbytes + to + lane*tl.minimum(size, 16)
     words = ()
     for q in tl.static_range(8): # all are asked for before one is waited for
         if VALUES: at = own + tl.where(half > 0, 16*q, 8*PAGE*(q & 1) + 16*(q >> 1))
-        else: at = own + tl.where(half > 0, 16, 8)*D*q
+        else: at = own + tl.where(half > 0, 16, 8)*S*q
         use = some & (q < registers)
         if half > 0 and not VALUES:
             x = tl.load(at.to(tl.pointer_type(tl.uint16)), mask=use, other=0).to(tl.int32)
-            x |= tl.load((at + 8*D).to(tl.pointer_type(tl.uint16)), mask=use, other=0).to(tl.int32) << 16
+            x |= tl.load((at + 8*S).to(tl.pointer_type(tl.uint16)), mask=use, other=0).to(tl.int32) << 16
         else: x = tl.load(at.to(tl.pointer_type(tl.int32)), mask=use, other=0)
         words = words + (x,)
     word = tl.zeros([N, 32], tl.int32)
@@ -492,7 +542,7 @@ class Encoder:
 
     def before(self, x, turn=None, order=None,
         rows:int|None=None, # Sequences a program sorts; None = so that all programs run at once
-        registers:int|None=128, # Of a thread at most
+        warps:int=16, # Of a program
     ) -> tuple:
         "Order, and the basis in coordinates of the cache."
         (B, H, T, D), page = x.shape, sum(self.tiers)
@@ -507,7 +557,7 @@ class Encoder:
         x = x if x.stride(3) == 1 else x.contiguous()
         grid = H*P, sort*triton.cdiv(B, rows) + (turn is not None)*triton.cdiv(D, 32)
         _before_kernel[grid](x, cos, sin, partner, self.basis, direction, moved, order, H, P, B, rows, *x.stride()[:3], **self._shape(D),
-                             TURN=turn is not None, SORT=sort, num_warps=8, **_most(registers))
+                             TURN=turn is not None, SORT=sort, num_warps=warps)
         return order, moved
 
     def write(self, x, order, moved, turn,
@@ -521,7 +571,7 @@ class Encoder:
         (B, H, T, D), page = x.shape, sum(self.tiers)
         x, P = x if x.stride(3) == 1 else x.contiguous(), T // page
         make = lambda *s, dtype=torch.uint8: torch.empty(*s, dtype=dtype, device=x.device)
-        codes, norms, out = make(B*P, H, page*D), make(B*P, H, page, dtype=torch.int8), make(B, 1, P, self.nbytes)
+        codes, norms, out = make(B*P, H, page*triton.cdiv(D, 16)*16), make(B*P, H, page, dtype=torch.int8), make(B, 1, P, self.nbytes)
         fixed = self._shape(D) | dict(TURN=turn, FOLLOWS=self.values, UNIT=self.unit, STEP=self.step, XT=1 + (x.dtype != torch.bfloat16),
                                       WIDE=_interpreted(), num_stages=1)
         groups, n = (P, B) if turn else (1, B*P)

@@ -542,15 +542,22 @@ def _plane_jobs(
     for t, r, tiles, slot, bits in _parts(kind, D, widths):
         half = channels[r+1] - channels[r] == 8
         R = tiles if half else 2*tiles
-        base = slot*D + channels[r] if kind == "k" else channels[r]*PAGE + slot
+        first = channels[r]
+        base = first*PAGE + slot if kind == "v" else 16*(slot*-(-D//16) + first//16) + first % 16 // 4
         for p, low in planes(bits):
-            size, first = max(1, R*p//2), [field(bits, p, R, q, 0) % 32 for q in range(R)]
+            size, shifts = max(1, R*p//2), [field(bits, p, R, q, 0) % 32 for q in range(R)]
             how = SPREADS.index(tuple(field(bits, p, R, 0, i) for i in range(4)))
             mask = ((1 << p) - 1)*0x01010101
             jobs.append([head, low, mask - (1 << 32)*(mask >> 31), how, R, (min(R, 8//p) - 1).bit_length(), size, int(half), start, base, *[0]*6,
-                         *first, *[0]*(8 - R)])
+                         *shifts, *[0]*(8 - R)])
             start += 32*size
     return jobs
+
+
+def _in_words(D):
+    "Channel of every column of the kernel's basis for keys: in a run of 16 a thread's columns 2t, 2t + 1, 2t + 8, 2t + 9 are channels 4t to 4t + 3."
+    n = torch.arange(D)
+    return torch.where((n >= 16) & (n < D//16*16), n//16*16 + 4*(n % 8 // 2) + 2*(n % 16 // 8) + n % 2, n)
 
 
 def _encoder(self:PageCodec, device):
@@ -560,6 +567,7 @@ def _encoder(self:PageCodec, device):
     places, rope = torch.arange(PAGE, device=device), self.home.rope
     turned = lambda v: self.home._turned(v, places) if rope is not None else v[:, None].expand(-1, PAGE, -1)
     M, strips = (basis.A / head_rows(basis.scale).mT).float(), self.strips.tolist()
+    if not self.follows: M = M[:, _in_words(self.D)]
     starts = [sum(self.sizes[:h]) for h in range(len(strips))]
     jobs = [j for h, w in enumerate(strips) for j in _plane_jobs(self.kind, self.D, tuple(map(tuple, w)), h, starts[h] + FIXED)]
     by_tier = self.strips.repeat_interleave(torch.tensor(runs(self.D)), -1)
