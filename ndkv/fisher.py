@@ -422,7 +422,7 @@ def calibrate(
 # %% ../nbs/32_fisher.ipynb #fc01e908
 def log_mean(
     matrices: list[Tensor],  # Each [H, D, D], symmetric, not negative
-    ridge: float = 0.01,  # Share r of its mean price that every direction has at least, while logarithms are taken
+    ridge: float = 0.2,  # Share r of its mean price that every direction has at least, while logarithms are taken
 ) -> Tensor:  # [H, D, D]
     "Log-Euclidean mean of prices."
     F = torch.stack(list(matrices)).double()
@@ -440,7 +440,7 @@ _SHAPE = "window", "sinks", "block"
 
 def mix_profiles(
     profiles: list[Profile],  # From `calibrate`, one a kind of text; each weighs the same
-    ridge: float = 0.01,  # See `log_mean`
+    ridge: float = 0.2,  # See `log_mean`
 ) -> Profile:  # For texts of every kind
     "One profile of several kinds of text: logarithmic mean of prices, union of statistics."
     if not profiles: raise ValueError("mix: no profiles; give one for each kind of text")
