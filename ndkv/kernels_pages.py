@@ -1223,6 +1223,7 @@ def _read_pages(
 def _read_exact(
     Q, K, V, N, TOP, SUM, OUT,    # N int32 [B]: full-precision tokens of each sequence
     T, H, G, scale, D, DV, DP:tl.constexpr, DVP:tl.constexpr, EARLY:tl.constexpr,
+    WIDE:tl.constexpr,            # products in float32: the interpreter has no others
 ):
     "Four query heads of a KV head (of 16 rows, what a product takes), 64 full-precision tokens."
     if EARLY: gdc_launch_dependents()
@@ -1236,6 +1237,7 @@ def _read_exact(
     q = tl.load(Q + head[:, None]*D + c[None, :], mask=some[:, None] & (c < D)[None, :], other=0)
     k = tl.load(K + kv[:, None]*D + c[None, :], mask=here[:, None] & (c < D)[None, :], other=0)
     v = tl.load(V + kv[:, None]*DV + d[None, :], mask=here[:, None] & (d < DV)[None, :], other=0)
+    if WIDE: q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     s = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="tf32x3") * scale
     s = tl.where(here[None, :], s, -1e30)
     top = tl.max(s, 1)
@@ -1243,7 +1245,8 @@ def _read_exact(
     at = head*tl.num_programs(1) + block
     tl.store(TOP + at, top, mask=some)
     tl.store(SUM + at, tl.sum(p, 1), mask=some)
-    out = tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+    out, rest = tl.dot(p.to(v.dtype), v, input_precision="tf32x3"), p - p.to(v.dtype).to(tl.float32)
+    if v.dtype != tl.float32: out += tl.dot(rest.to(v.dtype), v) # what rounding left of the probabilities
     tl.store(OUT + at[:, None]*DVP + d[None, :], out, mask=some[:, None] & (d >= 0)[None, :])
 
 
@@ -1358,7 +1361,7 @@ def _exact_parts(plan, q, exact, early=False):
     G = Hq // plan.H
     _read_exact[(B*plan.H, blocks, -(-G // 4))](
         q, k.contiguous(), v.contiguous(), n, top, total, out, k.shape[2], plan.H, G,
-        plan.scale * math.log2(math.e), D, plan.Dv, _power(D), DVP, early)
+        plan.scale * math.log2(math.e), D, plan.Dv, _power(D), DVP, early, not q.is_cuda)
     return top, total, out
 
 

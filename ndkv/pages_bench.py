@@ -11,6 +11,7 @@ import torch
 from .frames import Frame
 from .kernels_bench import copy_rate, graph_time, relative, time_rivals
 from .kernels_decode import attend_ref
+from .kernels_encode_pages import encode_pair
 from .kernels_pages import Plan, attend_pages
 from .pages import PAGE, PageCodec, allocate_strips, strips_of
 from .profile import Rope
@@ -110,10 +111,8 @@ def measure_page_encoding(
     k, v = page_codecs(case)
     shape, x = (case.batch, case.heads, case.length, case.d), []
     for _ in range(3): x.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
-    blocks = torch.rand(*shape[:2], case.length // PAGE, PAGE, device="cuda").argsort(-1)
-    order = torch.cat([t.sort(-1).values for t in blocks.split([16, 48, 64], -1)], -1)
-    keys, values, turn = k._encoder(x[0].device), v._encoder(x[0].device), k._turn(x[0], 4)
-    us = graph_time(lambda i: keys(x[i % 3], turn), 6) + graph_time(lambda i: values(x[i % 3], None, order), 6)
+    keys, values, turn, beside = k._encoder(x[0].device), v._encoder(x[0].device), k._turn(x[0], 4), torch.cuda.Stream()
+    us = graph_time(lambda i: encode_pair(keys, values, x[i % 3], x[i % 3], turn, beside), 6)
     return dict(time_us=us, bytes=2*x[0].numel()*2)
 
 
