@@ -87,7 +87,7 @@ def _tile(a, b, q, k, v, *squares):
 
 def _tile_gradients(attend, inputs, want, g):
     "Gradients of a tile's attention with respect to the inputs that are wanted."
-    inputs = [x.detach().requires_grad_(w) if w else x for x, w in zip(inputs, want)]
+    inputs = [x.detach().contiguous().requires_grad_(w) for x, w in zip(inputs, want)]  # kernels of a GPU want masks with aligned rows
     with torch.enable_grad(): out = attend(*inputs)
     return torch.autograd.grad(out, [x for x, w in zip(inputs, want) if w], g)
 
