@@ -768,7 +768,7 @@ def speed_table(book):
     return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/90_report.ipynb #b8efe5ca
-@table('page_speed')
+@table('pagespeed')
 def page_speed_table(book):
     "Time of decode attention on tiered pages and on bfloat16."
     lines = [r'\begin{tabular}{@{}rrrlrrrrrr@{}}', r'\toprule',
