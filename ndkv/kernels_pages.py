@@ -1396,8 +1396,9 @@ def attend_pages(
     some = exact is not None and exact[0].shape[2] > 0
     early = fast and q.is_cuda # a kernel may come while the one before is running, and waits for what it reads
     e = _exact_parts(plan, q, exact, early) if some else [torch.empty(1, device=q.device)] * 3
-    top, total, out, rows = parts(plan, by_head, k_pages, v_pages, table, lens, splits, early and some)
-    blocks = e[0].shape[1] if e[0].dim() == 2 else 0
+    blocks = e[0].shape[1] if some else 0
+    beside = early and some and B*plan.H*groups*blocks <= _multiprocessors(q.device) # many small blocks would keep the large ones from their place
+    top, total, out, rows = parts(plan, by_head, k_pages, v_pages, table, lens, splits, beside)
     result = q.new_empty(B, Hq, plan.Dv)
     n, R = top.shape[1], out.shape[-1]
     DVP = _power(plan.Dv)

@@ -17,25 +17,26 @@ __all__ = ['MEASURED', 'NOT_RUN', 'STYLES', 'FALLBACK', 'THEME', 'FIGURES', 'TAB
            'eviction_figure', 'quality_line', 'quality', 'heads_table', 'total_of', 'bits_line', 'bits_table',
            'speed_table', 'page_speed_table', 'Claim', 'claim', 'met', 'reference_ppl', 'reached', 'spectral_value',
            'worst', 'bits_ratio', 'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'page_read_error',
-           'encode_pages_step_us', 'encode_prefill_fraction', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
-           'at_32k', 'ratio_32k', 'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged',
-           'latest', 'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use',
-           'all_in', 'whole', 'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed',
-           'survived', 'refused', 'stress_table', 'stress_figure', 'tasks_table', 'texts_table', 'share_of_bits',
-           'ladder_figure', 'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared',
-           'stress_twins_survived', 'needle_accuracy_drop_2bit', 'sweep_cells', 'default_over_rotation_4bit',
-           'drop_kl_ratio_2bit', 'speculative_acceptance', 'page_line', 'page_bits', 'page_models', 'page_cost',
-           'bits_at', 'page_share', 'worst_of', 'tier_gain_public', 'budget_error', 'share_cell', 'page_table_line',
-           'pages_table', 'draw_pages', 'pages_figure', 'claims', 'claims_markdown', 'architectures_markdown',
-           'modes_markdown', 'marked', 'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor',
-           'eval_device', 'kernel_device', 'among', 'page_kernel_device', 'speedup_least', 'speedup_most', 'in_words',
-           'bits_models', 'bits_tokens', 'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs',
-           'stress_mixed_pairs', 'methods_tried', 'methods_everywhere', 'library_models', 'derived', 'numbers_tex',
-           'missed_before', 'missed_now', 'with_missed', 'history_table', 'claims_once_missed', 'encoder_at',
-           'by_encoder', 'listed', 'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note',
-           'claims_table', 'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable',
-           'runs_table', 'ledger', 'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe',
-           'verify', 'lint_text', 'lint_paper', 'report']
+           'encode_pages_step_us', 'encode_prefill_fraction', 'calibrate_seconds_05b', 'calibrate_extra_bytes_05b',
+           'calibrate_seconds_cpu', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction', 'at_32k', 'ratio_32k',
+           'throughput_ratio_32k', 'batch_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'latest',
+           'architectures_passed', 'generation_modes_passed', 'setting', 'setting_name', 'swept', 'use', 'all_in',
+           'whole', 'panels', 'zoo_figure', 'interval', 'cases', 'worst_table', 'tails_figure', 'stressed', 'survived',
+           'refused', 'stress_table', 'stress_figure', 'tasks_table', 'texts_table', 'share_of_bits', 'ladder_figure',
+           'choice_name', 'ablation_table', 'zoo_models', 'baselines_compared', 'stress_twins_survived',
+           'needle_accuracy_drop_2bit', 'sweep_cells', 'default_over_rotation_4bit', 'drop_kl_ratio_2bit',
+           'speculative_acceptance', 'page_line', 'page_bits', 'page_models', 'page_cost', 'bits_at', 'page_share',
+           'worst_of', 'tier_gain_public', 'budget_error', 'share_cell', 'page_table_line', 'pages_table', 'draw_pages',
+           'pages_figure', 'claims', 'claims_markdown', 'architectures_markdown', 'modes_markdown', 'marked',
+           'readme_with_claims', 'macro_name', 'number', 'eval_tokens', 'noise_floor', 'eval_device', 'kernel_device',
+           'among', 'page_kernel_device', 'speedup_least', 'speedup_most', 'in_words', 'bits_models', 'bits_tokens',
+           'pages_zoo', 'total_ratio', 'half_bit_share', 'stress_pairs', 'stress_mixed_pairs', 'methods_tried',
+           'methods_everywhere', 'library_models', 'derived', 'numbers_tex', 'missed_before', 'missed_now',
+           'with_missed', 'history_table', 'claims_once_missed', 'encoder_at', 'by_encoder', 'listed',
+           'encoder_sentence', 'scales_sentence', 'captions_tex', 'encoders_table', 'note', 'claims_table',
+           'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table', 'ledger',
+           'generate', 'first_difference', 'rows_in', 'unpinned', 'compare', 'describe', 'verify', 'lint_text',
+           'lint_paper', 'report']
 
 # %% ../nbs/90_report.ipynb #8d262879
 import filecmp, hashlib, json, logging, operator, re, subprocess, tempfile
@@ -928,6 +929,23 @@ def encode_pages_step_us(book): return book.value(file='page_kernels', metric='t
 
 @claim('encode_prefill_fraction', 'Bytes of bfloat16 keys and values that become tiered pages of 2 bits in a second, of the rate of a copy in the same run; prefill of 8 × 4k tokens.', 'of a copy', '>= .25')
 def encode_prefill_fraction(book): return book.value(file='page_kernels', metric='bandwidth_fraction', method='encode_pages_2bit', batch=8, length=4096)
+
+def _calibration(book, gpu, metric='calibrate_seconds', **where):
+    "The latest row of a calibration on a GPU, or on a CPU."
+    rows = [r for r in book.find(file='calibrate', metric=metric, **where) if ('NVIDIA' in book.runs[r['run']]['device']) == gpu]
+    if not rows: return None
+    row = max(rows, key=lambda r: book.runs[r['run']]['start'])
+    book.used[row['at']] = row
+    return row['value']
+
+@claim('calibrate_seconds_05b', 'Time of a calibration on 32 windows of 1024 tokens: Qwen2.5-Coder-0.5B-Instruct, whose vocabulary is 151k, on a GPU.', 's', '<= 10')
+def calibrate_seconds_05b(book): return _calibration(book, True, model='Qwen2.5-Coder-0.5B-Instruct')
+
+@claim('calibrate_extra_bytes_05b', 'Memory of that calibration at its peak, beside the model.', 'GB', '<= 2')
+def calibrate_extra_bytes_05b(book): return (x := _calibration(book, True, 'calibrate_extra_bytes', model='Qwen2.5-Coder-0.5B-Instruct')) and x/1e9
+
+@claim('calibrate_seconds_cpu', 'Time of the same on two CPU cores: SmolLM2-135M-Instruct.', 's', '<= 240')
+def calibrate_seconds_cpu(book): return _calibration(book, False, model='SmolLM2-135M-Instruct', threads=2)
 
 @claim('bandwidth_fraction_4bit', 'Bytes of uniform 4-bit codes and norms that decode attention reads in a second, of the rate of a copy in the same run; 8 × 32k tokens.', 'of a copy', '>= 0.5')
 def bandwidth_fraction_4bit(book): return book.value(**{**SPEED, 'metric': 'bandwidth_fraction'}, method='4bit_uniform', batch=8, length=32768)
