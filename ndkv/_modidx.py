@@ -997,6 +997,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ndkv/kernels_viterbi.py'),
                                       'ndkv.kernels_viterbi.compile_search': ( 'kernels_viterbi.html#compile_search',
                                                                                'ndkv/kernels_viterbi.py'),
+                                      'ndkv.kernels_viterbi.on_its_device': ( 'kernels_viterbi.html#on_its_device',
+                                                                              'ndkv/kernels_viterbi.py'),
                                       'ndkv.kernels_viterbi.search': ('kernels_viterbi.html#search', 'ndkv/kernels_viterbi.py')},
             'ndkv.metrics': { 'ndkv.metrics._by_rows': ('metrics.html#_by_rows', 'ndkv/metrics.py'),
                               'ndkv.metrics._centred': ('metrics.html#_centred', 'ndkv/metrics.py'),

@@ -17,6 +17,7 @@ from .codec import ls_gain, unit_rms
 from .frames import rope_tables
 try: import triton, triton.language as tl
 except ImportError as e: raise ImportError("the kernels need triton, which comes with torch on Linux: pip install triton") from e
+from .kernels_viterbi import on_its_device
 
 # %% ../nbs/52_kernels_decode.ipynb #8d68f050
 CUBIC = {2: 17.75, 3: 40.75, 4: 115.}
@@ -566,6 +567,7 @@ def _turns(self, n, device):
     return c["cos"], c["sin"]
 
 @torch.no_grad()
+@on_its_device
 def _attend(self,
     q:Tensor,      # `[B, Hq, D]`
     store:Tensor,  # int16 `[pages, H, words]`

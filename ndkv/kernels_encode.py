@@ -9,6 +9,7 @@ __all__ = ['encode_pages']
 import torch
 from torch import Tensor
 import triton, triton.language as tl
+from .kernels_viterbi import on_its_device
 from .kernels_decode import CUBIC, PackedAttention, _interpreted, _on, _plan, _pow2
 
 # %% ../nbs/53_kernels_encode.ipynb #af8e6b8f
@@ -118,6 +119,7 @@ def _pairs_kernel(x, signs, store, norms, table, first, H, stride_b, stride_h, s
 
 # %% ../nbs/53_kernels_encode.ipynb #0da04a51
 @torch.no_grad()
+@on_its_device
 def encode_pages(
     pa:PackedAttention,
     k:Tensor,      # `[B, H, T, D]`, T whole pages from `first` on; the last axis contiguous

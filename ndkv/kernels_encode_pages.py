@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 import triton, triton.language as tl
+from .kernels_viterbi import on_its_device
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #0cde8ef5
 @triton.jit
@@ -540,6 +541,7 @@ class Encoder:
         order, moved = self.before(x, turn, order)
         return self.write(x, order, moved, turn is not None, **how)
 
+    @on_its_device
     def before(self, x, turn=None, order=None,
         rows:int|None=None, # Sequences a program sorts; None = so that all programs run at once
         warps:int=16, # Of a program
@@ -560,6 +562,7 @@ class Encoder:
                              TURN=turn is not None, SORT=sort, num_warps=warps)
         return order, moved
 
+    @on_its_device
     def write(self, x, order, moved, turn,
         tile:int=64,  # Tokens a program takes at a time: 64, or 128 with 8 warps
         each:int|None=None, # Tiles a program takes; None = so that all programs run at once

@@ -26,6 +26,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as e: raise ImportError("page kernels need triton 3.6 or later: pip install -U triton") from e
+from .kernels_viterbi import on_its_device
 
 # %% ../nbs/51_read_pages.ipynb #8a0f2f4b
 @triton.jit
@@ -1365,6 +1366,7 @@ def _exact_parts(plan, q, exact, early=False):
     return top, total, out
 
 
+@on_its_device
 def attend_pages(
     plan:Plan,
     q:Tensor,       # `[B, Hq, D]`, one query a sequence, after RoPE
@@ -1394,6 +1396,7 @@ def attend_pages(
     parts = _kernel_parts if fast else _plain_parts
     by_head = by_head.view(B, plan.H, groups, 4, D).contiguous()
     some = exact is not None and exact[0].shape[2] > 0
+    if fast: k_pages, v_pages = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (k_pages, v_pages)) # bulk copies are of 16 bytes
     early = fast and q.is_cuda # a kernel may come while the one before is running, and waits for what it reads
     e = _exact_parts(plan, q, exact, early) if some else [torch.empty(1, device=q.device)] * 3
     blocks = e[0].shape[1] if some else 0

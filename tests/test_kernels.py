@@ -14,7 +14,7 @@ from ndkv.kernels_decode import Layout, PackedAttention, attend_ref, from_pages,
 from ndkv.kernels_encode import encode_pages
 from ndkv.kernels_prerope import PreRopeAttention
 from ndkv.kernels_trellis import TrellisAttention, TrellisLayout
-from ndkv.kernels_viterbi import search
+from ndkv.kernels_viterbi import on_its_device, search
 from ndkv.profile import Rope
 from ndkv.spectral import Home
 from ndkv.trellis import Trellis
@@ -218,3 +218,19 @@ assert _run(PackedAttention(Layout(((64, 3),), ((64, 2),)), _frame(H, D), _frame
 """
     run = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
+    "A model on several GPUs has one current device; what launches kernels takes that of its first tensor, and gives it back."
+    from contextlib import contextmanager
+    seen = []
+    class There(torch.Tensor): device = torch.device("cuda:1")
+    @contextmanager
+    def current(device):
+        seen.append(str(device))
+        yield
+        seen.append("back")
+    monkeypatch.setattr(torch.cuda, "device", current)
+    assert on_its_device(lambda self, x, y: seen.append("run") or 3)("self", There(), y=4) == 3
+    assert on_its_device(lambda x: 5)(torch.zeros(1)) == 5
+    assert seen == ["cuda:1", "run", "back"]

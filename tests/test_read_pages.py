@@ -85,6 +85,13 @@ def test_kernel_emulated(name, G):
     with fast(): assert worst(*case, 3*torch.randn(3, 2*G, 64), (4, 1, 0), splits=2) < 1e-3
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_pages_are_read_on_the_second_gpu(monkeypatch):
+    "Which is not the current one."
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda:1")
+    assert torch.cuda.current_device() == 0 and worst(*drawn(64, 4, 3), 3*torch.randn(3, 8, 64), (4, 1, 0), splits=2) < 1e-3
+
+
 @pytest.mark.parametrize("what", ["long value", "long key", "tiny values", "sharp", "zero query"])
 def test_kernel_extremes(what):
     codecs, k, v = drawn(64, 3, 5)
