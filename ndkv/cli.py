@@ -585,7 +585,7 @@ def bench(
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, page_kernels, throughput, serving or calibrate.')]=None,
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve and calibrate, or one text file.')]=Path('data'),
-    seconds:Annotated[Optional[float], typer.Option(help='For generate, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
+    seconds:Annotated[Optional[float], typer.Option(help='For generate, pages, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
     only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
     as_json:JSON=False,
@@ -651,7 +651,7 @@ def _bench(what, run, path, data, seconds, cases, memory, only):
     from ndkv.kernels_bench import bench as time_kernels
     from ndkv.pages_bench import bench_pages
     if what == 'kernels': time_kernels(cases, run)
-    elif what == 'pages': bench_pages(cases, run)
+    elif what == 'pages': bench_pages(cases, run, seconds)
     elif what == 'generate':
         for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'queue':

@@ -6,6 +6,7 @@
 __all__ = ['PAGE_CASES', 'PageCase', 'page_codecs', 'page_store', 'measure_pages', 'measure_page_encoding', 'bench_pages']
 
 # %% ../nbs/54_pages_bench.ipynb #7f740a01
+import time
 from dataclasses import dataclass
 import torch
 from .frames import Frame
@@ -118,11 +119,15 @@ def measure_page_encoding(
 
 def bench_pages(
     cases:list, # `PageCase`s
-    run:Run,    # Takes the rows
+    run:Run,    # Takes the rows, and publishes them after every case
+    seconds:float=float("inf"), # No case begins later
 ) -> list: # The rows
     "Measure every case; a case that fails is reported and left out."
-    rate, rows, known = copy_rate(), [], {}
+    rate, rows, known, start = copy_rate(), [], {}, time.monotonic()
     for case in cases:
+        if time.monotonic() - start > seconds:
+            print("left out:", case.name, case.batch, case.length, flush=True)
+            continue
         codecs, shape = page_codecs(case), (case.batch, case.length, case.group, case.heads, case.d)
         about = dict(method=case.name, model=f"random, {case.heads*case.group} query and {case.heads} KV heads of {case.d}",
                      data=f"{case.templates} tables of widths, mean {case.mean:g}", batch=case.batch, length=case.length, copy_rate=rate, n=21,
@@ -142,5 +147,6 @@ def bench_pages(
             rows += [run.row(metric=m, value=x, **about, **more) for m, x in values.items()]
             print(case.name, case.batch, case.length, {k: float(f"{x:.4g}") for k, x in values.items()}, flush=True)
         except Exception as e: print(case.name, case.batch, case.length, "FAILED:", type(e).__name__, str(e)[:300], flush=True)
+        run.save()
         torch.cuda.empty_cache()
     return rows

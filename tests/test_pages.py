@@ -378,3 +378,21 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_bench_publishes_as_it_goes_and_stops_in_time(monkeypatch, tmp_path, capsys):
+    "What was measured is there whatever happens to the next case; none begins after the time."
+    from ndkv import pages_bench as bench
+    from ndkv.results import Run
+    clock = iter([0., 1., 2., 30., 31.])
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(bench, "copy_rate", lambda: 4e12)
+    monkeypatch.setattr(bench, "time_rivals", lambda case: ("sdpa", 240., .002))
+    measured = []
+    def measure(case):
+        measured.append(sum(map(len, map(str.splitlines, [f.read_text() for f in tmp_path.glob("page_kernels.jsonl")]))))
+        return dict(time_us=80., time_pages_us=70., error=.001, bytes=1e8)
+    monkeypatch.setattr(bench, "measure_pages", measure)
+    cases = [bench.PageCase(f"pages_{b}bit", b, 2, 256, heads=2, d=32, templates=2) for b in (2, 3, 2, 3)]
+    with Run(tmp_path, command="bench", name="page_kernels", gpu=False) as run: rows = bench.bench_pages(cases, run, seconds=10)
+    assert measured == [0, 7] and len(rows) == 14 and capsys.readouterr().out.count("left out") == 2
