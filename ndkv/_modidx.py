@@ -1528,6 +1528,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.search._from_plan': ('search.html#_from_plan', 'ndkv/search.py'),
                              'ndkv.search._gpu_names': ('search.html#_gpu_names', 'ndkv/search.py'),
                              'ndkv.search._keep': ('search.html#_keep', 'ndkv/search.py'),
+                             'ndkv.search._kinds': ('search.html#_kinds', 'ndkv/search.py'),
                              'ndkv.search._kl': ('search.html#_kl', 'ndkv/search.py'),
                              'ndkv.search._layer_cell': ('search.html#_layer_cell', 'ndkv/search.py'),
                              'ndkv.search._load': ('search.html#_load', 'ndkv/search.py'),

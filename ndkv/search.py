@@ -26,7 +26,7 @@ from .codebooks import distortion, lloyd_max
 from .data import read_documents
 from .equalised import VERSION as EQUALISED
 from .evaluate import Cell, account, compare, evaluate, text_windows
-from .fisher import calibrate
+from .fisher import calibrate, mix_profiles
 from .metrics import mean_stderr
 from .pages import VERSION as PAGES
 from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
@@ -39,6 +39,14 @@ from .tasks import QA_FILES, TASKS, task_scores
 GRID = dict(models=None, methods=["rotation"], bits=[4, 3, 2], tasks=["wiki_val"], length=[2048], window=[128], sinks=[4], block=[64], n=16, batch=8,
             dtype="float32", seed=0, heads=0, haystack=None, calibration=None, calibration_windows=16, revision=None)
 CROSSED = ("models", "bits", "tasks", "length", "window", "sinks", "block")
+
+
+def _kinds(calibration, windows=None):
+    "Texts of a calibration, which share its windows."
+    kinds = [k.strip() for k in str(calibration).split("+")]
+    if not all(kinds) or len(set(kinds)) < len(kinds): raise ValueError(f"calibration {calibration!r}: name different texts, such as a + b")
+    if windows is not None and windows < len(kinds): raise ValueError(f"calibration_windows {windows}: {len(kinds)} texts need as many at least")
+    return kinds
 
 
 def read_grid(
@@ -55,6 +63,7 @@ def read_grid(
     if unknown: raise ValueError(f"the grid has an unknown field {unknown[0]!r}: choose among {', '.join(GRID)}")
     if not grid.get("models"): raise ValueError("the grid names no models; add `models: [llama]`")
     full = GRID | grid
+    if full["calibration"]: _kinds(full["calibration"], full["calibration_windows"])
     return full | {k: full[k] if isinstance(full[k], list) else [full[k]] for k in (*CROSSED, "methods")}
 
 # %% ../nbs/80_search.ipynb #e0aedb9c
@@ -126,12 +135,16 @@ def _locked(path):
 def _profile(cell, where):
     "Profile of the cell's model on the calibration text, from `where[\"profiles\"]` if another process has measured it."
     if not cell["calibration"]: raise ValueError(f"{cell['method']} needs a profile: add `calibration: NAME-OF-A-TEXT` to the grid")
-    def measured(model, tokens): return calibrate(model, tokens, cell["window"], cell["sinks"], cell["block"], data=cell["calibration"], bar=False)
+    kinds = _kinds(cell["calibration"], cell["calibration_windows"])
+    def measured(model, tokens):
+        found = [calibrate(model, t, cell["window"], cell["sinks"], cell["block"], data=kind, bar=False) for kind, t in zip(kinds, tokens)]
+        return found[0] if len(found) == 1 else mix_profiles(found)
     def make():
         model, tokenizer = _load(cell, where)
-        tokens = text_windows(find_text(cell["calibration"], where["data"]), tokenizer, min(1024, model.config.get_text_config().max_position_embeddings), cell["calibration_windows"])
+        length = min(1024, model.config.get_text_config().max_position_embeddings)
+        tokens = [text_windows(find_text(k, where["data"]), tokenizer, length, cell["calibration_windows"]//len(kinds)) for k in kinds]
         if not where.get("profiles"): return measured(model, tokens)
-        what = [code_version(), fingerprint(model), tokens_hash(tokens), *(cell[k] for k in ("calibration", "dtype", "window", "sinks", "block"))]
+        what = [code_version(), fingerprint(model), *map(tokens_hash, tokens), *(cell[k] for k in ("calibration", "dtype", "window", "sinks", "block"))]
         path = Path(where["profiles"]) / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.safetensors"
         with _locked(path):
             if not path.exists(): measured(model, tokens).save(path)
@@ -200,7 +213,7 @@ def _texts_of(cell, data):
     if cell["task"] in QA_FILES: files = [Path(data) / "qa" / f"{QA_FILES[cell['task']]}.test.json"]
     else: files = [] if cell["task"] in TASKS else [find_text(cell["task"], data)]
     if cell["task"] in TASKS and cell["haystack"]: files.append(find_text(cell["haystack"], data))
-    if cell["method"] in (*CALIBRATED, *PLANNED) and cell["calibration"]: files.append(find_text(cell["calibration"], data))
+    if cell["method"] in (*CALIBRATED, *PLANNED) and cell["calibration"]: files += [find_text(k, data) for k in _kinds(cell["calibration"])]
     return files
 
 # %% ../nbs/80_search.ipynb #cf52ce9d

@@ -190,6 +190,22 @@ def test_a_profile_is_measured_once_for_all_that_need_it(home, tmp_path, clean_c
     assert len(calls) == 2 and len(list((tmp_path/'profiles').glob('*.safetensors'))) == 2
 
 
+def test_a_calibration_on_several_texts(home, tmp_path, clean_code):
+    "Is that of `mix_profiles`, its windows shared; refused where a text is named twice or there are too few windows."
+    from ndkv import search
+    from ndkv.fisher import mix_profiles
+    (home/'data'/'code.txt').write_text(Path(search.__file__).read_text()[:20000])
+    cells = lambda **kw: next(iter(cells_of(read_grid(dict(models=['tiny'], methods=['spectral'], bits=[3], block=[64], calibration_windows=4) | kw)).values()))
+    where = dict(data=home/'data', zoo=home/'zoo')
+    mixed = search._profile(cells(calibration='prose + code'), where)
+    parts = [search._profile(cells(calibration=k, calibration_windows=2), where) for k in ('prose', 'code')]
+    want = mix_profiles(parts)
+    assert [d['name'] for d in mixed.data] == ['prose', 'code'] and all(torch.equal(a, b) for i in want.prices for a, b in zip(mixed.prices[i], want.prices[i]))
+    assert {p.name for p in search._texts_of(cells(calibration='prose + code', tasks=['prose']), home/'data')} == {'prose.txt', 'code.txt'}
+    for bad, message in ((dict(calibration='prose + prose'), 'different texts'), (dict(calibration='prose + code', calibration_windows=1), 'as many at least')):
+        with pytest.raises(ValueError, match=message): cells(**bad)
+
+
 @pytest.mark.parametrize('bad, message', [
     ({}, 'names no models'), ({'models': ['tiny'], 'task': ['x']}, "unknown field 'task'"), ({'models': ['tiny'], 'methods': ['rot']}, "'rot' is unknown"),
 ])
