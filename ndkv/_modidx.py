@@ -1059,6 +1059,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ndkv.pages._Rounding.on': ('pages.html#_rounding.on', 'ndkv/pages.py'),
                             'ndkv.pages._Rounding.values': ('pages.html#_rounding.values', 'ndkv/pages.py'),
                             'ndkv.pages._address': ('pages.html#_address', 'ndkv/pages.py'),
+                            'ndkv.pages._all_levels': ('pages.html#_all_levels', 'ndkv/pages.py'),
                             'ndkv.pages._bases': ('pages.html#_bases', 'ndkv/pages.py'),
                             'ndkv.pages._codec': ('pages.html#_codec', 'ndkv/pages.py'),
                             'ndkv.pages._count': ('pages.html#_count', 'ndkv/pages.py'),

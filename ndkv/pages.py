@@ -315,6 +315,14 @@ def _table(bits, device):
 
 
 @cache
+def _all_levels(device):
+    "Level of every width and stored code `[9*256]`."
+    out = torch.zeros(9, 256)
+    for b in range(1, 9): out[b, :2**b] = _table(b, torch.device("cpu"))[2]
+    return out.flatten().to(device)
+
+
+@cache
 def _magnitudes(bits, device):
     "Levels of positive numbers; those of 4 bits are mirrored at -1/2."
     return ((integer_levels(bits)[2**(bits - 1):] + (.5 if bits == 4 else 0.)) * UNIT).float().to(device)
@@ -347,10 +355,8 @@ class _Rounding:
 
     def values(self, codes):
         "What stored codes stand for."
-        flat = codes.flatten(-3)
-        out = torch.zeros(flat.shape, device=codes.device)
-        for b, i in self._on(codes.device): out[..., i] = _table(b, codes.device)[2][flat[..., i].long()]
-        return out.view(codes.shape)
+        at = codes.int() + 256*self.on(codes.device).int()
+        return _all_levels(codes.device).index_select(0, at.flatten()).view(codes.shape)
 
     def _on(self, device):
         if device not in self.there: self.there[device] = [(b, i.to(device)) for b, i in self.at], self.widths.to(device)
@@ -640,8 +646,10 @@ def _decode(self:PageCodec,
     codes = torch.stack([read_record(h[..., FIXED:], rec, self.D) for h, rec in zip(heads, self.records)], 2)
     u = self.rounding.values(codes.unflatten(-1, (PAGE, self.D))).transpose(1, 2)
     u = u * torch.exp2((base + norms) * STEP)[..., None]
-    order = unpack_order(head[..., HEADER:HEADER+ORDER])[..., None].expand(u.shape)
-    z = (torch.empty_like(u).scatter_(3, order, u).flatten(2, 3) * head_rows(basis.scale)) @ basis.A_inv.mT
+    slots = unpack_order(head[..., HEADER:HEADER+ORDER]).argsort(-1) # of each token
+    rows = (slots + PAGE*torch.arange(slots[..., 0].numel(), device=u.device).view(*slots.shape[:-1], 1)).flatten()
+    z = u.reshape(-1, self.D).index_select(0, rows).view(*u.shape[:2], -1, self.D)
+    z = (z * head_rows(basis.scale)) @ basis.A_inv.mT
     return self.home.leave(z, torch.arange(pos, pos + z.shape[2], device=z.device), basis.mean).to(dtype)
 
 

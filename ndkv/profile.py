@@ -75,8 +75,10 @@ class Rope:
 
     def _turn(self, f, x, positions, dtype, sign=1):
         cos, sin = self.tables(positions.to(x.device), dtype)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.pairing == "half" and self.start == 0: return f(x, cos, sign*sin) # channels lie in order
         order, back = _orders(self.start, self.rotary_dim, self.pairing, x.shape[-1], x.device)
-        return f(x[..., order].to(torch.promote_types(x.dtype, torch.float32)), cos, sign*sin)[..., back]
+        return f(x[..., order], cos, sign*sin)[..., back]
 
     def apply(self, x, positions, dtype=torch.float32):
         "`[..., T, D]` turned to `positions` `[T]`, float32."

@@ -137,7 +137,9 @@ class Home:
         return self.rope.apply(z + self._turned(mean, positions - s0), s0)
 
     def _turned(self, mean, offsets):
-        return replace(self.rope, scaling=1.0).apply(mean[:, None].expand(-1, len(offsets), -1), offsets)
+        every = offsets if len(offsets) <= self.block else torch.arange(self.block, device=offsets.device) # they repeat
+        out = replace(self.rope, scaling=1.0).apply(mean[:, None].expand(-1, len(every), -1), every)
+        return out if every is offsets else out.index_select(1, offsets)
 
 # %% ../nbs/34_spectral.ipynb #84c03f12
 def eight_bits(
