@@ -22,7 +22,7 @@ def compiled(widths, kind, tile=64, warps=4):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     import ndkv
-    source = (Path(ndkv.__file__).parent / "kernels_encode_pages.py").read_text()
+    source = (Path(ndkv.__file__).parent / "kernels_encode_pages.py").read_text().replace("from .", "from ndkv.")
     reads = "_of_runs(WIDTHS, at, D), _of_runs(WEIGHTS"
     assert source.count(reads) == 1, "the kernel reads its widths in another way"
     source = source.replace(reads, f"({', '.join(f'tl.full([], {w}, tl.int32)' for w in widths)}), _of_runs(WEIGHTS")
