@@ -912,6 +912,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ndkv.kernels_pages.gates_program': ('read_pages.html#gates_program', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.head_program': ('read_pages.html#head_program', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.kernel_can_read': ('read_pages.html#kernel_can_read', 'ndkv/kernels_pages.py'),
+                                    'ndkv.kernels_pages.kernel_runs_on': ('read_pages.html#kernel_runs_on', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.keys_program': ('read_pages.html#keys_program', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.level_table': ('read_pages.html#level_table', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.load_strip': ('read_pages.html#load_strip', 'ndkv/kernels_pages.py'),

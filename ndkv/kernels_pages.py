@@ -8,7 +8,7 @@ __all__ = ['STRIPS', 'PTX', 'EMULATED', 'MAGIC', 'HEADS', 'LIMIT', 'MOST', 'TEAM
            'keys_program', 'values_program', 'memory_map', 'turn_program', 'product_program', 'query_program',
            'head_program', 'softmax_program', 'fill_program', 'ready_program', 'turns_program', 'fetch_program',
            'gates_program', 'merge_programs', 'programs', 'most_warps', 'signed', 'powers_of_two', 'assembly',
-           'best_splits', 'kernel_can_read', 'attend_pages']
+           'best_splits', 'kernel_runs_on', 'kernel_can_read', 'attend_pages']
 
 # %% ../nbs/51_read_pages.ipynb #4a229e41
 import hashlib
@@ -1309,10 +1309,14 @@ def best_splits(
     return min(range(1, min(64, -(-pages // warps)) + 1), key=rounds)
 
 
+def kernel_runs_on(device):
+    "Whether the Gluon kernel knows this device."
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def kernel_can_read(plan, device):
     "Whether the Gluon kernel serves this layer on this device."
-    shape = plan.D % 16 == 0 and plan.D <= 128 and plan.Dv <= 128
-    return shape and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return plan.D % 16 == 0 and plan.D <= 128 and plan.Dv <= 128 and kernel_runs_on(device)
 
 
 def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits, early):

@@ -355,7 +355,8 @@ class Server:
         **kw            # Of `PagedCache`: bits, window, sinks, seed, …; `profile=` with `codes="pages"`: tiered pages
     ):
         refuse_prompt_learning(model)
-        if graph and kw.get("codes") == "pages" and not kw.get("kernel", True): raise ValueError("graph=True replays kernels, and kernel=False decodes pages without one; make the server with graph=False")
+        if graph and kw.get("codes") == "pages" and not (kw.get("kernel", True) and kernels_pages and kernels_pages.kernel_runs_on(model.get_input_embeddings().weight.device)):
+            raise ValueError("graph=True replays kernels, and pages of a profile are decoded without one here; make the server with graph=False")
         self.model, self.device, self.tokenizer = model, model.get_input_embeddings().weight.device, tokenizer
         self.config, self.graph, self.graphs, self.flushes, self.names = generation_config, graph, {}, {}, count()
         self._settings()

@@ -19,7 +19,7 @@ ALU = "LOP3", "PRMT", "SHF", "IADD3", "VIADD", "VIADDMNMX", "FMNMX", "SEL", "ISE
 
 
 def compiled(key, registers=128):
-    "The compiled kernel, and seconds. `key`: head_dim, channels of values, products of the mean, warps, early registers of keys, of values | widths of keys | of values."
+    "The compiled kernel, and seconds. `key`: head_dim, channels of values, products of the mean, warps | widths of keys | of values."
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
