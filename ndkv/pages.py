@@ -45,7 +45,7 @@ def page_distortion(
     return 1. if bits == 0 else distortion(Codebook(integer_levels(bits) * UNIT))
 
 # %% ../nbs/35_pages.ipynb #61cea717
-VERSION = 1 # Of the format, in rows and keys of sweeps
+VERSION = 2 # Of what is stored, in rows and keys of sweeps; 1: another search of norms
 TIERS = 16, 48, 64 # Tokens of each precision tier, the most important first; a page in all
 
 
