@@ -213,13 +213,13 @@ def demonstrate(
     new_tokens:int, # Tokens to generate with each cache
     bits=None, # Caches to show; None = 4, 3 and 2, of latents 8, 6 and 4
     bar:bool=True, # Show progress
-    profile=None, # For spectral codes in place of equalised blocks
+    profile=None, # For its pages in place of equalised blocks
     **kw, # window, sinks, block
 ) -> list: # A dict for each cache
     "Generate with the ordinary cache and with ndkv's, and compare."
     ids = tokenizer(prompt, return_tensors='pt')['input_ids'].to(model.device)
     bits = bits or USUAL[latent(model)]
-    cells = make_cells(['spectral' if profile else 'equalised'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, ids.shape[1] + new_tokens, model, not latent(model), **kw)
+    cells = make_cells(['pages' if profile else 'equalised'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, ids.shape[1] + new_tokens, model, not latent(model), **kw)
     cells = {f'ndkv {c.k_bits:g} bits': c for c in cells}
     caches = {'ordinary': DynamicCache(config=model.config)} | {name: c.cache(model.config, memo=False) for name, c in cells.items()}
     done = {name: generate(model, ids, cache, new_tokens, name if bar else None) for name, cache in caches.items()}
@@ -392,7 +392,7 @@ def measured(
     part:Path, # Beginning of the names of what is kept on the way, until `forget`
 ) -> tuple: # Profile, tokens
     "A profile; what an interrupted call has measured is not measured again."
-    NDCache(model.config, method='spectral', codecs={}) # is refused here where it would refuse the profile
+    NDCache(model.config, method='pages', codecs={}) # is refused here where it would refuse the profile
     tokens = text_windows(path, tokenizer, length, windows) if path else kept_text(model, windows, length, Path(f'{part}.tokens'))
     batch = max(1, min(batch, len(tokens)//2))
     try: profile = measure_profile(model, tokens, batch=batch, data=path.name.split('.')[0] if path else 'own text', bar=bars(), checkpoint=part, every=1 if len(tokens) < 16*batch else 8)
@@ -476,7 +476,7 @@ def show_cells(cells):
     out = console()
     out.print(grid(out, fields + [METRICS[m] for m in metrics], [[text(c.get(k)) for k in fields + metrics] for c in cells]))
 
-@command('ndkv evaluate llama --method rotation --method kivi --bits 4,2', 'ndkv evaluate --model HuggingFaceTB/SmolLM2-135M --method spectral --profile p.safetensors --bits 2,1.5 --data my-text.txt --windows 8',
+@command('ndkv evaluate llama --method rotation --method kivi --bits 4,2', 'ndkv evaluate --model HuggingFaceTB/SmolLM2-135M --method pages --profile p.safetensors --bits 2,1.5 --data my-text.txt --windows 8',
          'ndkv evaluate llama --grid bits --profile llama.safetensors')
 def evaluate(
     model:MODEL=None,
@@ -507,7 +507,7 @@ def evaluate(
     if profile is None and grid in ('bits', 'adaptive', 'ablation'): raise ValueError(f'--grid {grid} needs --profile; make one with `ndkv calibrate {one_model(model, model_)} --text wiki_train_1`')
     model,path = one_model(model, model_),text_file(data, text)
     if dtype not in ('float32', 'bfloat16'): raise ValueError(f'--dtype {dtype}: choose float32 or bfloat16')
-    if method: make_cells([m for m in method if m not in ('spectral', *CALIBRATED) or not profile], numbers(bits or '4,3,2'), 1) # says early what is wrong
+    if method: make_cells([m for m in method if m not in (*PLANNED, *CALIBRATED) or not profile], numbers(bits or '4,3,2'), 1) # says early what is wrong
     writable((out or (Path(tempfile.gettempdir()) if method else Path('results')))/'runs.jsonl')
     lm,tokenizer = quiet_load(model, revision)
     lm = lm.to(getattr(torch, dtype))
@@ -743,7 +743,7 @@ def recommend(
         return show_json(dict(line=found.command, choice=found.choice, points=found.points, uniform=found.uniform)) if as_json else print(found)
     rows = frontier(lm, tokens, loaded, bar=bars())
     choice = choose(rows, budget, max_kl)
-    line = f"NDCache(model.config, bits={choice['budget']:g}" + (f', profile={profile!r})' if choice['method'] == 'spectral' else ')')
+    line = f"NDCache(model.config, bits={choice['budget']:g}" + (f', profile={profile!r})' if choice['method'] == 'pages' else ')')
     if as_json: return show_json(dict(line=line, choice=choice, points=rows))
     show_frontier(rows, choice, line)
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 from collections import Counter
 import torch
 from transformers import PreTrainedConfig
-from .cache import NDCache
+from .cache import NDCache, _calibrated
 from .frames import Frame
-from .profile import Profile
-from .spectral import SpectralCodec, plan
+from .pages import PAGE, PageCodec
+from .spectral import SpectralCodec
 
 # %% ../nbs/44_parallel.ipynb #98709f07
 def bytes_by_device(
@@ -30,14 +30,20 @@ def bytes_by_device(
 
 # %% ../nbs/44_parallel.ipynb #eca47bde
 def own_heads(
-    codec:SpectralCodec,
+    codec:PageCodec|SpectralCodec,
     heads:slice, # Of KV heads
-) -> SpectralCodec: # Codes those heads as `codec` does
+) -> PageCodec|SpectralCodec: # Codes those heads as `codec` does
     "The part of a codec that some heads need."
+    f = codec.basis if isinstance(codec, PageCodec) else codec.frame
+    own = Frame(f.A[heads], f.A_inv[heads], f.mean[heads], f.scale[heads])
+    if isinstance(codec, PageCodec):
+        direction = None if codec.direction is None else codec.direction[heads]
+        out = PageCodec(codec.kind, own, codec.strips[heads], codec.home, direction, codec.by_kernel)
+        out.weight = codec.weight[heads]
+        return out
     out, small = copy.copy(codec), copy.copy(codec.small)
     for name in ("on", "rows", "columns", "scale", "mean"): setattr(small, name, getattr(small, name)[heads])
-    f = codec.frame
-    out.small, out.frame, out._at = small, Frame(f.A[heads], f.A_inv[heads], f.mean[heads], f.scale[heads]), {}
+    out.small, out.frame, out._at = small, own, {}
     out.widths, out.strings = codec.widths[heads], [s.of(heads) for s in codec.strings]
     if codec.classes: out.classes = replace(codec.classes, direction=codec.classes.direction[heads])
     return out
@@ -60,18 +66,18 @@ def local_cache(
     profile=None,  # Of the whole model, or the path of its file
     rank:int|None=None,  # None = of `torch.distributed`
     world:int|None=None, # None = of `torch.distributed`
-    block:int=64,  # As in `NDCache`
-    sinks:int=4,   # As in `NDCache`
-    trellis:int=256, # As in `NDCache` with a profile
+    method:str|None=None, # As in `NDCache`
+    block:int|None=None,  # As in `NDCache`
+    sinks:int=4,     # As in `NDCache`
     window:int=128,  # As in `NDCache`
     length:int=4096, # As in `NDCache` with a profile
     **kw           # Of `NDCache`
 ) -> NDCache:
     "`NDCache` for one rank of a tensor-parallel model."
-    kw |= dict(window=window, sinks=sinks, block=block)
-    if profile is None: return NDCache(config, bits=bits, **kw)
+    if profile is None: return NDCache(config, bits, method, window=window, sinks=sinks, block=block, **kw)
     if rank is None: rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    profile = profile.check(config, ("dtype",)) if isinstance(profile, Profile) else Profile.load(profile, config, ("dtype",))
-    codecs = plan(profile, bits, block, sinks, trellis, length=length, window=window, model=config)
+    method = method or "pages"
+    if block is None: block = PAGE if method == "pages" else 64
+    codecs = _calibrated(config, profile, bits, method, window, block, sinks, length, kw)["codecs"]
     codecs = {key: own_heads(c, rank_heads(len(c.widths), rank, world)) for key, c in codecs.items()}
-    return NDCache(config, method="spectral", codecs=codecs, **kw)
+    return NDCache(config, method=method, codecs=codecs, window=window, sinks=sinks, block=block, **kw)

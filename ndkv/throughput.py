@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, cache_utils, ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
-from .attention import PagedCache
+from .attention import PagedCache, UniformCache
 from .cache import NDCache, _nbytes, _tensors_in
 from .kernels_bench import Case, read_tuning
 from .results import Run
@@ -256,7 +256,7 @@ def cpu_bench(
             t = time.perf_counter(); step()
             if r: times[name].append(time.perf_counter() - t) # the first round codes what has left the window
     slow = {name: statistics.median(a/b for a, b in zip(t, times["dynamic"])) for name, t in times.items()}
-    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else c.nbytes if isinstance(c, PagedCache) else _nbytes(_tensors_in(c.layers))
+    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else c.nbytes if isinstance(c, UniformCache) else _nbytes(_tensors_in(c.layers))
     for name, t in times.items():
         for metric, value in dict(slowdown=slow[name], tokens_per_s=1/statistics.median(t), cache_bytes=size(make[name][1])).items():
             run.row(method=name, metric=metric, model=folder.name, batch=1, length=length, value=value, n=rounds, dtype=str(dtype)[6:], threads=torch.get_num_threads())

@@ -116,7 +116,7 @@ def test_gemma_stores_what_is_asked(gemma, length, bits):
 def test_a_cache_stores_what_is_asked(narrow, cuts):
     "Counted in bytes, of a cache fed with 2048 tokens, at once and in pieces."
     config, profile = narrow
-    cache = NDCache(config, 1.5, profile=profile, length=2048, trellis=0)
+    cache = NDCache(config, 1.5, method="spectral", profile=profile, length=2048, trellis=0)
     feed(cache, 2048, dict.fromkeys(range(18), (1, 64, 64)), cuts)
     assert .97 * 1.5 <= cache.report()["bits_packed"] <= 1.5 + 1e-9
 
@@ -125,7 +125,7 @@ def test_default_length_and_other_entries(narrow):
     "4096 tokens, of the configuration in use; a rank of a parallel model counts as the whole."
     config, profile = narrow
     bits = lambda cache, length: effective_bits({(l.layer, k): l.method_kw["codecs"][l.layer, k] for l in cache._mine for k in "kv"}, packed_tokens(layer_reach(config), length))
-    one, rank, short = NDCache(config, 2, profile=profile), local_cache(config, 2, profile, 0, 1), NDCache(config, 2, profile=profile, length=1024)
+    one, rank, short = NDCache(config, 2, method="spectral", profile=profile), local_cache(config, 2, profile, 0, 1, "spectral"), NDCache(config, 2, method="spectral", profile=profile, length=1024)
     for cache in (one, rank): assert 1.93 <= bits(cache, 4096) <= 2 + 1e-9
     assert bits(one, 1024) > 2.1 and bits(short, 1024) <= 2 + 1e-9  # shorter texts: sliding layers weigh more
 
@@ -156,7 +156,7 @@ def test_shared_layers_cost_nothing():
     config = config_of("Gemma 3n")
     profile = profile_of(dict.fromkeys(range(4), (2, 16, 16)), config)  # attention shows keys of all four layers
     assert {i for i, _ in plan(profile, 4.)} == {0, 1}
-    cache = NDCache(config, 4, profile=profile, length=300, window=8, block=16)
+    cache = NDCache(config, 4, method="spectral", profile=profile, length=300, window=8, block=16)
     feed(cache, 300, dict.fromkeys(range(2), (2, 16, 16)))
     assert 3.4 <= cache.report()["bits_packed"] <= 4
 
@@ -177,7 +177,7 @@ def test_every_family_stays_within_its_budget(family, tmp_path):
     model, shapes = load(family, tmp_path), {}
     probe(model, torch.randint(2, 58, (1, 8)), lambda m, q, k, v, kw: shapes.setdefault(m.layer_idx, (k.shape[1], k.shape[3], v.shape[3])))
     profile, ids = profile_of(shapes, model), torch.randint(2, 58, (1, 120))
-    cache = NDCache(model.config, 4, profile=profile, window=8, sinks=2, block=8, length=120, trellis=0)
+    cache = NDCache(model.config, 4, method="spectral", profile=profile, window=8, sinks=2, block=8, length=120, trellis=0)
     with torch.no_grad(): logits = model(ids, past_key_values=cache, use_cache=True).logits
     bits = cache.report()["bits_packed"]
     assert torch.isfinite(logits).all() and 3 <= bits <= 4 + 1e-9, bits
@@ -191,7 +191,7 @@ def test_shapes_of_their_own_a_layer(family, tmp_path):
     profile = calibrate(model, text, window=8, sinks=2, block=8, bar=False)
     kw = dict(window=8, sinks=2, block=8)
     profile.save(tmp_path / "p.safetensors")
-    cache, again = (NDCache(model.config, 4, profile=Profile.load(tmp_path / "p.safetensors", model), length=90, **kw) for _ in range(2))
+    cache, again = (NDCache(model.config, 4, method="spectral", profile=Profile.load(tmp_path / "p.safetensors", model), length=90, **kw) for _ in range(2))
     with torch.no_grad():
         model(text[:1, :90], past_key_values=cache)
         save_cache(cache, tmp_path / "c.safetensors", model)
@@ -200,7 +200,7 @@ def test_shapes_of_their_own_a_layer(family, tmp_path):
         a, b = (model(text[:1, 90:92], past_key_values=c).logits for c in (cache, again))
     spare = 4 / 80 if family == "MiMo-V2-Flash" else 1e-9  # its sliding layer holds 15 packed tokens where the plan counts 16
     assert torch.equal(a, b) and 3.4 <= bits <= 4 + spare
-    rows = anatomy(model, text[:1], profile, 4, block=8, sinks=2, window=8, length=90)
+    rows = anatomy(model, text[:1], profile, 4, "spectral", block=8, sinks=2, window=8, length=90)
     assert {(r["layer"], r["kind"]) for r in rows} == {(l.layer, kind) for l in cache._mine for kind in "kv"}
 
 
@@ -224,7 +224,7 @@ def test_heads_of_every_layer_are_asked():
     assert uneven["one"] == 2.5 * even["one"]
     profile = profile_of({0: (2, 16, 16), 1: (4, 32, 32)}, config)
     assert "2 or 4 KV heads of 16 or 32 channels" in card(profile)
-    cache = NDCache(config, 3, profile=profile, window=8, block=16, length=200)
+    cache = NDCache(config, 3, method="spectral", profile=profile, window=8, block=16, length=200)
     feed(cache, 200, {0: (2, 16, 16), 1: (4, 32, 32)})
     assert 2.8 <= cache.report()["bits_packed"] <= 3
 
@@ -257,6 +257,6 @@ def test_blocks_that_layers_share(family, tmp_path):
     profile = calibrate(model, text, window=8, sinks=2, block=8, bar=False)
     assert sorted(profile.layers) == [1, 3] and not torch.equal(profile.layers[1].k_cov, profile.layers[3].k_cov)
     profile.save(tmp_path / "p.safetensors")
-    cache = NDCache(model.config, 4, profile=Profile.load(tmp_path / "p.safetensors", model), window=8, sinks=2, block=8, length=90)
+    cache = NDCache(model.config, 4, method="spectral", profile=Profile.load(tmp_path / "p.safetensors", model), window=8, sinks=2, block=8, length=90)
     with torch.no_grad(): logits = [model(text[:1, a:b], past_key_values=c, use_cache=True).logits for c in (cache,) for a, b in ((0, 90), (90, 91))]
     assert all(torch.isfinite(x).all() for x in logits) and 3.4 <= cache.report()["bits_packed"] <= 4

@@ -112,7 +112,7 @@ def test_a_cache_from_a_folder(tmp_path, lm, profile):
     ids = torch.randint(0, 61, (1, 60))
     out = []
     for source in (profile, tmp_path / 'p', str(tmp_path / 'p' / FILE)):
-        cache = NDCache(lm.config, bits=2, profile=source, window=8, block=8)
+        cache = NDCache(lm.config, bits=2, method="spectral", profile=source, window=8, block=8)
         with torch.no_grad(): out.append(lm(ids, past_key_values=cache).logits), out.append(lm(ids[:, :1], past_key_values=cache).logits)
     assert torch.allclose(out[1], out[3], atol=1e-3) and torch.equal(out[3], out[5])
 

@@ -100,7 +100,7 @@ def test_saved_loaded_and_used(kinds, tmp_path):
     mix_profiles(three).save(tmp_path / "p.safetensors")
     found = Profile.load(tmp_path / "p.safetensors", m)
     assert [(d["name"], d["window"], d["sinks"], d["block"]) for d in found.data] == [(f"kind {i}", 8, 2, 8) for i in range(3)]
-    cache = NDCache(m.config, 2, profile=found, **SHAPE)
+    cache = NDCache(m.config, 2, method="spectral", profile=found, **SHAPE)
     with torch.no_grad(): logits = m(text(5, n=1), past_key_values=cache).logits
     assert torch.isfinite(logits).all() and 1.5 < cache.report()["bits_packed"] <= 2 and plan(found, 1.)
     again = mix_profiles([found, *three])  # of mixtures, too

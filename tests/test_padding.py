@@ -140,25 +140,25 @@ def test_a_padded_row_is_as_alone_with_a_profile(models, profiles, name, where):
     mask, rows = mask_of(where), range(4)
     if name == "gemma 3" and where in ("middle", "right"): rows = [0]
     profile = profiles(name)
-    check_rows(models(name), lambda: NDCache(models(name).config, bits=2, profile=profile, **KW), mask, SIZES["pieces"], tolerance=5e-5, rows=rows) # frames work in float32: a code at a tie
+    check_rows(models(name), lambda: NDCache(models(name).config, bits=2, method="spectral", profile=profile, **KW), mask, SIZES["pieces"], tolerance=5e-5, rows=rows) # frames work in float32: a code at a tie
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_default_positions_count_columns(models, profiles, name):
     "A plain call without `position_ids`: the first token of a row stands at its column, and the codec of a profile is told."
     mask = mask_of("left")
-    cache = check_rows(models(name), lambda: NDCache(models(name).config, bits=2, profile=profiles(name), **KW), mask, SIZES["at once"], own_places=False, tolerance=5e-5)
+    cache = check_rows(models(name), lambda: NDCache(models(name).config, bits=2, method="spectral", profile=profiles(name), **KW), mask, SIZES["at once"], own_places=False, tolerance=5e-5)
     assert sorted((p.rows, p.shift) for p in cache.layers[0].parts) == [([0], 0), ([1], 45), ([2], 32), ([3], 3)]
     for where in ("right", "middle"):  # positions jump within a row
         model = models(name)
-        with pytest.raises(ValueError, match="do not count up") as e: stream(model, text(), SIZES["at once"], NDCache(model.config, bits=2, profile=profiles(name), **KW), mask_of(where), False)
+        with pytest.raises(ValueError, match="do not count up") as e: stream(model, text(), SIZES["at once"], NDCache(model.config, bits=2, method="spectral", profile=profiles(name), **KW), mask_of(where), False)
         assert "\n" not in str(e.value)
 
 
 def test_positions_that_start_elsewhere(models, profiles):
     "Without padding: a text whose positions begin at 200."
     model, ids = models("llama"), text()
-    caches = [NDCache(model.config, bits=2, profile=profiles("llama"), **KW) for _ in range(2)]
+    caches = [NDCache(model.config, bits=2, method="spectral", profile=profiles("llama"), **KW) for _ in range(2)]
     with torch.no_grad():
         for a, b in ((0, 90), (90, 120)):
             one, two = (model(ids[:, a:b], position_ids=torch.arange(a, b)[None] + start, past_key_values=c).logits for start, c in zip((0, 200), caches))
@@ -168,7 +168,7 @@ def test_positions_that_start_elsewhere(models, profiles):
 def test_a_model_that_does_not_tell_positions(models, profiles):
     "Falcon's masks are made without positions: a padded batch is right; where a profile wants to know, it is refused."
     model, mask = models("falcon"), mask_of("left")
-    cache = NDCache(models("llama").config, bits=2, profile=profiles("llama"), **KW)
+    cache = NDCache(models("llama").config, bits=2, method="spectral", profile=profiles("llama"), **KW)
     cache.see(mask[:, :20])
     with pytest.raises(ValueError, match="does not tell a cache the positions") as e: cache.update(*torch.randn(2, 4, 2, 20, 16), 0)
     assert "\n" not in str(e.value)
@@ -294,7 +294,7 @@ def test_a_padded_batch_goes_on(models, tmp_path):
 
 def test_a_saved_shift_comes_back(models, profiles, tmp_path):
     model, ids, mask = models("llama"), text(), mask_of("left")
-    make = lambda: NDCache(model.config, bits=2, profile=profiles("llama"), **KW)
+    make = lambda: NDCache(model.config, bits=2, method="spectral", profile=profiles("llama"), **KW)
     cache = make()
     stream(model, ids, [100], cache, mask, False)
     back = load_cache(save_cache(cache, tmp_path/"a.safetensors", model), make(), model)

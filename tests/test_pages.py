@@ -10,16 +10,16 @@ import torch
 import transformers as tf
 from hypothesis import given, settings, strategies as st
 
-from ndkv.attention import PageReader, page_cache
+from ndkv.attention import PagedCache, PageReader
 from ndkv.cache import NDCache, NDLayer, Past, refresh
 from ndkv.fisher import calibrate
 from ndkv.kernels_encode_pages import encode_pair
 from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
-from ndkv.profile import Profile, Rope
+from ndkv.profile import Profile, Rope, probe
 from ndkv.spectral import Home, effective_bits, frame_bits, held_tokens, klt
 from ndkv.store import fork, load_cache, save_cache
 from reference import in_float64, other_codes
-from test_budget import GEMMA, profile_of
+from test_budget import GEMMA, PLAIN, load, profile_of
 
 H, D, DV = 2, 24, 16
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -149,7 +149,7 @@ def test_both_readers_say_the_same(models, name):
     plain, packed, profile = models(name)
     ids = torch.randint(1, 61, (2, 420), generator=torch.Generator().manual_seed(1))
     make = lambda model, **kw: NDCache(model.config, 3, "pages", profile, window=16, **kw)
-    caches = make(plain, length=420), page_cache(packed.config, 3, profile, window=16, length=420)
+    caches = make(plain, length=420), PagedCache(packed.config, 3, profile, window=16, length=420)
     one, two = (stream(m, ids, (400, 407, *range(408, 420)), c) for m, c in zip((plain, packed), caches))
     assert caches[0].report()["packed_tokens"] >= 2*PAGE and caches[0].report()["bits_packed"] == caches[1].report()["bits_packed"] <= 3
     assert (one - two).abs().max() < 2e-3 * one.abs().max()
@@ -157,12 +157,42 @@ def test_both_readers_say_the_same(models, name):
     assert (one - exact).abs().max() > 1e-4 # something was packed, and read
 
 
+@pytest.mark.parametrize("family", PLAIN)
+@torch.no_grad()
+def test_every_family_stays_within_its_budget(family, tmp_path):
+    "A profile means pages: at most the budget is stored at the length, whatever the layers hold, and text comes out."
+    model, shapes = load(family, tmp_path), {}
+    probe(model, torch.randint(2, 58, (1, 8)), lambda m, q, k, v, kw: shapes.setdefault(m.layer_idx, (k.shape[1], k.shape[3], v.shape[3])))
+    cache = NDCache(model.config, 4, profile=ranked(profile_of(shapes, model)), window=8, sinks=2, length=400)
+    logits = model(torch.randint(2, 58, (1, 400)), past_key_values=cache, use_cache=True).logits
+    report = cache.report()
+    assert torch.isfinite(logits).all() and {layer.method for layer in cache._mine} == {"pages"}
+    assert report["packed_tokens"] >= PAGE and 3 <= report["bits_packed"] <= 4 + 1e-9, report["bits_packed"]
+
+
+@torch.no_grad()
+def test_a_cache_follows_the_attention_of_its_model(models):
+    "With 'ndkv_packed' a cache of pages is read where it lies; set to another attention, the same cache is decoded."
+    _, packed, profile = models("llama")
+    ids = torch.randint(1, 61, (1, 420), generator=torch.Generator().manual_seed(1))
+    model, out = copy.deepcopy(packed), {}
+    for second in ("ndkv_packed", "sdpa"):
+        model.set_attn_implementation("ndkv_packed")
+        cache = NDCache(model.config, 3, profile=profile, window=16)
+        assert cache.layers[0].reader is not None
+        first = stream(model, ids[:, :410], (400,), cache)
+        model.set_attn_implementation(second)
+        out[second] = stream(model, ids[:, 410:], (5,), cache)
+    assert (out["sdpa"] - out["ndkv_packed"]).abs().max() < 2e-3 * first.abs().max()
+    for kw in (dict(memo=True), dict(exact_new=False)): assert NDCache(packed.config, 3, profile=profile, **kw).layers[0].reader is None
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma 3"])
 def test_generate(models, name):
     "Beams, sampling and assisted decoding run with both readers, and hold every token."
     plain, packed, profile = models(name)
     ids = torch.randint(1, 61, (2, 300), generator=torch.Generator().manual_seed(2))
-    for model, cache in ((plain, lambda: NDCache(plain.config, 3, "pages", profile, window=16)), (packed, lambda: page_cache(packed.config, 3, profile, window=16))):
+    for model, cache in ((plain, lambda: NDCache(plain.config, 3, "pages", profile, window=16)), (packed, lambda: PagedCache(packed.config, 3, profile, window=16))):
         for kw in (dict(num_beams=3), dict(do_sample=True), dict(num_return_sequences=2, do_sample=True)):
             c = cache()
             out = model.generate(ids, past_key_values=c, max_new_tokens=6, **dict(do_sample=False) | kw)
@@ -179,7 +209,7 @@ def test_padded_rows(models, name):
     plain, packed = (in_float64(copy.deepcopy(m)) for m in (plain, packed))
     ids, mask = torch.randint(1, 61, (2, 330), generator=torch.Generator().manual_seed(3)), torch.ones(2, 330, dtype=torch.long)
     mask[1, :37] = 0
-    for model, make in ((plain, lambda: NDCache(plain.config, 3, "pages", profile, window=16)), (packed, lambda: page_cache(packed.config, 3, profile, window=16))):
+    for model, make in ((plain, lambda: NDCache(plain.config, 3, "pages", profile, window=16)), (packed, lambda: PagedCache(packed.config, 3, profile, window=16))):
         both = stream(model, ids, (310, 320), make(), mask)
         alone = stream(model, ids[1:, 37:], (310 - 37, 320 - 37), make())
         assert (both[1:, 37:] - alone).abs().max() < 1e-5 * alone.abs().max()
@@ -331,7 +361,7 @@ def test_refused(models):
     make = lambda **kw: NDCache(plain.config, **dict(bits=2, method="pages", profile=profile) | kw)
     cases = [(lambda: make(block=64), "use a multiple of 128"), (lambda: make(bits=.3), "do not pay"), (lambda: make(bits=(2, 2)), "one number"),
              (lambda: make(profile=replace(profile, importance={})), "ndkv calibrate"), (lambda: make(profile=None), "codecs"),
-             (lambda: page_cache(plain.config, 2, profile), "attn_implementation='ndkv_packed'"), (lambda: page_cache(packed.config, 2), "ndkv calibrate"),
+             (lambda: PagedCache(plain.config, 2, profile), "attn_implementation='ndkv_packed'"), 
              (lambda: make(reader=PageReader(), exact_new=False), "reader"), (lambda: record("k", 20, ((1,),)*3), "8, 16, 24"),
              (lambda: NDCache(tf.DeepseekV3Config(), 4, "pages", codecs={}), "latents"),
              (lambda: allocate_strips([Strips(torch.zeros(1, 3, 2), torch.tensor([8, 8]))], 3.), "do not pay")]

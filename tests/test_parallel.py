@@ -48,7 +48,7 @@ def runs(model, folder, heard=None, rank=(0, 1)):
     """What every process does: tokens and logits, bytes of the caches and what they hold. Given the logits that another process `heard`, it
     makes the same choices, and its own logits must be those (see `Follow`): two processes add in different orders."""
     out, held, follow = {}, {}, {name: Follow(tol, heard[name] if heard else ()) for name, tol in TOL.items()}
-    for name, cache in (("exact", DynamicCache(config=model.config)), ("rotation", NDCache(model.config, bits=4, **KW)), ("spectral", local_cache(model.config, 3, folder/"profile.safetensors", *rank, **KW))):
+    for name, cache in (("exact", DynamicCache(config=model.config)), ("rotation", NDCache(model.config, bits=4, **KW)), ("spectral", local_cache(model.config, 3, folder/"profile.safetensors", *rank, method="spectral", **KW))):
         out[name] = model.generate(prompt(), attention_mask=torch.ones_like(prompt()), past_key_values=cache, max_new_tokens=24, do_sample=False, logits_processor=[follow[name]])[:, 90:].tolist()
         held[name] = torch.stack([t for layer in cache.layers for t in (layer.keys, layer.values)])
         if name != "exact": out[f"{name} bytes"] = cache.nbytes
@@ -111,7 +111,7 @@ def test_ranks_compute_what_one_process_does(folder, tmp_path):
 
 def test_whole_profile_on_a_rank_says_what_to_do(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    cache = NDCache(model.config, bits=3, profile=folder/"profile.safetensors", **KW)
+    cache = NDCache(model.config, bits=3, method="spectral", profile=folder/"profile.safetensors", **KW)
     with pytest.raises(ValueError, match="local_cache"): cache.update(*torch.randn(2, 1, 1, 5, 32), 0)
 
 
@@ -131,7 +131,7 @@ def test_layers_on_two_gpus(folder):
     tokens, ids = [], prompt().to(0)
     for where in ({"": 0}, places): # one computation: the same kernels, on GPUs of one kind
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=where, attn_implementation="eager").eval()
-        for cache in (NDCache(model.config, bits=4, **KW), NDCache(model.config, bits=3, profile=folder/"profile.safetensors", **KW)):
+        for cache in (NDCache(model.config, bits=4, **KW), NDCache(model.config, 3, "spectral", folder/"profile.safetensors", **KW)):
             tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, do_sample=False).tolist())
         model.set_attn_implementation("ndkv_packed")
         tokens.append([r.generated_tokens for r in Server(model, slots=2, length=200, bits=4, window=8).generate_batch(queue(), max_new_tokens=80).values()])

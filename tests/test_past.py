@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
 from ndkv.attention import Handed, PagedCache, ndkv_packed
 from ndkv.cache import NDCache
-from ndkv.fisher import calibrate
 from ndkv.serving import Server
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -359,23 +358,6 @@ def test_masks_that_packed_reading_cannot_follow(llama, what):
     with pytest.raises(ValueError, match="causal attention with padding before a sequence only") as e: f()
     line(e)
     assert cache.get_seq_length() == held
-
-
-def test_positions_of_block_relative_pages(llama):
-    "A profile's codes are relative to a position: each row's own, counted from 0, or refused."
-    model = twin(llama, "sdpa")
-    profile = calibrate(model, torch.randint(1, 61, (16, 96), generator=torch.Generator().manual_seed(5)), window=8, bar=False)
-    make, ids, mask = lambda: PagedCache(llama.config, 4, profile=profile, **SMALL), text(200, 2), torch.ones(2, 200, dtype=torch.long)
-    mask[0, :40] = 0
-    cache, alone = make(), make()
-    got = stream(llama, ids, [150, *[1]*50], cache, mask)
-    assert cache.layers[0].past.pa.home is not None and cache.layers[0].past.pages == [1, 1]
-    assert kl(stream(llama, ids[:1, 40:], [110, *[1]*50], alone), got[:1, 40:]) < 1e-5
-    with torch.no_grad():
-        for kw in (dict(attention_mask=mask), dict(position_ids=torch.arange(200)[None] + 7)):
-            with pytest.raises(ValueError, match="counts the tokens of each row from 0") as e: llama(ids, past_key_values=make(), **kw)
-            line(e)
-        with pytest.raises(ValueError, match="counts the tokens"): llama(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[200], [200]]))
 
 
 def test_overflow_is_refused(llama):

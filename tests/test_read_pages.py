@@ -133,7 +133,7 @@ def test_what_is_known_of_a_layer_is_made_once_and_stays_in_range(monkeypatch):
     from ndkv import attention
     rope = dict(rope_type="dynamic", factor=2., rope_theta=1e4)
     model, ids, profile = small_model(400, 1, max_position_embeddings=512, rope_parameters=rope)
-    cache, made, plan = attention.page_cache(model.config, 3, profile, window=16), [], kp.Plan
+    cache, made, plan = attention.PagedCache(model.config, 3, profile, window=16), [], kp.Plan
     monkeypatch.setattr(kp, "Plan", lambda *a, **k: made.append(a[2]) or plan(*a, **k))
     with fast():
         for a, b in ((0, 300), (300, 301), (301, 302)): model(ids[:1, a:b], past_key_values=cache)
@@ -146,7 +146,7 @@ def test_generation_reads_pages_by_the_kernel(monkeypatch):
     from ndkv import attention
     model, ids, profile = small_model(420, 2)
     def read():
-        cache = attention.page_cache(model.config, 3, profile, window=16)
+        cache = attention.PagedCache(model.config, 3, profile, window=16)
         step = lambda a, b: model(ids[:2, a:b], past_key_values=cache).logits
         out = [step(0, 410), step(410, 411), step(411, 415), step(415, 416)]
         cache.crop(-130)
@@ -168,7 +168,7 @@ def test_a_server_reads_pages_by_the_kernel(monkeypatch):
     from ndkv import Server
     model, ids, profile = small_model(320, 1)
     def step():
-        server = Server(model, slots=3, length=400, codes="pages", bits=3, window=16, profile=profile)
+        server = Server(model, slots=3, length=400, bits=3, window=16, profile=profile)
         for name, n in (("a", 300), ("b", 30), ("c", 170)): server.add_request(ids[0, :n].tolist(), name, max_new_tokens=2)
         server.step()
         return server.logits.float().cpu()

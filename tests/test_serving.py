@@ -410,21 +410,19 @@ def profile(model):
 
 def test_tiered_pages_are_the_bytes_of_a_cache(model, profile):
     "Requests in a queue, on tiered pages: each token from the logits of an `NDCache` of the same profile, and the same bytes."
-    from ndkv.attention import page_cache
     kw = dict(bits=3, window=16, profile=profile)
-    server = Server(model, slots=2, length=700, codes="pages", **kw)
+    server = Server(model, slots=2, length=700, **kw)
     heard, asked = listen(server), prompts(290, 145, 410, 20, 273)
     done = {r.request_id: r for r in server.generate_batch(asked, max_new_tokens=6).values()}
     assert len(done) == 5 and all(len(r.generated_tokens) == 6 for r in done.values())
-    for r in done.values(): check(model, page_cache(model.config, length=700, **kw), r, heard[r.request_id], .03)
+    for r in done.values(): check(model, PagedCache(model.config, length=700, **kw), r, heard[r.request_id], .03)
 
 
 @torch.no_grad()
 def test_a_slot_is_packed_when_a_cache_is(model, profile):
     "Token by token, across a full buffer: as many packed tokens as in an `NDCache` that has read the same."
-    from ndkv.attention import page_cache
-    server = Server(model, slots=1, length=400, codes="pages", bits=3, window=16, profile=profile)
-    cache, ids = page_cache(model.config, 3, profile, window=16), prompts(145)[0]
+    server = Server(model, slots=1, length=400, bits=3, window=16, profile=profile)
+    cache, ids = PagedCache(model.config, 3, profile, window=16), prompts(145)[0]
     server.add_request(ids, "r", max_new_tokens=8)
     in_slot = {}
     server.step()
@@ -445,17 +443,17 @@ def test_a_slot_is_packed_when_a_cache_is(model, profile):
 def test_pages_of_a_slot_are_those_of_a_cache(model, profile):
     "A prompt, then tokens until a buffer is coded; a prefix that two requests share is stored once."
     kw = dict(bits=2, window=8, profile=profile)
-    server = Server(model, slots=2, length=600, codes="pages", **kw)
+    server = Server(model, slots=2, length=600, **kw)
     ids = prompts(395)[0]
     requests = [server._request(ids, name) for name in "ab"]
-    cache = NDCache(model.config, method="pages", length=600, **kw)
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("sdpa")
+    cache = NDCache(plain.config, length=600, **kw)
     with torch.no_grad():
         keys = server.pool.keys(ids)
         slots = [server.pool.admit(ids, 400, keys) for _ in requests]
         assert server.pool.table[0, :2].tolist() == server.pool.table[1, :2].tolist() and len(keys) == 2
         for r, slot in zip(requests, slots): server._prefill(r, slot)
-        plain = copy.deepcopy(model)
-        plain.config._attn_implementation = "sdpa"
         plain(torch.tensor([ids]), past_key_values=cache)
     for pool_layer, layer in zip(server.pool.layers, cache.layers):
         for store, mine in zip(pool_layer.kept, layer.stores):
@@ -465,8 +463,7 @@ def test_pages_of_a_slot_are_those_of_a_cache(model, profile):
 
 
 def test_tiered_pages_want_a_profile(model):
-    with pytest.raises(ValueError, match="profile"): Server(model, codes="pages")
-    with pytest.raises(ValueError, match="bits=9"): Server(model, codes="pages", bits=9, profile="nowhere")
-    with pytest.raises(ValueError, match="kernel= is for"): Server(model, kernel=True)
+    with pytest.raises(ValueError, match="bits=9"): Server(model, bits=9, profile="nowhere")
+    with pytest.raises(ValueError, match="kernel= is for"): Server(model, kernel=False)
     for kw in (dict(kernel=False), *([] if torch.cuda.is_available() else [{}])):
-        with pytest.raises(ValueError, match="decoded without one"): Server(model, graph=True, codes="pages", profile="nowhere", **kw)
+        with pytest.raises(ValueError, match="decoded without one"): Server(model, graph=True, profile="nowhere", **kw)

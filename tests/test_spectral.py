@@ -216,7 +216,7 @@ def test_forecasts_find_the_tokens_that_matter(profile):
 
 def test_cache_with_classes_reads_in_any_chunks(profile, model, text):
     ids = text[:2, :200]
-    make = lambda: NDCache(CONFIG, bits=2, profile=profile, window=16, block=64)
+    make = lambda: NDCache(CONFIG, bits=2, method="spectral", profile=profile, window=16, block=64)
     one, cut = make(), make()
     with torch.no_grad():
         model(ids, past_key_values=one)
@@ -408,7 +408,7 @@ def test_refreshed_frames_are_for_blocks_to_come(model):
 
 def test_refresh_of_a_plan_takes_its_prices(model, profile, text):
     "With classes of tokens, too."
-    cache = NDCache(CONFIG, bits=3, profile=profile, trellis=0)
+    cache = NDCache(CONFIG, bits=3, method="spectral", profile=profile, trellis=0)
     with torch.no_grad(): model(text[:1], past_key_values=cache)
     with pytest.raises(ValueError, match='pass profile.prices'): refresh(cache, model, text[:1])
     assert refresh(cache, model, text[:1], profile.prices, gain=9.) > 0
