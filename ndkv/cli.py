@@ -587,13 +587,13 @@ def bench(
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve and calibrate, or one text file.')]=Path('data'),
     seconds:Annotated[Optional[float], typer.Option(help='For generate, pages, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
-    only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for queue, contestants: server4, server2, transformers, static.')]='',
+    only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for generate and queue, contestants: fixed, pages2, dynamic, generate2, ...; server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
-    files = dict(kernels='kernels', pages='page_kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving', calibrate='calibrate')
+    files = dict(kernels='kernels', pages='page_kernels', tune='', generate='throughput', cpu='throughput', serve='serving', queue='serving', calibrate='calibrate', prefill='throughput')
     if what not in files: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(files)}')
-    if what in ('kernels', 'pages', 'tune', 'generate', 'queue') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+    if what in ('kernels', 'pages', 'tune', 'generate', 'prefill', 'queue') and not torch.cuda.is_available(): raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
     writable(out/'runs.jsonl')
     from ndkv.kernels_bench import CASES, CLAIMED, tune
     from ndkv.pages_bench import PAGE_CASES
@@ -606,7 +606,7 @@ def bench(
     if what in WITH_MODEL: existing(source, 'model')
     with as_folder(source) as path: run = _benched(what, source, path, model, out, name or files[what], data, seconds, cases, memory, only)
     if as_json: return show_json([r for _, r in run.rows])
-    shown = {'speedup':'times as fast as SDPA' if what in ('kernels', 'pages') else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once', 'calibrate_seconds':'seconds', 'calibrate_extra_bytes':'bytes beside the model'}
+    shown = {'speedup':'times as fast as SDPA' if what in ('kernels', 'pages') else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'ttft_ms':'ms to the first token', 'prefill_peak_bytes':'bytes at the peak', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once', 'calibrate_seconds':'seconds', 'calibrate_extra_bytes':'bytes beside the model'}
     out_ = console()
     out_.print(grid(out_, ['case', 'batch', 'context', 'value', ''], [[r['method'] + (f" {r['bits']}" if r['method'] == 'server' else ''), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", shown[r['metric']]] for _, r in run.rows if r['metric'] in shown]))
 
@@ -653,9 +653,10 @@ def _bench(what, run, path, data, seconds, cases, memory, only):
     if what == 'kernels': time_kernels(cases, run)
     elif what == 'pages': bench_pages(cases, run, seconds)
     elif what == 'generate':
-        for cell in throughput.generate_bench(run, seconds=seconds): print('left out: %s, %d tokens, batch %d' % cell)
+        for cell in throughput.generate_bench(run, seconds=seconds, only=only): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'queue':
         if not throughput.queue_bench(run, memory=int(memory*2**30), seconds=seconds, only=only): raise RuntimeError('no contestant was measured; the lines above say why')
+    elif what == 'prefill': throughput.prefill_bench(run)
     elif what == 'calibrate': calibrate_bench(run, path, text_of(data))
     elif what == 'cpu':
         for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)

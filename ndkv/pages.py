@@ -6,7 +6,7 @@
 __all__ = ['UNIT', 'VERSION', 'TIERS', 'PARTS', 'HEADER', 'ORDER', 'NORMS', 'FIXED', 'STEP', 'STRIDES', 'TRIED', 'NONE',
            'SPREADS', 'integer_levels', 'page_distortion', 'runs', 'planes', 'strip_bytes', 'tier_importance', 'Strips',
            'strips_of', 'allocate_strips', 'field', 'Fields', 'Record', 'record', 'write_record', 'read_record',
-           'by_run', 'pack_order', 'unpack_order', 'PageCodec', 'plan_pages']
+           'by_run', 'pack_order', 'unpack_order', 'PageCodec', 'page_starts', 'plan_pages']
 
 # %% ../nbs/35_pages.ipynb #5d4d5ca5
 import math
@@ -508,17 +508,24 @@ def _order_of(self:PageCodec, x, positions):
     return torch.cat([t.sort(-1).values for t in order.split(list(TIERS), -1)], -1)
 
 
+def page_starts(pos, x):
+    "Position where every page of `x` `[B, H, T, D]` starts, `[P]`."
+    if isinstance(pos, Tensor): return pos.to(x.device)
+    return torch.arange(pos, pos + x.shape[2], PAGE, device=x.device)
+
+
 @torch.no_grad()
 def _encode(self:PageCodec,
     x:Tensor,   # `[B, H, T, D]` as the cache receives it, whole pages
-    pos:int=0,  # Position of the first token
+    pos:int|Tensor=0, # Position of the first token; or of the first of every page `[P]`, where pages are not neighbours
     order:Tensor|None=None, # Of values: that of their keys, `[B, H, P, PAGE]`; None = as they come
 ) -> dict: # "pages" uint8 `[B, 1, P, nbytes]`
     "Write pages."
     if x.shape[2] % PAGE: raise ValueError(f"PageCodec: {x.shape[2]} tokens are no whole pages of {PAGE}")
     if self.by_kernel and self._for_kernel(pos, order):
         return {"pages": self._encoder(x.device)(x, self._turn(x, pos), order)}
-    (basis, _, weight), positions = self._on(x.device), torch.arange(pos, pos + x.shape[2], device=x.device)
+    (basis, _, weight), starts = self._on(x.device), page_starts(pos, x)
+    positions = (starts[:, None] + torch.arange(PAGE, device=x.device)).flatten()
     order = self._order_of(x, positions) if order is None else order
     z = self.home.enter(x, positions, basis.mean)
     u = ((z @ basis.A.mT) / head_rows(basis.scale)).unflatten(2, (-1, PAGE))
@@ -595,7 +602,8 @@ def _encoder(self:PageCodec, device):
 def _for_kernel(self:PageCodec, pos, order):
     "Is there an order, or a direction that gives one, do pages start where the coordinates say, does a page fit?"
     ordered = order is not None or self.direction is not None
-    return ordered and self.D <= 128 and (self.home.rope is None or (pos - self.home.first) % PAGE == 0)
+    whole = self.home.rope is None or isinstance(pos, Tensor) or (pos - self.home.first) % PAGE == 0
+    return ordered and self.D <= 128 and whole
 
 
 def _partners(rope, D):
@@ -610,7 +618,7 @@ def _turn(self:PageCodec, x, pos):
     "cos and sin `[pages, D]` that turn keys back by the start of their page."
     rope = self.home.rope
     if rope is None: return None
-    start = torch.arange(pos, pos + x.shape[2], PAGE, device=x.device)
+    start = page_starts(pos, x)
     first = torch.zeros(self.D, device=x.device)
     first[rope.order(self.D)[:len(rope.inv_freq)].to(x.device)] = 1.
     one, other = (rope.undo(t.expand(len(start), -1), start) for t in (first, 1 - first))

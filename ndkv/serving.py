@@ -127,7 +127,7 @@ class TieredLayer(PoolLayer):
         k:Tensor,     # `[1, H, whole pages, D]`
         v:Tensor,
         table:Tensor, # `[pages]`: where they go
-        pos:int,      # Of the first token
+        pos,          # Of the first token, or of the first of every page
     ):
         "Code pages, values in the order of their keys."
         keys = self.codecs[0].encode(k, pos)
@@ -152,7 +152,8 @@ def _fill_tiers(self:TieredLayer, slot, k, v):
 def _flush_tiers(self:TieredLayer, at, table, packed):
     S, p, at, table = self.pool.sinks, self.pool.page, at.to(self.device), table.to(self.device)
     k, v = (buffer[at, :, S:S+p] for buffer in self.exact)
-    for i, n in enumerate(packed): self.write(k[i:i+1], v[i:i+1], table[i], S + n)
+    in_a_row = lambda x: x.transpose(0, 1).flatten(1, 2)[None] # one page of each slot, coded by one call
+    self.write(in_a_row(k), in_a_row(v), table[:, 0], torch.tensor([S + n for n in packed]))
     for buffer in self.exact: buffer[at, :, S:-p] = buffer[at, :, S+p:]
 
 TieredLayer._fill, TieredLayer.flush = _fill_tiers, _flush_tiers

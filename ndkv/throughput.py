@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'METHODS', 'BF16', 'PACKED', 'ORDER', 'SERVERS', 'random_model', 'random_tokens', 'Filled', 'dynamic',
-           'static', 'quantized', 'graphed', 'fixed', 'packed', 'time_steps', 'measure_cell', 'largest_batch',
-           'generate_bench', 'cpu_bench', 'serve_bench', 'users_bench', 'mixed_queue', 'pool_size', 'Served',
-           'serve_packed', 'serve_static', 'serve_transformers', 'queue_bench']
+           'static', 'quantized', 'graphed', 'fixed', 'packed', 'made_profile', 'tiered', 'in_generate', 'time_steps',
+           'measure_cell', 'largest_batch', 'generate_bench', 'prefill', 'prefill_bench', 'cpu_bench', 'serve_bench',
+           'users_bench', 'mixed_queue', 'pool_size', 'Served', 'serve_packed', 'serve_static', 'serve_transformers',
+           'queue_bench']
 
 # %% ../nbs/78_throughput.ipynb #6dbe0717
 import gc, inspect, math, random, statistics, sys, time
@@ -20,6 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache, UniformCache
 from .cache import NDCache, _nbytes, _tensors_in
 from .kernels_bench import Case, read_tuning
+from .pages import PAGE
+from .profile import LayerStats, Profile, Rope, describe
 from .results import Run
 from .serving import PagePool, Server, users
 
@@ -64,8 +67,8 @@ def _stepper(model, cache, batch, length):
         at.add_(1)
     return step
 
-def _fill(model, cache, batch, length):
-    model.set_attn_implementation("sdpa")
+def _fill(model, cache, batch, length, attention="sdpa"):
+    model.set_attn_implementation(attention)
     for i, k, v in random_tokens(model, batch, length): cache.update(k, v, i)
     return Filled(_stepper(model, cache, batch, length), cache, _nbytes(_tensors_in(cache.layers)))
 
@@ -124,6 +127,47 @@ def packed(model, batch, length, bits=4, **kw):
         for x in layer.exact: x.normal_()
     return Filled(server.forward, pool, pool.nbytes, lambda: _page_time(pool))
 
+# %% ../nbs/78_throughput.ipynb #95197965
+def made_profile(model):
+    "A profile of a model with random weights, as a trained one might have."
+    c, g = model.config, torch.Generator().manual_seed(0)
+    H, D = c.num_key_value_heads, c.head_dim
+    falls = torch.linspace(-2.4, -4.4, 4, dtype=torch.float64)[torch.arange(H)*4//H]
+    variance = 10**(falls[:, None] * torch.linspace(0, 1, D, dtype=torch.float64))
+    def spectrum():
+        basis = torch.linalg.qr(torch.randn(H, D, D, generator=g, dtype=torch.float64))[0]
+        return (basis * variance[:, None]) @ basis.mT
+    one, mean = torch.eye(D, dtype=torch.float64).expand(H, D, D), torch.randn(H, D, generator=g, dtype=torch.float64) / D**.5
+    k, v = spectrum(), spectrum()
+    rope = Rope(c.rope_parameters["rope_theta"]**(-torch.arange(0, D, 2) / D))
+    stats = LayerStats(9999, mean, k, mean, k, .3*mean, v, one, one, one, rope)
+    ranks = 5 * torch.exp(-torch.arange(PAGE, dtype=torch.float64) / 24).expand(H, PAGE) + .2
+    each = lambda x: dict.fromkeys(range(c.num_hidden_layers), x)
+    direction = torch.randn(H, D, generator=g, dtype=torch.float64)
+    return Profile(each(stats), describe(model), prices=each((one, one)), forecasts=each((direction, direction, ranks[:, :64], ranks[:, :64])), importance=each((ranks, ranks)))
+
+# %% ../nbs/78_throughput.ipynb #d93bf2ff
+def tiered(model, batch, length, bits=2, **kw):
+    "A `Server` whose slots are all `length` tokens long, on tiered pages."
+    model.set_attn_implementation("ndkv_packed")
+    server = Server(model, slots=batch, length=length + 64, graph=torch.cuda.is_available(), bits=bits, profile=made_profile(model), **kw)
+    pool = server.pool
+    random.Random(0).shuffle(pool.free)
+    for s in range(batch): pool.admit([s] * length, length + 64) # no two share pages
+    for layer, (_, k, v) in zip(pool.layers, random_tokens(model, 1, PAGE)):
+        layer.lazy_initialization(k, v)
+        layer.write(k, v, torch.zeros(1, dtype=torch.long, device=k.device), pool.sinks)
+        for store in layer.kept: store[1:] = store[:1]
+        for x in layer.exact: x.normal_()
+    return Filled(server.forward, pool, pool.nbytes, lambda: _page_time(pool))
+
+def in_generate(model, batch, length, bits=2, **kw):
+    "An `NDCache` of tiered pages that the model's attention reads by kernel, as `generate` runs it."
+    cache = NDCache(model.config, bits, profile=made_profile(model), length=length, **kw)
+    filled = _fill(model, cache, batch, length, "ndkv_packed")
+    filled.nbytes = cache.nbytes
+    return filled
+
 def _page_time(pool):
     "Seconds to code one page of every slot, shared out over the steps of a page."
     def due():
@@ -133,7 +177,7 @@ def _page_time(pool):
         pool.make_room()
     return time_steps(due, 3) / pool.page
 
-# %% ../nbs/78_throughput.ipynb #95197965
+# %% ../nbs/78_throughput.ipynb #fd66b1dd
 def time_steps(
     step:Callable,
     n:int=12, # Steps, after one to warm up
@@ -151,7 +195,9 @@ def time_steps(
             times.append(time.perf_counter() - t)
     return statistics.median(times)
 
-METHODS = {"dynamic": dynamic, "static": static, "fixed": fixed, **{f"packed{b}": (lambda m, n, t, b=b: packed(m, n, t, bits=b)) for b in (4, 3, 2)}}
+METHODS = {"dynamic": dynamic, "static": static, "fixed": fixed, "generate2": in_generate,
+           **{f"packed{b}": (lambda m, n, t, b=b: packed(m, n, t, bits=b)) for b in (4, 3, 2)},
+           **{f"pages{b}": (lambda m, n, t, b=b: tiered(m, n, t, bits=b)) for b in (3, 2, 1)}}
 if find_spec("optimum"): METHODS["quanto4"] = lambda m, n, t: quantized(m, n, t, backend="quanto", nbits=4)
 if hasattr(cache_utils, "Fp8QuantizedLayer"): METHODS["fp8"] = lambda m, n, t: quantized(m, n, t, backend="fp8") # transformers 5.23
 BF16, PACKED = ("dynamic", "static", "fixed"), ("packed4", "packed3", "packed2")
@@ -203,35 +249,75 @@ def largest_batch(
 
 
 # %% ../nbs/78_throughput.ipynb #c2031043
-ORDER = ("fixed", "packed4", "dynamic", "packed2", "packed3", "static", "quanto4", "fp8")
+ORDER = ("fixed", "pages2", "dynamic", "generate2", "pages1", "pages3", "packed4", "packed2", "packed3", "static", "quanto4", "fp8")
 
 def generate_bench(
     run:Run,              # Takes the rows
     shape:str="llama8b",  # Of `SHAPES`
     lengths:tuple=(32768, 8192),
-    batches:tuple=(1, 4, 12, 32, 64),
+    batches:tuple=(1, 8, 32, 64),
     seconds:float=420,    # Start no cell after
     device="cuda",
     dtype=torch.bfloat16,
+    only:str="",          # Contestants, comma-separated; all if empty
 ) -> list: # (method, length, batch) that were left out
     "Tokens a second and memory of every contestant; see the notebook's first section."
+    some = [m for m in ORDER if m in METHODS and (not only or m in only.split(","))]
+    if not some: raise ValueError(f"only={only}: no contestant is called so; there are {', '.join(m for m in ORDER if m in METHODS)}")
     start, model, left = time.monotonic(), random_model(shape, device, dtype), []
     total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
     def note(method, length, batch, cell):
         for metric, value in cell.items(): run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:])
         run.save()
     for length in lengths:
-        for method in [m for m in ORDER if m in METHODS]:
+        for method in some:
             seen = {}
             for batch in batches:
                 if time.monotonic() - start > seconds: left.append((method, length, batch)); continue
                 seen[batch] = measure_cell(model, method, batch, length)
                 if seen[batch] is None: break
                 note(method, length, batch, seen[batch])
-            if total and sum(map(bool, seen.values())) > 1 and method not in ("packed3", "static", "quanto4", "fp8") and time.monotonic() - start < seconds:
+            if total and sum(map(bool, seen.values())) > 1 and method in ("fixed", "dynamic", "pages2", "pages1", "packed4", "packed2") and time.monotonic() - start < seconds:
                 batch, cell = largest_batch(model, method, length, seen, total)
                 note(method, length, batch, dict(cell if batch not in seen else {}, largest_batch=batch))
     return left
+
+# %% ../nbs/78_throughput.ipynb #a12492c6
+def prefill(
+    model,
+    make,       # Of the model's configuration, an empty cache
+    ids,        # `[B, T]`
+    attention:str="sdpa",
+    n:int=3,    # Times, after one to warm up
+) -> dict: # ttft_ms, prefill_peak_bytes (weights apart)
+    "Read a prompt, up to its next token."
+    model.set_attn_implementation(attention)
+    gpu, times = ids.is_cuda, []
+    own = sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+    for i in range(n + 1):
+        if i == 1 and gpu: torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        with torch.no_grad(): model(ids, past_key_values=make(model.config), use_cache=True, logits_to_keep=1).logits.argmax(-1).tolist()
+        if i: times.append(time.perf_counter() - start)
+    return dict(ttft_ms=1e3*statistics.median(times), **(dict(prefill_peak_bytes=torch.cuda.max_memory_allocated() - own) if gpu else {}))
+
+def prefill_bench(
+    run:Run,              # Takes the rows
+    shape:str="llama8b",  # Of `SHAPES`
+    length:int=32768,
+    batch:int=1,
+    device="cuda",
+    dtype=torch.bfloat16,
+):
+    "The first token, with an ordinary cache and with tiered pages of 2 bits."
+    model = random_model(shape, device, dtype)
+    ids, profile = torch.randint(0, model.config.vocab_size, (batch, length), device=device), made_profile(model)
+    caches = dict(dynamic=(lambda c: DynamicCache(config=c), "sdpa"), pages2=(lambda c: NDCache(c, 2, profile=profile, length=length), "ndkv_packed"))
+    for method, (make, attention) in caches.items():
+        for metric, value in prefill(model, make, ids, attention).items():
+            run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:])
+        gc.collect()
+        if device == "cuda": torch.cuda.empty_cache()
 
 # %% ../nbs/78_throughput.ipynb #6ce2114d
 def cpu_bench(
