@@ -894,6 +894,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ndkv.kernels_pages._rest': ('read_pages.html#_rest', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._rounds': ('read_pages.html#_rounds', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._run': ('read_pages.html#_run', 'ndkv/kernels_pages.py'),
+                                    'ndkv.kernels_pages._store_means': ('read_pages.html#_store_means', 'ndkv/kernels_pages.py'),
+                                    'ndkv.kernels_pages._store_queries': ('read_pages.html#_store_queries', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._stretch': ('read_pages.html#_stretch', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._table_words': ('read_pages.html#_table_words', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages._team': ('read_pages.html#_team', 'ndkv/kernels_pages.py'),

@@ -336,6 +336,7 @@ PTX = { # results first, then arguments
             "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}+{bar}], {2}; "
             "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{0}+{to}], [{1}], {2}, [{0}+{bar}]; }}",
     "await": "{{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [{0}+{bar}], {1}; @!done bra again; }}",
+    "multiplied": "wgmma.wait_group.sync.aligned {pending};",
     "publish": "fence.proxy.async.shared::cta; bar.sync {}, {threads};",
     "copy": "{{ .reg .pred p; setp.lt.u32 p, {2}, {last}; "
             "@p cp.async.ca.shared.global [{0}+{to}], [{1}+{at}], 16; }}",
@@ -359,7 +360,7 @@ def _products_text(outs, show, args, N, steps):
             lines += ["mov.b64 da, {la, 8}; mov.b64 db, {lb, 8};"]
             lines += [f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.f16.f16 {{{sums}}}, da, db, {int(i + k > 0)}, 1, 1, 0, 0;"]
             lines += [f"add.u32 la, la, 128; add.u32 lb, lb, {2*N};"]
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+    lines.append("wgmma.commit_group.sync.aligned;")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -471,7 +472,7 @@ def emulate(
     def words(memory, address, n): # `[32, n]` bytes as registers
         return memory[address[:, None].astype(np.int64) + np.arange(n)]
     for name, outs, args, fixed in L.code:
-        if name in ("warp", "block", "meet", "arrive", "publish", "team", "gate", "await", "next", "earlier"): continue
+        if name in ("warp", "block", "meet", "arrive", "publish", "team", "gate", "await", "next", "earlier", "multiplied"): continue
         if name == "bulk":
             memory, source = regs[args[1]]
             n = int(get(args[2])[0])
@@ -802,6 +803,23 @@ def turn_program(
     return L
 
 
+def _store_queries(L, found, to, N, at):
+    "Products with the basis, as bytes: column 2t is head t of page 2j, column 2t + 1 of page 2j + 1."
+    for j in range(N // 8):
+        for e in range(2):
+            pair = [L.fma(found[4*j + 2*r + e], LIMIT, 12582912. + 128) for r in range(2)]
+            L.store32(to, _fixed(L, *pair), n=0, at=at["page"]*(2*j + e))
+
+
+def _store_means(L, found, block, quarter, sums, N, at):
+    "Products with the mean, a line of positions for each head."
+    place = L.mad(L.shr("lane", 2), 4, L.mad(L.and_("lane", 3), at["line"], sums))
+    row = L.mad(block, 256, L.mad(quarter, 64, place))
+    for j in range(N // 8):
+        for e in range(4):
+            L.store32(row, found[4*j + e], n=0, at=at["lines"] + at["page"]*(2*j + (e & 1)) + 32*(e >> 1))
+
+
 def product_program(
     D:int, mean:int, at:dict, warps:int, # As in `turn_program`
 ) -> Lanes:
@@ -820,20 +838,15 @@ def product_program(
             block, over = L.add(L.shr(mate, 2), i), i + groups - count
             if over > 0: block = L.sub(block, L.mad(L.shr(L.add(block, 256 - count), 8), L.sub(block, count - 1), 0))
             yield block, L.mad(block, 128*D, L.add("smem", start))
-    for block, a in blocks(at["blocks"], 0):
-        found = L.products("warp", a, b, n=N//2, N=N, steps=D//16)
-        to = L.mad(block, 512, L.mad(quarter, 128, L.mad("lane", 4, sums)))
-        for j in range(N // 8): # column 2t is head t of page 2j, column 2t + 1 of page 2j + 1
-            for e in range(2):
-                pair = [L.fma(found[4*j + 2*r + e], LIMIT, 12582912. + 128) for r in range(2)]
-                L.store32(to, _fixed(L, *pair), n=0, at=at["page"]*(2*j + e))
-    for block, a in blocks(PAGE // 64 * (mean > 0), at["means"]):
-        more = [a, low_b, L.add(a, 2*D*PAGE), b] if mean == 3 else []
-        found = L.products("warp", a, b, *more, n=N//2, N=N, steps=D//16)
-        row = L.mad(block, 256, L.mad(quarter, 64, L.mad(L.shr("lane", 2), 4, L.mad(L.and_("lane", 3), at["line"], sums))))
-        for j in range(N // 8):
-            for e in range(4):
-                L.store32(row, found[4*j + e], n=0, at=at["lines"] + at["page"]*(2*j + (e & 1)) + 32*(e >> 1))
+    jobs = [(True, *x) for x in blocks(at["blocks"], 0)] + [(False, *x) for x in blocks(PAGE // 64 * (mean > 0), at["means"])]
+    found = []
+    for basis, block, a in jobs: # all are begun before the first is waited for
+        operands = [a, b] if basis or mean < 3 else [a, b, a, low_b, L.add(a, 2*D*PAGE), b]
+        found.append(L.products("warp", *operands, n=N//2, N=N, steps=D//16))
+    for i, (basis, block, a) in enumerate(jobs):
+        L.multiplied(n=0, pending=len(jobs) - 1 - i)
+        if basis: _store_queries(L, found[i], L.mad(block, 512, L.mad(quarter, 128, L.mad("lane", 4, sums))), N, at)
+        else: _store_means(L, found[i], block, quarter, sums, N, at)
     L.team(gate, n=0, threads=32*size)
     L.outputs.append(L.mov(0))
     return L
