@@ -393,6 +393,8 @@ def measured(
 ) -> tuple: # Profile, tokens
     "A profile; what an interrupted call has measured is not measured again."
     NDCache(model.config, method='pages', codecs={}) # is refused here where it would refuse the profile
+    least = 4 + 128 + PAGE # sinks, window, one page
+    if length < least: raise ValueError(f'--length {length}: so short a window packs no page, and the profile would not say which tokens matter; give {least} or more')
     tokens = text_windows(path, tokenizer, length, windows) if path else kept_text(model, windows, length, Path(f'{part}.tokens'))
     batch = max(1, min(batch, len(tokens)//2))
     try: profile = measure_profile(model, tokens, batch=batch, data=path.name.split('.')[0] if path else 'own text', bar=bars(), checkpoint=part, every=1 if len(tokens) < 16*batch else 8)
@@ -580,7 +582,7 @@ def sweep(
 
 @command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300', 'ndkv bench kernels --out elsewhere --json')
 def bench(
-    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: the same of tiered pages, and writing them; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers; calibrate: a profile of 32 windows of 1024 tokens of --data.')]='kernels',
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: the same of tiered pages, and writing them; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers; calibrate: a profile of 32 windows of 1024 tokens of --data; prefill: the first token of a prompt of 32k and the memory it takes, on a GPU.')]='kernels',
     model:Annotated[str, typer.Option(help='For cpu, serve and calibrate: a name in results/zoo or of `ndkv models`, a folder, or a .gguf file.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
     name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, page_kernels, throughput, serving or calibrate.')]=None,
@@ -642,7 +644,7 @@ def _benched(what, source, path, model, out, name, data, seconds, cases, memory,
         text = config.get_text_config(decoder=True)
         learned = 0 if getattr(text, 'rope_parameters', None) else getattr(text, 'max_position_embeddings', 0)
         if what == 'cpu' and 0 < learned < 4200: raise ValueError(f'bench cpu reads 4096 tokens and some more, and {path.name} has learned {learned} positions; take a model with more')
-    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {model}' if what in WITH_MODEL else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name, model=source if what in WITH_MODEL else None, data=text_of(data) if what == 'calibrate' else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {Path(model).name}' if what in WITH_MODEL else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name, model=source if what in WITH_MODEL else None, data=text_of(data) if what == 'calibrate' else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
     return run
 
 def _bench(what, run, path, data, seconds, cases, memory, only):

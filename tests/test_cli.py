@@ -223,9 +223,9 @@ def place(tmp_path_factory):
 @pytest.fixture(scope='module')
 def profile(place):
     "What `ndkv calibrate` writes."
-    code, out, err = process('calibrate', 'tiny', '--data', 'text.txt', '--length', 256, '--windows', 4, '--json', cwd=place)
+    code, out, err = process('calibrate', 'tiny', '--data', 'text.txt', '--length', 320, '--windows', 4, '--json', cwd=place)
     assert code == 0 and err == '', err
-    assert json.loads(out) == dict(profile='tiny.safetensors', layers=2, tokens=4*252, text=['text'], hub=None)
+    assert json.loads(out) == dict(profile='tiny.safetensors', layers=2, tokens=4*316, text=['text'], hub=None)
     assert sorted(p.name for p in place.iterdir()) == ['text.txt', 'tiny', 'tiny.safetensors'] # nothing else is left
     return 'tiny.safetensors'
 
@@ -272,7 +272,7 @@ def test_recommend_prints_what_to_use(place, profile):
     from transformers import AutoConfig
     line = out.splitlines()[-1].replace(repr(profile), repr(str(place / profile)))
     cache = eval(line, dict(NDCache=NDCache, model=type('M', (), dict(config=AutoConfig.from_pretrained(place / 'tiny')))))
-    assert isinstance(cache, NDCache) and cache._mine[0].method == 'spectral'
+    assert isinstance(cache, NDCache) and cache._mine[0].method == 'pages'
     code, out, err = here('recommend', 'tiny', '--data', 'text.txt', '--length', 300, '--windows', 2, '--budget', 3, '--json', cwd=place)
     found = json.loads(out)
     cache = eval(found['line'], dict(NDCache=NDCache, model=type('M', (), dict(config=AutoConfig.from_pretrained(place / 'tiny')))))
@@ -296,7 +296,7 @@ def test_demo_with_a_profile(place, profile):
 
 def test_calibration_goes_on_after_a_kill(place):
     "SIGKILL or SIGINT after a first checkpoint; the next process ends with the profile of an undisturbed one."
-    args = ('calibrate', 'tiny', '--length', 256, '--windows', 24, '--batch', 1)
+    args = ('calibrate', 'tiny', '--length', 272, '--windows', 24, '--batch', 1)
     for name, stop in (('killed.safetensors', signal.SIGKILL), ('stopped.safetensors', signal.SIGINT)):
         p = start(*args, '--out', name, cwd=place)
         for _ in range(3000):
@@ -321,14 +321,14 @@ def test_calibration_goes_on_after_a_kill(place):
 def test_calibration_on_several_kinds_of_text(place):
     "Text, code and what the model writes, in one call; interrupted and taken up; bad calls are one line."
     (place / 'program.py').write_text('def add(a, b):\n    return a + b\n' * 400)
-    args = ('calibrate', 'tiny', '--text', 'text.txt', '--text', 'program.py', '--text', 'own', '--length', 256, '--windows', 13, '--out', 'kinds.safetensors')
+    args = ('calibrate', 'tiny', '--text', 'text.txt', '--text', 'program.py', '--text', 'own', '--length', 272, '--windows', 13, '--out', 'kinds.safetensors')
     code, out, err = here(*args, '--json', cwd=place)
     assert code == 0 and json.loads(out)['text'] == ['text', 'program', 'own text'], err
     found = Profile.load(place / 'kinds.safetensors')
     assert [d['windows'] for d in found.data] == [4, 4, 4] and found.forecasts and not list(place.glob('*.part*'))
     code, out, err = here('evaluate', 'tiny', '--method', 'spectral', '--profile', 'kinds.safetensors', '--bits', '2', '--data', 'text.txt', '--length', 512, '--windows', 1, '--json', cwd=place)
     assert code == 0 and json.loads(out)[0]['kl_mean'] > 0, err
-    for more, line in ((('--text', 'text.txt'), 'named twice'), (('--windows', 2), '3 texts need as many'), (('--text', 'nowhere'), 'no such text')):
+    for more, line in ((('--text', 'text.txt'), 'named twice'), (('--windows', 2), '3 texts need as many'), (('--length', 256), 'packs no page'), (('--text', 'nowhere'), 'no such text')):
         code, out, err = here(*args, *more, cwd=place)
         assert code == 1 and out == '' and re.fullmatch(r'ndkv: [^\n]*\n', err) and line in err, err
 
