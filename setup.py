@@ -21,7 +21,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=['ndkv', 'ndkv.*']),
     package_data={'ndkv': ['*.safetensors']},
-    data_files=[('share/ndkv', ['results/public/models.json'])], # where `ndkv.public.recipes` looks outside a checkout
+    data_files=[('share/ndkv', ['results/public/models.json', 'results/public/tasks.json'])], # where `ndkv.public.recipes` and `ndkv.answers.taskset_recipes` look outside a checkout
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'public', 'ray', 'thirdparty')},
     entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d']},

@@ -571,11 +571,12 @@ def sweep(
     workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, over the GPUs of this machine in turn.')]=1,
     models:Annotated[Optional[Path], typer.Option(help='Folder of models, results/zoo by default.')]=None,
     profiles:Annotated[Optional[Path], typer.Option(help='Folder that keeps measured profiles for other sweeps.')]=None,
+    execute:Annotated[bool, typer.Option('--execute', help='Let the task humaneval run programs that a model has written, on this machine; best in a container.')]=False,
     as_json:JSON=False,
 ):
     "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable."
     writable(out/'runs.jsonl')
-    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers, profiles=profiles)
+    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers, profiles=profiles, execute=execute)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
     if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')

@@ -260,14 +260,16 @@ def test_what_cannot_be_evaluated_says_why(home, tmp_path, clean_code):
 @pytest.mark.parametrize('path', sorted((ROOT / 'results' / 'grids').glob('*.yaml')), ids=lambda p: p.stem)
 def test_the_grids_of_this_repository(path):
     "They are read, name designs of ours, their twins and the public checkpoints, and need no text that is not known."
+    from ndkv.answers import ASKED
     from ndkv.models import DESIGNS
+    from ndkv.public import recipes
     from ndkv.report import PUBLIC
     from ndkv.stress import TWINS
     from ndkv.tasks import TASKS
     grid = read_grid(path)
     texts = {'wiki_val', 'wiki_cal', 'wikitext2_valid', 'wiki_long_eval', 'novels_held_out', 'mixed_cal'} # the last two are written by ndkv.data
-    assert cells_of(grid) and {m.partition('+')[0] for m in grid['models']} <= {*DESIGNS, *PUBLIC} and {m.partition('+')[2] for m in grid['models']} <= {'', *TWINS}
-    assert set(grid['tasks']) <= texts | set(TASKS) and {grid['calibration'], grid['haystack']} <= texts | {None}
+    assert cells_of(grid) and {m.partition('+')[0] for m in grid['models']} <= {*DESIGNS, *PUBLIC, *(r['title'] for r in recipes().values())} and {m.partition('+')[2] for m in grid['models']} <= {'', *TWINS}
+    assert set(grid['tasks']) <= texts | {*TASKS, *ASKED} and {grid['calibration'], grid['haystack']} <= texts | {None}
 
 
 def workers():
