@@ -37,8 +37,9 @@ from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, to
 from .public import find_model
 from .results import Run, code_version, load_rows, newest, merge, write_atomic
 from .rivals import CALIBRATED as RIVALS
-from .rivals import SAMPLED, plan_rival, sample
+from .rivals import SAMPLED
 from .rivals import VERSIONS as RIVAL_VERSIONS
+from .rivals import WHOLE, plan_rival, sample
 from .stress import EDITIONS, load_twin
 from .tasks import QA_FILES, TASKS, cell_fields, task_scores
 
@@ -190,9 +191,9 @@ def make_cell(
     if "first" in options: options["first"] = options["first"] * layers // 32  # baselines state it for 32 layers
     if name == "dquant": options.setdefault("span", cell["block"])
     if name in CALIBRATED: options["profile"] = _profile(cell, where)
-    note = dict(profile=cell["calibration"]) if "profile" in options or name in PLANNED or name in SAMPLED else {}
+    note = dict(profile=cell["calibration"]) if "profile" in options or name in (*PLANNED, *SAMPLED, *WHOLE) else {}
     if name in PLANNED: options, more = _from_plan(cell, where)
-    elif name in SAMPLED: options, more = _from_samples(cell, where)
+    elif name in (*SAMPLED, *WHOLE): options, more = _from_samples(cell, where)
     else: more = {}
     note |= more
     return Cell(name, cell["k_bits"], cell["v_bits"], cell["window"], cell["sinks"], cell["block"], options, note)
@@ -203,9 +204,12 @@ def _from_samples(cell, where):
     name, given = cell["method"], cell["options"]
     if cell["k_bits"] != cell["v_bits"]: raise ValueError(f"{name} gives keys and values the same bits; give one number")
     model = _load(cell, where)[0]
+    where_to = dict(block=cell["block"], device=device_of(model))
+    if name in WHOLE:
+        coder = WHOLE[name](_samples(cell, where), cell["k_bits"], **where_to, **given)
+        return dict(coder=coder, sinks=cell["sinks"], block=cell["block"]), given
     held = packed_tokens(layer_reach(model), cell["length"], cell["window"], cell["sinks"], cell["block"])
-    codecs = plan_rival(name, _samples(cell, where), cell["k_bits"], cell["block"], device_of(model), held, **given)
-    return dict(codecs=codecs), given
+    return dict(codecs=plan_rival(name, _samples(cell, where), cell["k_bits"], held=held, **where_to, **given)), given
 
 
 def _from_plan(cell, where):
@@ -290,7 +294,7 @@ def _texts_of(cell, data):
     elif cell["task"] in QA_FILES: files = [Path(data) / "qa" / f"{QA_FILES[cell['task']]}.test.json"]
     else: files = [] if cell["task"] in TASKS else [find_text(cell["task"], data)]
     if cell["task"] in TASKS and cell["haystack"]: files.append(find_text(cell["haystack"], data))
-    if cell["method"] in (*CALIBRATED, *PLANNED, *SAMPLED) and cell["calibration"]: files += [find_text(k, data) for k in _kinds(cell["calibration"])]
+    if cell["method"] in (*CALIBRATED, *PLANNED, *SAMPLED, *WHOLE) and cell["calibration"]: files += [find_text(k, data) for k in _kinds(cell["calibration"])]
     return files
 
 # %% ../nbs/80_search.ipynb #cf52ce9d
