@@ -386,15 +386,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ndkv import kernels_encode_pages as kernels
-types = dict(X='*bf16', MOVED='*bf16', PARTNER='*i32', WIDTHS='*u8', ORDER='*u8', CODES='*u8', NORMS='*i8', PAGES='*u8', DEST='*i32', META='*i32')
-floats, sizes = ('COS', 'SIN', 'BASIS', 'OFFSET', 'DIRECTION', 'WEIGHTS', 'LAST', 'SPREAD'), ('H', 'P', 'B', 'n', 'each', 'rows', 'sb', 'sh', 'st', 'pages', 'nbytes')
+types = dict(X='*bf16', MOVED='*bf16', PARTNER='*i32', WIDTHS='*i32', ORDER='*u8', CODES='*u8', NORMS='*i8', PAGES='*u8', DEST='*i32', META='*i32')
+floats = ('COS', 'SIN', 'BASIS', 'OFFSET', 'DIRECTION', 'CROSSED', 'TABLE', 'SCORES')
+sizes = ('H', 'P', 'B', 'n', 'tiles', 'each', 'three', 'heads', 'rows', 'sb', 'sh', 'st', 'pages', 'nbytes')
 types |= dict.fromkeys(floats, '*fp32') | dict.fromkeys(sizes, 'i32')
-shape = dict(D=64, DP=64, PAGE=128, T0=16, T1=48)
-keys = shape | dict(TURN=True, FOLLOWS=False, UNIT=7.5/256, STEP=.25, XT=1, WIDE=False)
-values, tile = keys | dict(TURN=False, FOLLOWS=True), dict(M=64)
-cases = [(kernels._before_kernel, shape | dict(TURN=True, SORT=True), 8), (kernels._pack_kernel, dict(D=64, PAGE=128, VALUES=False, N=16), 4),
-         (kernels._pack_kernel, dict(D=64, PAGE=128, VALUES=True, N=16), 4)]
-cases += [(kernels._codes_kernel, c | tile, 4) for c in (keys, values)] + [(kernels._heads_kernel, c, 4) for c in (keys, values)]
+page = dict(PAGE=128, T0=16, T1=48)
+keys = page | dict(D=64, DP=64, TURN=True, FOLLOWS=False, UNIT=7.5/256, STEP=.25, XT=1, WIDE=False)
+values, tile = keys | dict(TURN=False, FOLLOWS=True), dict(M=128, G=8, I=triton.language.int32)
+cases = [(kernels._scores_kernel, dict(D=64, DP=64, PAGE=128, TURN=True, SORT=True), 4), (kernels._order_kernel, page, 1),
+         (kernels._pack_kernel, page | dict(D=64, N=16), 4)]
+cases += [(kernels._codes_kernel, c | tile, 8) for c in (keys, values)] + [(kernels._again_kernel, c | dict(N=16), 4) for c in (keys, values)]
+cases += [(kernels._codes_kernel, keys | tile | dict(WIDE=True), 8)]
 for kernel, constants, warps in cases:
     given = types | dict(ORDER='*i64') if constants.get('FOLLOWS') else types
     signature = {name: given.get(name, 'constexpr') for name in kernel.arg_names}
