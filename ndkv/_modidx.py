@@ -1697,6 +1697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.search._prices': ('search.html#_prices', 'ndkv/search.py'),
                              'ndkv.search._profile': ('search.html#_profile', 'ndkv/search.py'),
                              'ndkv.search._publish': ('search.html#_publish', 'ndkv/search.py'),
+                             'ndkv.search._reference': ('search.html#_reference', 'ndkv/search.py'),
                              'ndkv.search._samples': ('search.html#_samples', 'ndkv/search.py'),
                              'ndkv.search._side_by_side': ('search.html#_side_by_side', 'ndkv/search.py'),
                              'ndkv.search._texts_of': ('search.html#_texts_of', 'ndkv/search.py'),

@@ -11,7 +11,7 @@ import fcntl, hashlib, itertools, json, os, tempfile, threading, traceback
 import multiprocessing as mp
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .answers import ASKED, PROTOCOL, TASKSETS, agent_windows, answer_rows, answers, check_tasks, find_taskset, taskset, tokens_read
+from .answers import ASKED, PROTOCOL, TASKSETS, Answers, agent_windows, answer_rows, answers, check_tasks, find_taskset, taskset, tokens_read
 from .baselines import _GRID, CACHES
 from .baselines import CALIBRATED as BASELINES
 from .baselines import VERSIONS
@@ -282,10 +282,22 @@ def _answered(cell, where):
     (model, tokenizer), task = _load(cell, where), cell["task"]
     rows = _keep("questions", (task, where["data"]), lambda: taskset(task, where["data"]))
     ask = lambda c: answers(model, tokenizer, c, task, rows, cell["length"], cell["n"], cell["batch"], where.get("execute", False), bar=False)
-    key = tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME))
-    reference = _keep("answers", key, lambda: ask(Cell("bf16", None, None, cell["window"], cell["sinks"], cell["block"])))
     mine = make_cell(cell, where)
-    return mine, reference if mine.exact else ask(mine), reference
+    found = None if mine.exact else ask(mine)  # first, so that no worker waits for another one's reference
+    key = tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME))
+    reference = _keep("answers", key, lambda: _reference(cell, where, rows, ask))
+    return mine, found or reference, reference
+
+
+def _reference(cell, where, rows, ask):
+    "Answers through full precision, from `where[\"profiles\"]` if another process has asked."
+    plain = Cell("bf16", None, None, cell["window"], cell["sinks"], cell["block"])
+    if not where.get("profiles"): return ask(plain)
+    what = [code_version(), fingerprint(_load(cell, where)[0]), rows, PROTOCOL, *(cell[k] for k in ("dtype", "task", *SAME))]
+    path = Path(where["profiles"]) / f"answers-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+    with _locked(path):
+        if not path.exists(): write_atomic(path, json.dumps(vars(replace(ask(plain), texts=[]))))
+        return Answers(**json.loads(path.read_text("utf8")))
 
 # %% ../nbs/80_search.ipynb #815fd485
 def _texts_of(cell, data):
@@ -441,7 +453,7 @@ def sweep(
     retry: bool = True,  # Try again what failed before
     bar: bool = True,  # Show progress
     workers: int = 1,  # Processes beside each other on this machine, over its GPUs in turn
-    profiles: str | Path | None = None,  # Folder that keeps measured profiles, for other sweeps too; None = one that ends with this sweep
+    profiles: str | Path | None = None,  # Folder that keeps measured profiles, and answers through full precision, for other sweeps too; None = one that ends with this sweep
     execute: bool = False,  # May programs that a model writes be run (`humaneval`)?
 ) -> dict[str, list[str]]:  # Keys of cells: "done" now, "failed" now, "skipped"
     "Measure every cell of a grid that is not in the results yet."

@@ -404,6 +404,21 @@ def test_a_sweep_asks_full_precision_once(sets, zoo, tmp_path, clean_code, monke
     assert 'set_gsm8k' in json.dumps([json.loads(x)['data'] for x in (tmp_path / 'out' / 'runs.jsonl').read_text().splitlines()])
 
 
+def test_full_precision_is_asked_once_for_all_processes(sets, zoo, tmp_path, clean_code, monkeypatch):
+    "What one process has asked lies beside the profiles, without any text of the set; another model or another set asks anew."
+    asked, plain = [], search.answers
+    monkeypatch.setattr(search, 'answers', lambda m, t, c, *a, **kw: (asked.append(c.exact), plain(m, t, c, *a, **kw))[1])
+    def go(method, bits, **kw):
+        vars(search._kept).clear()  # as in a process of its own
+        del asked[:]
+        grid = GRID | dict(tasks=['gsm8k'], methods=[method], bits=bits) | kw
+        assert not search.sweep(grid, tmp_path / 'out', 'rows', sets, zoo, bar=False, profiles=tmp_path / 'profiles')['failed']
+        return asked
+    assert go('bf16', [4]) == [True] and go('rotation', [4, 2]) == [False, False] and go('int', [8], n=3) == [False, True]
+    kept = sorted((tmp_path / 'profiles').glob('answers-*.json'))
+    assert len(kept) == 2 and not any('pens' in p.read_text() for p in kept)
+
+
 def test_a_sweep_says_first_what_cannot_be(sets, zoo, tmp_path, clean_code):
     go = lambda grid, data=sets, **kw: search.sweep(GRID | grid, tmp_path / 'out', 'rows', data, zoo, bar=False, **kw)
     with pytest.raises(ValueError, match='add --execute'): go({})
