@@ -457,7 +457,7 @@ class PageCodec:
         widths:Tensor,       # Bits of each strip `[H, tiers, runs]`
         home:Home=Home(),    # Coordinates of keys: blocks of PAGE tokens
         direction:Tensor|None=None, # Of keys `[H, D]`: `direction · key before RoPE` predicts the importance
-        by_kernel:bool=False, # Encode by the kernels of `33_kernels_encode_pages`
+        by_kernel:bool|None=None, # Encode by the kernels of `33_kernels_encode_pages`; None = on a GPU
     ):
         if home.rope is not None and home.block != PAGE:
             raise ValueError(f"PageCodec: keys relative to blocks of {home.block} tokens; pages hold {PAGE}")
@@ -522,7 +522,7 @@ def _encode(self:PageCodec,
 ) -> dict: # "pages" uint8 `[B, 1, P, nbytes]`
     "Write pages."
     if x.shape[2] % PAGE: raise ValueError(f"PageCodec: {x.shape[2]} tokens are no whole pages of {PAGE}")
-    if self.by_kernel and self._for_kernel(pos, order):
+    if (x.is_cuda if self.by_kernel is None else self.by_kernel) and self._for_kernel(pos, order):
         return {"pages": self._encoder(x.device)(x, self._turn(x, pos), order)}
     (basis, _, weight), starts = self._on(x.device), page_starts(pos, x)
     positions = (starts[:, None] + torch.arange(PAGE, device=x.device)).flatten()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 TYPES = dict(Q="*bf16", ORDER="*i32", UNIT_="*fp32", TURNS="*fp32", TABLES="*fp16", OCTAVES="*fp32", LEVELS="*i32",
-             HEADS="*i32", SHARES="*i32", BLOCKS="*i32", K="*u8", V="*u8", TABLE="*i32", LENS="*i32", TOP="*fp32", SUM="*fp32", OUT="*fp32",
+             HEADS="*i32", K="*u8", V="*u8", TABLE="*i32", LENS="*i32", TOP="*fp32", SUM="*fp32", OUT="*fp32",
              KEY="constexpr", W="constexpr") # the others are numbers
 
 
@@ -58,10 +58,8 @@ def counts(text, usage):
     "Of the loop over rounds; with one template every instruction of it runs once a page."
     found, labels = instructions(text)
     branches = [(i, labels[to]) for i, (_, to) in enumerate(found) if to]
+    end, start = max(((i, to) for i, to in branches if to < i), key=lambda b: b[0] - b[1])
     names = [name.split(".")[0] for name, _ in found]
-    loops = [(to, i) for i, to in branches if to < i and "IMMA" in names[to:i]]
-    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    start, end = max(inner, key=lambda l: l[1] - l[0])
     loop = names[start:end + 1]
     return dict(page=len(loop), alu=sum(n in ALU for n in loop), imma=names.count("IMMA"), hgmma=names.count("HGMMA"),
                 local=sum(n in ("LDL", "STL") for n in names), registers=int(re.search(r"REG:(\d+)", usage)[1]))

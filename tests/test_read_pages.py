@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -212,20 +211,10 @@ def test_parts_of_a_block_are_shared():
         with fast(): assert worst(codecs, k, v, q, (6,), warps=warps, splits=2 if warps == 4 else 1) < 1e-3
 
 
-def test_shares_of_heads_fill_the_gpu():
-    "As many blocks as run at once, in proportion to what heads cost; every page of every sequence is read by one block, and slots are enough."
-    assert kp.shares_of([1.]*8, 132) == [17]*4 + [16]*4 and kp.shares_of([1., 3.], 8) == [2, 6]
-    assert kp.shares_of([1., 1000.], 8) == [1, 7] and kp.shares_of([1.]*40, 8) == [1]*40
-    for shares, rows in product(([17, 16, 1], [3, 5, 40]), (1, 2, 7, 64)):
-        work = kp.work_of(shares, rows)
-        assert len(work.blocks) == sum(shares)
-        for h, n in enumerate(shares):
-            for row, pages in product(range(rows), (1, 5, 33)):
-                read, slots = [], []
-                for mine in work.blocks[work.blocks[:, 0] == h, 1].tolist():
-                    if row not in range(mine*rows//n, ((mine + 1)*rows + n - 1)//n): continue
-                    low, high = max(mine*rows - row*n, 0), min((mine + 1)*rows - row*n, n)
-                    read += range(low*pages//n, high*pages//n)
-                    slots.append(mine - row*n//rows)
-                assert read == list(range(pages)) and slots == list(range(len(slots))) and len(slots) <= work.slots
-                assert len(slots) == ((row + 1)*n - 1)//rows - row*n//rows + 1
+def test_splits_fill_the_gpu():
+    "As many blocks as multiprocessors where there is work for them, no more than there are pages."
+    assert kp.best_splits(64, 256, 16, 132) == 2 and kp.best_splits(512, 32, 16, 132) == 1
+    for programs in (1, 7, 64, 500):
+        for pages in (1, 5, 33, 1000):
+            s = kp.best_splits(programs, pages, 16, 132)
+            assert 1 <= s <= -(-pages // 16)
