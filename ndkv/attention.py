@@ -395,11 +395,21 @@ class PageReader:
         kernel:bool=True, # Read by the kernel where one fits?
         config=None,      # Of a model whose attention may be set to another, which is then given decoded tensors
     ):
-        self.kernel, self.config, self.plans = kernel, config, {} # layer -> codecs of keys and values, their `Plan`
+        self.config = None if config is None else config.get_text_config(decoder=True)
+        self.kernel, self.plans = kernel, {} # layer -> codecs of keys and values, their `Plan`
+        self.shape, self.counts = None, ()
 
     def __call__(self, layer, keys, values):
-        if self.config is not None and not _reads_packed(self.config): return keys.read(), values.read()
+        if self.config is not None and self.config._attn_implementation != "ndkv_packed": return keys.read(), values.read()
         return StoredCall(layer, keys, values, self).pair
+
+    def counted(self, B, P, n, device):
+        "Block table of `P` pages for each of `B` sequences, their number, and that of full-precision tokens: the same for all layers of a step."
+        if self.shape != (B, P, n, device):
+            full = lambda x: torch.full((B,), x, dtype=torch.int32, device=device)
+            table = torch.arange(B*P, dtype=torch.int32, device=device).view(B, P)
+            self.shape, self.counts = (B, P, n, device), (table, full(P), full(n))
+        return self.counts
 
     def plan(self,
         layer:int,
@@ -423,14 +433,13 @@ def attend_stored(
     q:Tensor,    # `[B, Hq, 1, D]`
     keys,        # `Past`
     values,      # `Past`
+    reader,      # `PageReader`
 ) -> Tensor: # `[B, Hq, 1, Dv]`
     "One new token over pages where they lie, and over full-precision tokens beside them."
     k, v = (p.packed.entries["pages"] for p in (keys, values))
     B, _, P, _ = k.shape
-    table = torch.arange(B*P, dtype=torch.int32, device=q.device).view(B, P)
     exact = [torch.cat([p.sink, *p.exact], 2) for p in (keys, values)]
-    n = torch.full((B,), exact[0].shape[2], dtype=torch.int32, device=q.device)
-    lens = torch.full((B,), P, dtype=torch.int32, device=q.device)
+    table, lens, n = reader.counted(B, P, exact[0].shape[2], q.device)
     return kernels_pages.attend_pages(plan, q[:, :, 0], k.reshape(B*P, -1), v.reshape(B*P, -1), table, lens, (*exact, n))[:, :, None]
 
 # %% ../nbs/58_attention.ipynb #b66b4eb5
@@ -456,7 +465,7 @@ class StoredCall(Call):
         if home is None or keys.pos != home.first or values.packed.n != keys.packed.n: return None
         if any("pages" not in p.packed.entries or p.packed.entries["pages"].device != q.device for p in self.past): return None
         plan = self.reader.plan(self.layer, keys, values, scale, q.device)
-        return None if plan is None else attend_stored(plan, q, keys, values)
+        return None if plan is None else attend_stored(plan, q, keys, values, self.reader)
 
     def attend(self, module, q, mask, scale, how):
         keys, values = self.past

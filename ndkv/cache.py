@@ -153,7 +153,9 @@ class Packed:
         self.codec, self.group, self.entries = codec, getattr(codec, "group", 1), {}
 
     @property
-    def n(self): return next((t.shape[2] * self.group for t in self.entries.values()), 0) # tokens
+    def n(self): # tokens
+        for t in self.entries.values(): return t.shape[2] * self.group
+        return 0
 
     def encode(self, x, pos, order=None):
         """Entries for `x` `[B, H, n, D]` of position `pos`, about 2^16 vectors at a time to bound the working memory.
@@ -277,6 +279,13 @@ class Pieces:
     def width(self): return self.window.shape[:2].numel() * self.window.shape[3] # elements a token: B H D
 
 # %% ../nbs/40_cache.ipynb #a9545186
+def _alike(x):
+    "Another object with the same attributes; `copy.copy` takes ten times as long."
+    new = object.__new__(type(x))
+    new.__dict__.update(x.__dict__)
+    return new
+
+
 class Past:
     "Keys, or values, that one call reads: sinks, packed tokens, window, and the call's own."
     def __init__(self,
@@ -284,9 +293,10 @@ class Past:
         new:Tensor,  # `[B, H, q, D]`, the call's own
         length:int,  # Tokens that the call reads, the latest
     ):
-        self.sink, self.packed, self.exact = s.sink, copy.copy(s.packed), (s.window, new)
-        self.pos, self.cut, self.new, self.length = s.starts[1], s.cut, new, length
-        self.skip = s.sink.shape[2] + s.packed.n + s.window.shape[2] + new.shape[2] - length # first tokens that are not read
+        self.sink, self.packed, self.exact = s.sink, _alike(s.packed), (s.window, new)
+        start, self.pos, _ = s.starts
+        self.cut, self.new, self.length = s.cut, new, length
+        self.skip = s.end - start + new.shape[2] - length # first tokens that are not read
 
     def tiles(self,
         n:int, # Tokens of a tile; of packed ones, whole entries
