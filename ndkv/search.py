@@ -227,7 +227,50 @@ def _from_plan(cell, where):
     elif not more["tiers"]: note |= dict(tiers=False)
     return dict(codecs=codecs), note
 
+# %% ../nbs/80_search.ipynb #fe957192
+SAME = ("length", "n", "batch", "window", "sinks", "block")  # What the exact cache's numbers of a task depend on, beside the model
 
+
+def _windows(cell, where):
+    "The file that a task reads, and a function that cuts it into windows of tokens."
+    tokenizer, data = _load(cell, where)[1], where["data"]
+    if cell["task"] == "agent": return find_taskset("agent", data), lambda: agent_windows(taskset("agent", data), tokenizer, cell["length"], cell["n"])
+    path = find_text(cell["task"], data)
+    return path, lambda: text_windows(path, tokenizer, cell["length"], cell["n"])
+
+
+def _note_read(run, lm, cell, n, **fields):
+    "Rows that say how much was read packed by those tokens of a window that were judged."
+    first = cell.sinks + cell.window + cell.block if cell.sinks + cell.window else 1
+    packed, read = tokens_read(lm, cell, [([0] * first, [0] * (fields["length"] - first))])
+    known = {} if packed is None else dict(read_packed=packed, read_packed_share=packed / read)
+    for metric, value in (dict(read_tokens=read) | known).items():
+        run.row(metric=metric, value=value, n=n, **cell_fields(cell), **fields)
+
+# %% ../nbs/80_search.ipynb #3c5ac7d2
+def _answered(cell, where):
+    "The cache, what it answers, and what full precision answers, which is asked once for all caches."
+    (model, tokenizer), task = _load(cell, where), cell["task"]
+    rows = _keep("questions", (task, where["data"]), lambda: taskset(task, where["data"]))
+    ask = lambda c: answers(model, tokenizer, c, task, rows, cell["length"], cell["n"], cell["batch"], where.get("execute", False), bar=False)
+    mine = make_cell(cell, where)
+    found = None if mine.exact else ask(mine)  # first, so that no worker waits for another one's reference
+    key = tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME))
+    reference = _keep("answers", key, lambda: _reference(cell, where, rows, ask))
+    return mine, found or reference, reference
+
+
+def _reference(cell, where, rows, ask):
+    "Answers through full precision, from `where[\"profiles\"]` if another process has asked."
+    plain = Cell("bf16", None, None, cell["window"], cell["sinks"], cell["block"])
+    if not where.get("profiles"): return ask(plain)
+    what = [code_version(), fingerprint(_load(cell, where)[0]), rows, PROTOCOL, *(cell[k] for k in ("dtype", "task", *SAME))]
+    path = Path(where["profiles"]) / f"answers-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+    with _locked(path):
+        if not path.exists(): write_atomic(path, json.dumps(vars(replace(ask(plain), texts=[]))))
+        return Answers(**json.loads(path.read_text("utf8")))
+
+# %% ../nbs/80_search.ipynb #70215674
 def measure(
     cell: dict,  # From `cells_of`
     run: Run,  # Open run
@@ -255,49 +298,6 @@ def measure(
         mine, text = make_cell(cell, where), "agent" if cell["task"] == "agent" else path.name.split(".")[0]
         evaluate(model, tokens, [mine], run, name, text, cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
         if text == "agent": _note_read(run, model, mine, len(tokens), model=name, data=text, length=cell["length"], **fields)
-
-
-SAME = ("length", "n", "batch", "window", "sinks", "block")  # What the exact cache's numbers of a task depend on, beside the model
-
-
-def _windows(cell, where):
-    "The file that a task reads, and a function that cuts it into windows of tokens."
-    tokenizer, data = _load(cell, where)[1], where["data"]
-    if cell["task"] == "agent": return find_taskset("agent", data), lambda: agent_windows(taskset("agent", data), tokenizer, cell["length"], cell["n"])
-    path = find_text(cell["task"], data)
-    return path, lambda: text_windows(path, tokenizer, cell["length"], cell["n"])
-
-
-def _note_read(run, lm, cell, n, **fields):
-    "Rows that say how much was read packed by those tokens of a window that were judged."
-    first = cell.sinks + cell.window + cell.block if cell.sinks + cell.window else 1
-    packed, read = tokens_read(lm, cell, [([0] * first, [0] * (fields["length"] - first))])
-    known = {} if packed is None else dict(read_packed=packed, read_packed_share=packed / read)
-    for metric, value in (dict(read_tokens=read) | known).items():
-        run.row(metric=metric, value=value, n=n, **cell_fields(cell), **fields)
-
-
-def _answered(cell, where):
-    "The cache, what it answers, and what full precision answers, which is asked once for all caches."
-    (model, tokenizer), task = _load(cell, where), cell["task"]
-    rows = _keep("questions", (task, where["data"]), lambda: taskset(task, where["data"]))
-    ask = lambda c: answers(model, tokenizer, c, task, rows, cell["length"], cell["n"], cell["batch"], where.get("execute", False), bar=False)
-    mine = make_cell(cell, where)
-    found = None if mine.exact else ask(mine)  # first, so that no worker waits for another one's reference
-    key = tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME))
-    reference = _keep("answers", key, lambda: _reference(cell, where, rows, ask))
-    return mine, found or reference, reference
-
-
-def _reference(cell, where, rows, ask):
-    "Answers through full precision, from `where[\"profiles\"]` if another process has asked."
-    plain = Cell("bf16", None, None, cell["window"], cell["sinks"], cell["block"])
-    if not where.get("profiles"): return ask(plain)
-    what = [code_version(), fingerprint(_load(cell, where)[0]), rows, PROTOCOL, *(cell[k] for k in ("dtype", "task", *SAME))]
-    path = Path(where["profiles"]) / f"answers-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
-    with _locked(path):
-        if not path.exists(): write_atomic(path, json.dumps(vars(replace(ask(plain), texts=[]))))
-        return Answers(**json.loads(path.read_text("utf8")))
 
 # %% ../nbs/80_search.ipynb #815fd485
 def _texts_of(cell, data):
