@@ -182,11 +182,11 @@ def _overs(x, a, WIDE: tl.constexpr):
 
 
 def _stairs(first, thresholds, steps):
-    "PTX: $0 = $4 + the square of 1/16 of the distance of |$1| to the nearest level; $2, $3: 1/16 and 128 units."
+    "PTX: $0 = $4 + the square of 1/16 of the distance of |$1| to the nearest level; $2, $3: 1/16 and 512 units."
     two = lambda v: f"0x{struct.pack('>e', v).hex()*2}"
     lines = [".reg .b32 x, d, s, l; abs.f16x2 x, $1;", f"mov.b32 l, {two(-first/16)}; fma.rn.f16x2 d, x, $2, l;"]
     for i, (t, step) in enumerate(zip(thresholds, steps)):
-        lines += [f".reg .b32 t{i}, g{i}; mov.b32 t{i}, {two(-128*t)}; mov.b32 g{i}, {two(-step/16)};",
+        lines += [f".reg .b32 t{i}, g{i}; mov.b32 t{i}, {two(-512*t)}; mov.b32 g{i}, {two(-step/16)};",
                   f"fma.rn.sat.f16x2 s, x, $3, t{i}; fma.rn.f16x2 d, s, g{i}, d;"]
     return tl.constexpr(" ".join(["{", *lines, "fma.rn.f16x2 $0, d, d, $4; }"]))
 
@@ -198,13 +198,13 @@ _STAIRS4 = _stairs(4.5, (9, 18, 27.5, 37.5, 49, 63, 82), (9, 9, 10, 10, 13, 15, 
 
 @triton.jit
 def _step(x, b, at: tl.constexpr):
-    y = x.to(tl.float32)*b.to(tl.float32) - 128*at
+    y = x.to(tl.float32)*b.to(tl.float32) - 512*at
     return tl.minimum(tl.maximum(y, 0.), 1.).to(tl.float16)
 
 
 @triton.jit
 def _off(x, a, b, w: tl.constexpr, WIDE: tl.constexpr):
-    "1/256 of the squared distances of the cells |x| to levels of 2 to 4 bits; `a`: 1/16, `b`: 128 of their factor."
+    "1/256 of the squared distances of the cells |x| to levels of 2 to 4 bits; `a`: 1/16, `b`: 512 of their factor."
     out = tl.zeros_like(x[0])
     for i in tl.static_range(len(x)):
         if WIDE:
@@ -235,9 +235,9 @@ def _squares5(x, s, first, top):
 @triton.jit
 def _missed(h, x, w, a, s, SLOPE, WIDE: tl.constexpr):
     "1/256 of squared errors of widths from 2 on, in units: of `h·a` last levels, from 5 bits on of `x·s`."
-    if w == 2: e = _off(h, a*(52/16), a*(52*128), 2, WIDE).to(tl.float32)
-    elif w == 3: e = _off(h, a*(73/16), a*(73*128), 3, WIDE).to(tl.float32)
-    elif w == 4: e = _off(h, a*(93/16), a*(93*128), 4, WIDE).to(tl.float32)
+    if w == 2: e = _off(h, a*(52/16), a*(52*512), 2, WIDE).to(tl.float32)
+    elif w == 3: e = _off(h, a*(73/16), a*(73*512), 3, WIDE).to(tl.float32)
+    elif w == 4: e = _off(h, a*(93/16), a*(93*512), 4, WIDE).to(tl.float32)
     else:
         top = tl.load(SLOPE + 16)
         step = 1/(tl.load(SLOPE)*top)
