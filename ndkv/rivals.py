@@ -87,7 +87,8 @@ def _planned(codecs, name, layer, kind, heads, d):
     if codecs is None: raise ValueError(f"{name} is calibrated on vectors: {make}")
     c = codecs.get((layer, kind))
     if c is not None and (c.heads, c.d) == (heads, d): return c
-    raise ValueError(f"{name}: the plan has no layer {layer} of {heads} heads and head_dim {d}; sample this model")
+    what = f"layer {layer} of {heads} heads and head_dim {d}"
+    raise ValueError(f"{name}: the plan has no {what}; sample this model")
 
 # %% ../nbs/61_calibrated_rivals.ipynb #93b6ad9b
 def _squared(x, p): return (x - p[:, None]).square().sum(-1)  # [G, n, c], [G, c] -> [G, n]
@@ -182,14 +183,16 @@ def cq_plan(
     fisher: bool = True,  # Weight vectors by their squared gradients?
 ) -> dict:  # (layer, "k" or "v") -> codec
     "Codebooks of all layers."
-    known = ", ".join(f"{b:g}" for b in COUPLED)
-    if bits not in COUPLED: raise ValueError(f"cq: {bits} bits are no c channels by b bits here; choose among {known}")
+    if bits not in COUPLED:
+        known = ", ".join(f"{b:g}" for b in COUPLED)
+        raise ValueError(f"cq: {bits} bits are no c channels by b bits here; choose among {known}")
     (c, b), out = COUPLED[bits], {}
     for (layer, kind), x in _samples(samples, "cq").vectors.items():
         H, n, d = x.shape
         if d % c:
-            raise ValueError(f"cq: {c} coupled channels do not divide head_dim {d} of layer {layer}; choose other bits")
-        def groups(t): return t.to(device).float().unflatten(-1, (-1, c)).transpose(1, 2).flatten(0, 1)  # [H G, n, c]
+            raise ValueError(f"cq: {c} coupled channels do not divide head_dim {d}; choose other bits")
+        def groups(t):  # [H, n, D] -> [H G, n, c]
+            return t.to(device).float().unflatten(-1, (-1, c)).transpose(1, 2).flatten(0, 1)
         parts, w = groups(x), groups(samples.weights[layer, kind]).sum(-1)
         mid = parts.mean(1, keepdim=True)
         w = w if fisher else torch.ones_like(w)
@@ -267,7 +270,8 @@ def group_errors(
     "What every group would lose at every width."
     out = {}
     for size in (g for g in SIZES if y.shape[1] % g == 0):
-        groups = y.view(-1, span, y.shape[1] // size, size).transpose(1, 2).flatten(2)  # [N, groups, span size]
+        groups = y.view(-1, span, y.shape[1] // size, size)
+        groups = groups.transpose(1, 2).flatten(2)  # [N, groups, span size]
         lost = [(groups - _rounded(groups, b)).square().sum((0, 2)) for b in WIDTHS]
         out[size] = torch.stack(lost).double().cpu() / len(y)
     return out
@@ -354,7 +358,7 @@ def inflate(
 
 # %% ../nbs/61_calibrated_rivals.ipynb #8073dafb
 class Deflated(MemoPacked):
-    "Entries of any length, end to end: `length` [B, 1, N], `stream` [bytes], the sequences of each entry together."
+    "Entries of any length, end to end: `length` [B, 1, N], `stream` [bytes], entry by entry."
 
     def _flat(self, stream, length):
         inside = torch.arange(stream.shape[-1], device=stream.device) < length[:, 0].T[..., None]
@@ -388,6 +392,16 @@ class Deflated(MemoPacked):
         super().keep(a, b)  # which forgets decoded copies, too
         self.entries = {k: t.clone() for k, t in part.items()}
 
+    def _padded(self, entries):
+        "Entries of a file, as a codec writes them where they lie end to end."
+        stream, length = (entries.get(k) for k in ("stream", "length"))
+        flat = stream is not None and length is not None and stream.dim() == 1 and length.dim() == 3
+        fits = flat and 0 <= length.min() and length.max() <= self.codec.room and length.sum() == len(stream)
+        return self._whole(entries) if fits else entries
+
+    def covers(self, entries, x, n): return super().covers(self._padded(entries), x, n)
+    def restore(self, entries, n): self.append(self._padded(entries))
+
     def apply(self, f):
         if not self.n: return
         stream = f(self._whole(self.entries)["stream"])
@@ -417,7 +431,7 @@ class Transform(Codec):
         self.sizes = [at.numel() * span * w // 8 for _, w, at in self.kinds]
         self.counts = [len(at) for _, _, at in self.kinds]
         self.room, self.rate = sum(self.sizes) + 16, None
-        self.widths = torch.zeros(heads, self.d)  # of `frame_bits`: its shape says how many elements a token has
+        self.widths = torch.zeros(heads, self.d)  # its shape says how many elements a token has
 
     @property
     def frame_bits(self): return 16 * (self.basis.shape[1] + 1)  # mean and basis, for an element of one token
@@ -516,7 +530,7 @@ def _plan_kind(vectors, ropes, weights, bits, span, tries, test):
         if spent <= bits: best, low = made, middle
         else: high = middle
     if best: return best
-    raise ValueError(f"kvtc: {bits} bits are less than empty entries of {span} tokens take; use a larger block or more bits")
+    raise ValueError(f"kvtc: empty entries of {span} tokens take more than {bits} bits; use a larger block or more bits")
 
 # %% ../nbs/61_calibrated_rivals.ipynb #d04062aa
 @method("kvtc")
@@ -550,7 +564,7 @@ def _cells(n, step):
 def entropy_levels(
     rate: float,  # Bits a number
 ) -> tuple[int, float]:  # Levels, step
-    "Uniform quantizer of a unit Gaussian with least error (to half a percent) at this entropy, and few levels."
+    "Uniform quantizer of a unit Gaussian: least error (to half a percent) at this entropy, few levels."
     steps, found = 2.0 ** torch.arange(-4, 4, 1 / 64), []
     for n in range(2, 33):
         p, _, error = _cells(n, steps)
@@ -649,8 +663,9 @@ class Container(Codec):
         self.payload = self.size - 1 - heads * self.tokens
         rate = 8 * (self.payload - 3) / self.numbers
         if rate < 0.1:
-            raise ValueError(f"dquant: {bits:g} bits leave {max(rate, 0):.2f} a number for {span} tokens of {heads} heads of {d}"
-                             " after means and scales; give more bits or a larger block")
+            raise ValueError(f"dquant: {bits:g} bits leave {max(rate, 0):.2f} a number after means and scales of {span} "
+                             f"tokens of {heads} heads of {d}; give more bits or a larger block")
+        if rate > 4.5: raise ValueError(f"dquant: {bits:g} bits are more than its 32 levels can use; give at most 4.5")
         self.steps, self.means, self.freq = _tables(round(rate, 3))
 
 # %% ../nbs/61_calibrated_rivals.ipynb #05a00e30
@@ -747,11 +762,12 @@ def turboquant_outliers_method(
     share: float = 0.25,  # Of channels that are outliers
 ) -> GroupedRates:
     "TurboQuant-style: one more bit for the channels with most energy."
-    if bits % 1 != 0.5: raise ValueError(f"turboquant_outliers: bits={bits!r}; give a number and a half, such as 2.5")
+    if bits % 1 != 0.5:
+        raise ValueError(f"turboquant_outliers: bits={bits!r}; give a number and a half, such as 2.5")
     s, n = _stats(profile, layer, kind, heads, d, "turboquant_outliers"), round(share * d)
     cov, mean = (s.k_post_cov, s.k_post_mean) if kind == "k" else (s.v_cov, s.v_mean)
     if not 2 <= n <= d - 2:
-        raise ValueError(f"turboquant_outliers: share={share} of head_dim {d} is {n} channels; give from 2 to {d - 2}")
+        raise ValueError(f"turboquant_outliers: share={share} of {d} is {n} channels; give from 2 to {d - 2}")
     top = (cov.diagonal(dim1=-2, dim2=-1) + mean.square()).topk(n, -1).indices
     widths = torch.full((heads, d), _whole(bits - 0.5, 1, 7)).scatter(-1, top, int(bits + 0.5))
     return GroupedRates(widths, _seed(layer, kind, seed))
@@ -790,7 +806,7 @@ class Predicted:
 
 # %% ../nbs/61_calibrated_rivals.ipynb #be16f241
 def _inputs(kind, x, key, before):
-    "What a layer is predicted from: [n, any], of its own keys as read and those (keys, values) of the layer before."
+    "What a layer is predicted from [n, any]: its own keys as read, (keys, values) of the layer before."
     own = [key] if kind == "v" else []
     return torch.cat([x[:, :0], *own, *([] if before is None else before[kind == "v" :][:1])], 1)
 
@@ -819,7 +835,7 @@ def fit_predictors(
 
 # %% ../nbs/61_calibrated_rivals.ipynb #19f3acf2
 def _call(self: Predicted, vectors):
-    "Rebuild all layers, one after the other: layer -> (keys before RoPE, values) [B, H, n, D]; and all codes."
+    "Rebuild all layers, one after the other: layer -> (keys before RoPE, values) [B, H, n, D]; all codes."
     out, codes, before = {}, [], None
     for layer, pair in vectors.items():
         read = []
@@ -828,7 +844,8 @@ def _call(self: Predicted, vectors):
             inputs = _inputs(kind, flat, read[0] if read else None, before) if self.predict else flat[:, :0]
             new, enc = self.rebuild(layer, kind, flat, inputs)
             read.append(new), codes.extend(enc.values())
-        out[layer] = tuple(r.view(len(x), x.shape[2], x.shape[1], -1).transpose(1, 2) for r, x in zip(read, pair))
+        B, H, n, _ = pair[0].shape
+        out[layer] = tuple(r.view(B, n, H, -1).transpose(1, 2) for r in read)
         before = read
     return out, codes
 
@@ -897,15 +914,20 @@ class WholeCache(DynamicCache):
         block: int = 64,  # Tokens coded together
     ):
         if any(reach is not None for reach in layer_reach(config)):
-            raise ValueError("layers that drop tokens, or hold none, cannot be coded together; take a model without sliding windows")
+            raise ValueError("layers that drop tokens cannot be coded with others; take a model without sliding windows")
         super().__init__(config=config)
-        self.coder, self.window, self.sinks, self.block, self.packed, self.codes = coder, window, sinks, block, 0, []
+        self.coder, self.window, self.sinks, self.block = coder, window, sinks, block
+        self.packed, self.codes = 0, []
+
+    def crop(self, *args):
+        raise ValueError("a cache that codes all layers at once takes back no tokens; start another one")
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if layer_idx == 0 and self.get_seq_length(): self._pack()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 # %% ../nbs/61_calibrated_rivals.ipynb #46fed31b
+@torch.no_grad()
 def _pack(self: WholeCache):
     "Code whole blocks that have left the window, and hold what is read back."
     n = packed_tokens([None], self.get_seq_length(), self.window, self.sinks, self.block)[0]
@@ -924,12 +946,12 @@ def _report(self: WholeCache):
     "As `NDCache.report`: bits per element of the packed part, bytes, and a row for each layer and kind."
     length, rows = self.get_seq_length(), []
     for i, l in enumerate(self.layers):
-        rows += [dict(layer=i, kind=kind, bits=None, packed=self.packed, exact=length - self.packed, width=x[:, :, 0].numel())
-                 for kind, x in (("k", l.keys), ("v", l.values))]
+        held = dict(layer=i, bits=None, packed=self.packed, exact=length - self.packed)
+        rows += [dict(held, kind=kind, width=x[:, :, 0].numel()) for kind, x in (("k", l.keys), ("v", l.values))]
     codes, width = sum(t.nbytes for t in self.codes), sum(r["width"] for r in rows)
     nbytes = codes + (length - self.packed) * width * self.layers[0].keys.element_size()
-    return dict(tokens=length, nbytes=nbytes, bytes_per_token=nbytes / max(length * len(self.layers[0].keys), 1),
-                bits_packed=8 * codes / max(self.packed * width, 1), rows=rows)
+    each = nbytes / max(length * len(self.layers[0].keys), 1)
+    return dict(tokens=length, nbytes=nbytes, bytes_per_token=each, bits_packed=8 * codes / max(self.packed * width, 1), rows=rows)
 
 WholeCache._pack, WholeCache.report = _pack, _report
 
@@ -939,10 +961,12 @@ def joint_plan(
     bits: float,  # Bits an element, as produced
     block: int = 64,  # Of the cache
     device="cpu",  # Where vectors are coded
-    **options,  # Of `kvtc_plan`
+    held: dict | None = None,  # Not used: all layers hold the same tokens
+    tries: int = 7,  # Steps of the bisection
+    test: int = 1024,  # Calibration tokens of which bytes are counted
 ) -> Together:
     "KVTC over all layers: one transform of keys and one of values."
-    return Together(kvtc_plan(together(samples), bits, block, device, **options), samples.ropes)
+    return Together(kvtc_plan(together(samples), bits, block, device, tries=tries, test=test), samples.ropes)
 
 
 def aqua_plan(
@@ -950,6 +974,7 @@ def aqua_plan(
     bits: int,  # Of a residual's channel; a norm of 16 bits for each vector comes on top
     block: int = 64,  # Not used
     device="cpu",  # Where maps are fitted
+    held: dict | None = None,  # Not used
     predict: bool = True,  # False: from nothing but the mean, to see what prediction is worth
 ) -> Predicted:
     "AQUA-KV-like maps."
@@ -960,7 +985,8 @@ WHOLE = {"kvtc_joint": joint_plan, "aqua": aqua_plan}  # Coders of the whole mod
 
 
 def _whole_cache(config, bits, window, coder=None, sinks=4, block=64, **kw):
-    if coder is None: raise ValueError("this method codes the whole model: give coder=, from ndkv.rivals.joint_plan or aqua_plan")
+    if coder is None:
+        raise ValueError("this method codes the whole model: give coder=, from ndkv.rivals.joint_plan or aqua_plan")
     return WholeCache(config, coder, window, sinks, block)
 
 
@@ -973,18 +999,19 @@ VERSIONS = dict.fromkeys((*SAMPLED, *WHOLE, *CALIBRATED), 1)  # Of what a method
 
 
 def plan_rival(
-    name: str,  # Of `SAMPLED`
+    name: str,  # Of `SAMPLED` or `WHOLE`
     samples: Samples,  # From `sample`
     bits: float,  # Bits a channel
     block: int = 64,  # Of the cache
     device="cpu",  # Where to plan
     held: dict | None = None,  # Layer -> packed tokens; None = all alike
     **options,  # Of the method's own plan
-) -> dict:  # (layer, "k" or "v") -> codec
+):  # (layer, "k" or "v") -> codec; or a coder, for `WHOLE`
     "Codecs of all layers."
-    if name not in SAMPLED:
-        raise ValueError(f"method {name!r} is not planned from vectors: choose among {', '.join(SAMPLED)}")
-    known = inspect.signature(SAMPLED[name]).parameters
+    plans = SAMPLED | WHOLE
+    if name not in plans:
+        raise ValueError(f"method {name!r} is not planned from vectors: choose among {', '.join(plans)}")
+    known = inspect.signature(plans[name]).parameters
     wrong = [o for o in options if o not in known or o in ("samples", "bits", "block", "device", "held")]
     if wrong: raise ValueError(f"{name} has no option {wrong[0]!r}; choose among {', '.join([*known][5:])}")
-    return SAMPLED[name](samples, bits, block, device, held, **options)
+    return plans[name](samples, bits, block, device, held, **options)

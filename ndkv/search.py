@@ -204,12 +204,10 @@ def _from_samples(cell, where):
     name, given = cell["method"], cell["options"]
     if cell["k_bits"] != cell["v_bits"]: raise ValueError(f"{name} gives keys and values the same bits; give one number")
     model = _load(cell, where)[0]
-    where_to = dict(block=cell["block"], device=device_of(model))
-    if name in WHOLE:
-        coder = WHOLE[name](_samples(cell, where), cell["k_bits"], **where_to, **given)
-        return dict(coder=coder, sinks=cell["sinks"], block=cell["block"]), given
     held = packed_tokens(layer_reach(model), cell["length"], cell["window"], cell["sinks"], cell["block"])
-    return dict(codecs=plan_rival(name, _samples(cell, where), cell["k_bits"], held=held, **where_to, **given)), given
+    planned = plan_rival(name, _samples(cell, where), cell["k_bits"], cell["block"], device_of(model), held, **given)
+    if name in SAMPLED: return dict(codecs=planned), given
+    return dict(coder=planned, sinks=cell["sinks"], block=cell["block"]), given
 
 
 def _from_plan(cell, where):

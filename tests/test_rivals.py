@@ -17,6 +17,7 @@ from ndkv.evaluate import Cell, compare
 from ndkv.models import save_model
 from ndkv.profile import LayerStats, Profile, Rope
 from ndkv.results import load_rows
+from ndkv.store import load_cache, save_cache
 from ndkv.search import cells_of, read_grid, sweep
 from ndkv.tasks import filler
 
@@ -137,7 +138,9 @@ def test_wrong_options_get_one_line():
         ('calibrate on more text', lambda: R.cq_plan(samples_of(D, n=100), 1)), ('calibrate on more', lambda: R.kvtc_plan(samples_of(D, n=20), 1, SPAN)),
         ('positive number', lambda: R.kvtc_plan(FOUND, 0)), ('multiple of 8', lambda: R.kvtc_plan(FOUND, 1, 12)), ('larger block or more bits', lambda: R.kvtc_plan(FOUND, .01, SPAN)),
         ("no option 'rotate'", lambda: R.plan_rival('kvtc', FOUND, 1, rotate=True)), ('choose among kvtc, cq', lambda: R.plan_rival('oscar', FOUND, 1)),
-        ('give samples=', lambda: R.fit_predictors(None, 1))]
+        ('give samples=', lambda: R.fit_predictors(None, 1)),
+        ('choose among predict', lambda: R.plan_rival('aqua', FOUND, 1, steps=3)), ('at most 4.5', lambda: made[0](D, 8, **at)),
+        ('takes back no tokens', lambda: R.WholeCache(CONFIG, None).crop(-1))]
     for says, f in cases:
         with pytest.raises(ValueError) as e: f()
         assert says in str(e.value) and '\n' not in str(e.value), says
@@ -286,6 +289,16 @@ def test_streams_of_any_length_reorder_crop_and_copy(tiny, text, plans):
     packed.copied = 0  # decode all of it once more
     assert torch.allclose(packed.read(4, torch.float32), memo, atol=1e-4)
     assert caches[0].report()['bits_packed'] <= caches[1].report()['bits_packed']
+
+
+@pytest.mark.parametrize('wrote, reads', [(True, True), (False, True), (False, False)])
+def test_streams_are_saved(tiny, text, plans, tmp_path, wrote, reads):
+    caches = [NDCache(CONFIG, bits=2, method='kvtc', codecs=plans['kvtc'], memo=memo, **SMALL) for memo in (wrote, reads)]
+    with torch.no_grad(): tiny(text[:2, :200], past_key_values=caches[0])
+    load_cache(save_cache(caches[0], tmp_path / 'a.safetensors', tiny), caches[1], tiny)
+    assert torch.equal(caches[1].layers[1].keys, caches[0].layers[1].keys)
+    with torch.no_grad(): logits = [tiny(text[:2, 200:250], past_key_values=c).logits for c in caches]
+    assert torch.allclose(*logits, atol=1e-4)
 
 
 def test_prediction_leaves_less(tiny, text, found):
