@@ -556,7 +556,7 @@ def _plane_jobs(
         half = channels[r+1] - channels[r] == 8
         R = tiles if half else 2*tiles
         first = channels[r]
-        base = first*PAGE + slot*(channels[r+1] - first)
+        base = first*PAGE + slot if kind == "v" else 16*(slot*-(-D//16) + first//16) + first % 16 // 4
         for p, low in planes(bits):
             size, shifts = max(1, R*p//2), [field(bits, p, R, q, 0) % 32 for q in range(R)]
             how = SPREADS.index(tuple(field(bits, p, R, 0, i) for i in range(4)))

@@ -1,7 +1,6 @@
 "Tiered pages in a cache: a plain reference under random operations, both readers, files, padding, sliding windows, budgets, and what is refused."
 import copy
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +13,8 @@ from hypothesis import given, settings, strategies as st
 from ndkv.attention import PagedCache, PageReader
 from ndkv.cache import NDCache, NDLayer, Past, refresh
 from ndkv.fisher import calibrate
-from ndkv import kernels_encode_pages as kernels
 from ndkv.kernels_encode_pages import encode_pair
-from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, integer_levels, plan_pages, record, runs, strip_bytes
+from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
 from ndkv.profile import Profile, Rope, probe
 from ndkv.spectral import Home, effective_bits, frame_bits, held_tokens, klt
 from ndkv.store import fork, load_cache, save_cache
@@ -383,72 +381,20 @@ def test_a_reader_in_another_attention_is_refused(models):
     assert "\n" not in str(e.value)
 
 
-def run_ptx(code, *operands):
-    "What a warp stores (or the result) of the few instructions that the kernels of page codes spell out. Operands `[32]`: halves, or words."
-    at, stored = {f"${i}": x for i, x in enumerate(operands)}, None
-    half = lambda x: x.to(torch.float16).double() # rounded once
-    for line in re.sub(r"^\{|\}\s*$", "", code.strip()).split(";"):
-        if not (line := line.strip()) or line.startswith(".reg"): continue
-        op, rest = line.split(" ", 1)
-        to, *names = [t.strip() for t in re.sub(r"[][{}]", "", rest).split(",")]
-        x = [at[n] if n in at else n for n in names]
-        kind = op.split(".")[0]
-        if kind == "mov": at[to] = torch.tensor(int(x[0][-4:], 16)).to(torch.int16).view(torch.float16).double() if x[0] != "0" else None
-        elif kind == "abs": at[to] = x[0].abs()
-        elif kind == "fma":
-            y = x[0]*x[1] + x[2]
-            at[to] = half(y.clamp(0, 1) if ".sat" in op else y.clamp_min(0) if ".relu" in op else y)
-        elif kind == "prmt":
-            assert x[2] == "0x5410"
-            at[to] = (x[0] & 0xffff) | (x[1] & 0xffff) << 16
-        elif kind == "movmatrix": # a lane has two numbers of a row of 8, and gets two of a column
-            rows = torch.stack([x[0] & 0xffff, x[0] >> 16], -1).view(8, 8).T.reshape(32, 2)
-            at[to] = rows[:, 0] | rows[:, 1] << 16
-        elif kind == "mad": at[to] = (x[0]*int(x[1] if isinstance(x[1], str) else 0) + at[names[2]]) & 0xffffffff
-        elif kind == "xor": at[to] = x[0] ^ x[1]
-        elif kind == "st": stored = torch.stack(x, -1)
-        else: raise AssertionError(op)
-    return at["$0"] if stored is None else stored
-
-
-def test_ptx_says_what_plain_operations_say():
-    "Distances to levels, and the exchange of codes in a warp: the instructions spelled out for a GPU, run by hand."
-    g = torch.Generator().manual_seed(0)
-    for w, ptx in ((2, kernels._STAIRS2), (3, kernels._STAIRS3), (4, kernels._STAIRS4)):
-        levels = integer_levels(w)[2**(w - 1):] + .5*(w == 4)
-        x = (torch.randn(4096, generator=g)*40).half().double()
-        got = run_ptx(ptx.value, None, x, torch.tensor(1/16.).double(), torch.tensor(512.).double(), torch.tensor(1.).double())
-        want = 1 + ((x.abs()[:, None] - levels).abs().amin(-1) / 16)**2
-        assert ((got - want).abs() / want).max() < 2e-3
-    x = torch.randn(4096, generator=g).half().double()
-    assert torch.equal(run_ptx(kernels._OVER.value, None, x, torch.tensor(1.5).double(), torch.tensor(-1.).double()), (1.5*x.abs() - 1).clamp_min(0).half().double())
-    codes, lane = torch.randint(0, 256, (16, 16), generator=g), torch.arange(32) # of tokens, of channels
-    row, t = lane // 4, lane % 4
-    held = [codes[row + 8*r, 2*t + (j & 1) + 8*(j >> 1)] + 0x4b400000 for j in range(4) for r in range(2)] # as a product leaves them
-    flip, none = torch.full((32,), 0x10101010), torch.zeros(32)
-    words = run_ptx(kernels._VALUES16.value, none, none, *held, none, none, flip, flip)
-    eight = run_ptx(kernels._VALUES8.value, none, none, *held[:4], none, none, flip, flip)
-    for r in range(2):
-        want = sum((codes[8*(i & 1) + 2*t + (i >> 1), 8*r + row] ^ 0x10) << 8*i for i in range(4)) # `_tokens_channels`
-        assert torch.equal(words[:, r], want) and (r or torch.equal(eight[:, 0], want))
-
-
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ndkv import kernels_encode_pages as kernels
-types = dict(X='*bf16', MOVED='*bf16', PARTNER='*i32', WIDTHS='*i32', ORDER='*u8', CODES='*u8', NORMS='*i8', PAGES='*u8', DEST='*i32', META='*i32')
-floats = ('COS', 'SIN', 'BASIS', 'OFFSET', 'DIRECTION', 'CROSSED', 'TABLE', 'SCORES')
-sizes = ('H', 'P', 'B', 'n', 'tiles', 'each', 'three', 'heads', 'rows', 'sb', 'sh', 'st', 'pages', 'nbytes')
+types = dict(X='*bf16', MOVED='*bf16', PARTNER='*i32', WIDTHS='*u8', ORDER='*u8', CODES='*u8', NORMS='*i8', PAGES='*u8', DEST='*i32', META='*i32')
+floats, sizes = ('COS', 'SIN', 'BASIS', 'OFFSET', 'DIRECTION', 'WEIGHTS', 'LAST', 'SPREAD'), ('H', 'P', 'B', 'n', 'each', 'rows', 'sb', 'sh', 'st', 'pages', 'nbytes')
 types |= dict.fromkeys(floats, '*fp32') | dict.fromkeys(sizes, 'i32')
-page = dict(PAGE=128, T0=16, T1=48)
-keys = page | dict(D=64, DP=64, TURN=True, FOLLOWS=False, UNIT=7.5/256, STEP=.25, XT=1, WIDE=False)
-values, tile = keys | dict(TURN=False, FOLLOWS=True), dict(M=128, G=8, I=triton.language.int32)
-cases = [(kernels._scores_kernel, dict(D=64, DP=64, PAGE=128, TURN=True, SORT=True), 4), (kernels._order_kernel, page, 1),
-         (kernels._pack_kernel, page | dict(D=64, N=16), 4)]
-cases += [(kernels._codes_kernel, c | tile, 8) for c in (keys, values)] + [(kernels._again_kernel, c | dict(N=16), 4) for c in (keys, values)]
-cases += [(kernels._codes_kernel, keys | tile | dict(WIDE=True), 8)]
+shape = dict(D=64, DP=64, PAGE=128, T0=16, T1=48)
+keys = shape | dict(TURN=True, FOLLOWS=False, UNIT=7.5/256, STEP=.25, XT=1, WIDE=False)
+values, tile = keys | dict(TURN=False, FOLLOWS=True), dict(M=64)
+cases = [(kernels._before_kernel, shape | dict(TURN=True, SORT=True), 8), (kernels._pack_kernel, dict(D=64, PAGE=128, VALUES=False, N=16), 4),
+         (kernels._pack_kernel, dict(D=64, PAGE=128, VALUES=True, N=16), 4)]
+cases += [(kernels._codes_kernel, c | tile, 4) for c in (keys, values)] + [(kernels._heads_kernel, c, 4) for c in (keys, values)]
 for kernel, constants, warps in cases:
     given = types | dict(ORDER='*i64') if constants.get('FOLLOWS') else types
     signature = {name: given.get(name, 'constexpr') for name in kernel.arg_names}
