@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from . import report as reporting
 from .attention import PagedCache
 from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
-from .baselines import CACHES, CALIBRATED, baseline_grid
+from .baselines import CACHES, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
 from .fisher import calibrate as measure_profile, mix_profiles, own_text
 from .hub import load_profile
@@ -42,7 +42,8 @@ from .models import load_model, train as train_model
 from .profile import PAGE, fingerprint
 from .public import as_folder, fetched, find_model, get as get_public, home, recipes
 from .results import Run, round6
-from .search import recommend as search_bits, sweep as run_sweep
+from .rivals import SAMPLED, WHOLE
+from .search import CALIBRATED, recommend as search_bits, sweep as run_sweep
 
 # %% ../nbs/95_cli.ipynb #086698d0
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode='rich' if sys.stdout.isatty() else None,
@@ -190,6 +191,7 @@ def make_cells(
     for m in methods:
         if m not in known: raise ValueError(f'--method {m}: choose among {", ".join(known)}')
         if m == 'exact': continue
+        if m in (*SAMPLED, *WHOLE): raise ValueError(f'method {m} is made from the vectors of a calibration text; measure it in a grid, `ndkv sweep` (results/grids/rivals.yaml is one)')
         if profile is None and m in (*PLANNED, *CALIBRATED): raise ValueError(f'method {m} needs --profile; make one with `ndkv calibrate`')
         for b in bits:
             options = dict(profile=profile) if m in CALIBRATED else dict(layers=layers) if m == 'turboquant' else {}

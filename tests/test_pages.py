@@ -157,6 +157,23 @@ def test_both_readers_say_the_same(models, name):
     assert (one - exact).abs().max() > 1e-4 # something was packed, and read
 
 
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_pages_that_are_no_neighbours(by_kernel):
+    "One page of each of several texts, coded by one call: the bytes that each has alone."
+    plan = codecs(rope=Rope(10000. ** -(torch.arange(0, D, 2).float() / D)))
+    keys, values = plan[0, "k"], plan[0, "v"]
+    keys.by_kernel = values.by_kernel = by_kernel
+    k, v = drawn(3*PAGE, torch.Generator().manual_seed(3), B=1)
+    starts = torch.tensor([4 + 5*PAGE, 4, 4 + 2*PAGE])
+    together = keys.encode(k, starts)
+    both = together["pages"], values.encode(v, starts, keys.order(together))["pages"]
+    for i, pos in enumerate(starts.tolist()):
+        here = slice(i*PAGE, (i + 1)*PAGE)
+        alone = keys.encode(k[:, :, here], pos)
+        for x, y in zip(both, (alone["pages"], values.encode(v[:, :, here], pos, keys.order(alone))["pages"])):
+            assert (x[:, :, i] == y[:, :, 0]).double().mean() > .99 # but for ties, where a sum runs in another order
+
+
 @pytest.mark.parametrize("family", PLAIN)
 @torch.no_grad()
 def test_every_family_stays_within_its_budget(family, tmp_path):
