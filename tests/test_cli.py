@@ -187,7 +187,7 @@ def test_spectra_are_whole(place, profile, tmp_path, monkeypatch):
 
 # --- as processes, in a folder that holds nothing but a model and a text ---------------------------------------------------------------
 
-COMMANDS = ['demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'spectra', 'sweep', 'bench', 'inspect', 'recommend', 'models', 'train']
+COMMANDS = ['demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'spectra', 'sweep', 'bench', 'inspect', 'recommend', 'models', 'tasks', 'train']
 
 
 def start(*args, cwd, **kw):
