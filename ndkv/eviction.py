@@ -364,7 +364,8 @@ class EvictingCache(NDCache):
         keep:float|int=.5,# Share of the packed tokens that stay, or their number
         **kwargs
     ):
-        if len(args) < 2 and kwargs.get("method") is None and kwargs.get("profile") is None: kwargs["method"] = "rotation" # tokens of the default share entries
+        if len(args) < 2 and kwargs.get("method") is None: # tokens of the defaults share entries
+            kwargs["method"] = "rotation" if kwargs.get("profile") is None else "spectral"
         super().__init__(config, *args, **kwargs)
         if isinstance(policy, str) and policy not in POLICIES: raise ValueError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}, or give an object with `queries` and `score`")
         if isinstance(keep, bool) or not (isinstance(keep, int) and keep >= 0 or isinstance(keep, float) and 0 <= keep <= 1): raise ValueError(f"keep={keep!r}; give a share from 0. to 1., or a whole number of tokens")

@@ -111,9 +111,9 @@ def cells_of(
 _kept = threading.local()  # What this thread loaded last: kind -> (key, value)
 
 
-def _keep(kind, key, make):
-    "The last value of a kind, made anew when its key changes."
-    kept = vars(_kept)
+def _keep(where, kind, key, make):
+    "The last value of a kind, made anew when its key changes, or the folders that names are looked up in."
+    kept, key = vars(_kept), (key, *(str(where.get(place)) for place in ("zoo", "data")))
     if kind not in kept or kept[kind][0] != key:
         kept.pop(kind, None)  # free the old before the new
         kept[kind] = key, make()
@@ -130,7 +130,7 @@ def find_text(
     return found[0]
 
 
-def _load(cell, where): return _keep("model", (cell["model"], cell["dtype"], cell.get("revision")), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
+def _load(cell, where): return _keep(where, "model", (cell["model"], cell["dtype"], cell.get("revision")), lambda: load_twin(cell["model"], dtype=getattr(torch, cell["dtype"]), zoo=where["zoo"], revision=cell.get("revision")))
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def _samples(cell, where):
     "Vectors of the cell's model on the calibration text."
     if not cell["calibration"]: raise ValueError(f"{cell['method']} needs calibration: add `calibration: NAME-OF-A-TEXT` to the grid")
     shape = [cell[k] for k in ("window", "sinks", "block")]
-    return _keep("samples", _calibrated_on(cell), lambda: sample(_load(cell, where)[0], torch.cat(_calibration(cell, where)), *shape, bar=False))
+    return _keep(where, "samples", _calibrated_on(cell), lambda: sample(_load(cell, where)[0], torch.cat(_calibration(cell, where)), *shape, bar=False))
 
 
 def _profile(cell, where):
@@ -177,7 +177,7 @@ def _profile(cell, where):
         with _locked(path):
             if not path.exists(): measured(model, tokens).save(path)
             return Profile.load(path, model)
-    return _keep("profile", _calibrated_on(cell), make)
+    return _keep(where, "profile", _calibrated_on(cell), make)
 
 # %% ../nbs/80_search.ipynb #ce26896f
 def make_cell(
@@ -249,12 +249,12 @@ def _note_read(run, lm, cell, n, **fields):
 def _answered(cell, where):
     "The cache, what it answers, and what full precision answers, which is asked once for all caches."
     (model, tokenizer), task = _load(cell, where), cell["task"]
-    rows = _keep("questions", (task, where["data"]), lambda: taskset(task, where["data"]))
+    rows = _keep(where, "questions", (task, where["data"]), lambda: taskset(task, where["data"]))
     ask = lambda c: answers(model, tokenizer, c, task, rows, cell["length"], cell["n"], cell["batch"], where.get("execute", False), bar=False)
     mine = make_cell(cell, where)
     found = None if mine.exact else ask(mine)  # first, so that no worker waits for another one's reference
     key = tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME))
-    reference = _keep("answers", key, lambda: _reference(cell, where, rows, ask))
+    reference = _keep(where, "answers", key, lambda: _reference(cell, where, rows, ask))
     return mine, found or reference, reference
 
 
@@ -282,7 +282,7 @@ def measure(
     fields |= {k: cell[k] for k in ("edition", "version", "protocol") if k in cell}
     fields |= dict(dtype=cell["dtype"]) | ({"revision": r} if (r := getattr(model.config, "_commit_hash", None)) else {})
     if cell["task"] in TASKS:
-        texts = _keep("texts", cell["haystack"], lambda: read_documents(find_text(cell["haystack"], data)) if cell["haystack"] else ())
+        texts = _keep(where, "texts", cell["haystack"], lambda: read_documents(find_text(cell["haystack"], data)) if cell["haystack"] else ())
         rows = task_scores(model, tokenizer, make_cell(cell, where), [cell["task"]], [cell["length"]], cell["n"], cell["seed"], texts, data / "qa", cell["batch"], bar=False)
         for row in rows: run.row(model=name, **row, **fields)
     elif cell["task"] in TASKSETS:
@@ -290,8 +290,8 @@ def measure(
         for row in answer_rows(mine, cell["task"], cell["length"], found, reference): run.row(model=name, **row, **fields)
     else:
         path, cut = _windows(cell, where)
-        tokens = _keep("tokens", (cell["model"], cell.get("revision"), str(path), cell["task"], cell["length"], cell["n"]), cut)
-        exact = _keep("exact", tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME)) + (str(path),), dict)
+        tokens = _keep(where, "tokens", (cell["model"], cell.get("revision"), str(path), cell["task"], cell["length"], cell["n"]), cut)
+        exact = _keep(where, "exact", tuple(cell.get(k) for k in ("model", "revision", "dtype", "task", *SAME)) + (str(path),), dict)
         if tokens.numel() * model.config.get_text_config().hidden_size > 2**28: exact = None
         mine, text = make_cell(cell, where), "agent" if cell["task"] == "agent" else path.name.split(".")[0]
         evaluate(model, tokens, [mine], run, name, text, cell["batch"], heads=cell["heads"], bar=False, known=exact, **fields)
