@@ -489,6 +489,7 @@ def PagedCache(
     **kw          # Other arguments of `NDCache`; without a profile, of `UniformCache`
 ) -> NDCache|UniformCache:
     "A cache that 'ndkv_packed' reads where it lies: with a profile the tiered pages that `NDCache` stores."
+    if profile is None and not kernel: raise ValueError("kernel= is for pages of a profile; without one leave it out")
     if profile is None: return UniformCache(config, bits, **kw)
     if why := _why_not(config, only_full=False): raise ValueError(why)
     _check_reader(config)
