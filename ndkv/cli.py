@@ -594,6 +594,7 @@ def bench(
     data:Annotated[Path, typer.Option(help='Folder of the text files, for serve and calibrate, or one text file.')]=Path('data'),
     seconds:Annotated[Optional[float], typer.Option(help='For generate, pages, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
+    length:Annotated[Optional[int], typer.Option(min=256, help='For generate: tokens of context; by default 32768, then 8192.', show_default=False)]=None,
     only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for generate and queue, contestants: fixed, pages2, dynamic, generate2, ...; server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
@@ -611,7 +612,7 @@ def bench(
     if what == 'tune': return tune(cases, out, seconds/len(cases)) and None
     source = Path(find_model(model, zoo()))
     if what in WITH_MODEL: existing(source, 'model')
-    with as_folder(source) as path: run = _benched(what, source, path, model, out, name or files[what], data, seconds, cases, memory, only)
+    with as_folder(source) as path: run = _benched(what, source, path, model, out, name or files[what], data, seconds, cases, memory, only, length)
     if as_json: return show_json([r for _, r in run.rows])
     shown = {'speedup':'times as fast as SDPA' if what in ('kernels', 'pages') else 'times as fast as one by one', 'tokens_per_s':'tokens/s', 'slowdown':'times the time of DynamicCache', 'ttft_ms':'ms to the first token', 'prefill_peak_bytes':'bytes at the peak', 'users_ratio':'users in the memory of one', 'same_tokens':'of the tokens equal', 'requests_at_once':'requests at once', 'calibrate_seconds':'seconds', 'calibrate_extra_bytes':'bytes beside the model'}
     out_ = console()
@@ -640,7 +641,7 @@ def calibrate_bench(
     if gpu: found['calibrate_extra_bytes'] = torch.cuda.max_memory_allocated() - sum(weights.values())
     for metric,value in found.items(): run.row(method='calibrate', metric=metric, model=Path(folder).name, batch=batch, windows=windows, length=length, value=value, dtype='float32', threads=torch.get_num_threads())
 
-def _benched(what, source, path, model, out, name, data, seconds, cases, memory, only):
+def _benched(what, source, path, model, out, name, data, seconds, cases, memory, only, length=None):
     "The run of one bench; a model that the bench would refuse is refused before it."
     if what in ('cpu', 'serve'):
         config = AutoConfig.from_pretrained(path)
@@ -649,10 +650,10 @@ def _benched(what, source, path, model, out, name, data, seconds, cases, memory,
         text = config.get_text_config(decoder=True)
         learned = 0 if getattr(text, 'rope_parameters', None) else getattr(text, 'max_position_embeddings', 0)
         if what == 'cpu' and 0 < learned < 4200: raise ValueError(f'bench cpu reads 4096 tokens and some more, and {path.name} has learned {learned} positions; take a model with more')
-    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {Path(model).name}' if what in WITH_MODEL else '') + (f' --memory {memory:g}' if what == 'queue' else ''), name=name, model=source if what in WITH_MODEL else None, data=text_of(data) if what == 'calibrate' else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only)
+    with Run(out, command=f'ndkv bench {what}' + (f' --only {only}' if only else '') + (f' --model {Path(model).name}' if what in WITH_MODEL else '') + (f' --memory {memory:g}' if what == 'queue' else '') + (f' --length {length}' if what == 'generate' and length else ''), name=name, model=source if what in WITH_MODEL else None, data=text_of(data) if what == 'calibrate' else None, gpu=what != 'cpu') as run: _bench(what, run, path, data, seconds, cases, memory, only, length)
     return run
 
-def _bench(what, run, path, data, seconds, cases, memory, only):
+def _bench(what, run, path, data, seconds, cases, memory, only, length=None):
     "One of the benches."
     from ndkv import throughput
     from ndkv.kernels_bench import bench as time_kernels
@@ -660,7 +661,7 @@ def _bench(what, run, path, data, seconds, cases, memory, only):
     if what == 'kernels': time_kernels(cases, run)
     elif what == 'pages': bench_pages(cases, run, seconds)
     elif what == 'generate':
-        for cell in throughput.generate_bench(run, seconds=seconds, only=only): print('left out: %s, %d tokens, batch %d' % cell)
+        for cell in throughput.generate_bench(run, seconds=seconds, only=only, **(dict(lengths=(length,)) if length else {})): print('left out: %s, %d tokens, batch %d' % cell)
     elif what == 'queue':
         if not throughput.queue_bench(run, memory=int(memory*2**30), seconds=seconds, only=only): raise RuntimeError('no contestant was measured; the lines above say why')
     elif what == 'prefill': throughput.prefill_bench(run)
