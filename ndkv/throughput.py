@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, cache_utils, ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache, UniformCache
-from .cache import NDCache, _nbytes, _tensors_in
+from .cache import NDCache, _nbytes, _tensors_in, page_codecs
 from .kernels_bench import Case, read_tuning
 from .pages import PAGE
 from .profile import LayerStats, Profile, Rope, describe
@@ -312,9 +312,12 @@ def prefill_bench(
     "The first token, with an ordinary cache and with tiered pages of 2 bits."
     model = random_model(shape, device, dtype)
     ids, profile = torch.randint(0, model.config.vocab_size, (batch, length), device=device), made_profile(model)
-    caches = dict(dynamic=(lambda c: DynamicCache(config=c), "sdpa"), pages2=(lambda c: NDCache(c, 2, profile=profile, length=length), "ndkv_packed"))
+    start = time.perf_counter()
+    codecs = page_codecs(model.config, profile, 2, window=128, sinks=4, length=length)
+    planned = dict(plan_seconds=time.perf_counter() - start)
+    caches = dict(dynamic=(lambda c: DynamicCache(config=c), "sdpa"), pages2=(lambda c: NDCache(c, method="pages", codecs=codecs), "ndkv_packed"))
     for method, (make, attention) in caches.items():
-        for metric, value in prefill(model, make, ids, attention).items():
+        for metric, value in (prefill(model, make, ids, attention) | (planned if method == "pages2" else {})).items():
             run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:])
         gc.collect()
         if device == "cuda": torch.cuda.empty_cache()
