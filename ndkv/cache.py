@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PLANNED', 'DTYPES', 'REPEATED', 'READERS', 'method', 'rotation_method', 'equalised_method', 'make_codec',
-           'exact_method', 'planned_method', 'make_plan', 'Packed', 'MemoPacked', 'HostPacked', 'Pieces', 'Past',
-           'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of', 'NDSlidingLayer', 'NDHybridLayer',
-           'model_modules', 'page_codecs', 'Sees', 'NDCache', 'encoder_decoder', 'prompt_cache', 'refresh']
+           'exact_method', 'planned_method', 'make_plan', 'kernels_write', 'Packed', 'MemoPacked', 'HostPacked',
+           'Pieces', 'Past', 'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of',
+           'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'page_codecs', 'Sees', 'NDCache', 'encoder_decoder',
+           'prompt_cache', 'refresh']
 
 # %% ../nbs/40_cache.ipynb #b550407a
 import copy, functools, importlib, inspect, warnings
@@ -147,6 +148,11 @@ def make_plan(
     return plan(profile, bits, **dict(block=block, first=sinks, trellis=256) | kw, **same)
 
 # %% ../nbs/40_cache.ipynb #67b0bdda
+def kernels_write(codec, x, pos, order) -> bool:
+    "Does a codec have kernels that encode these vectors: many at once, and NaN like any number?"
+    return hasattr(codec, "kernels_write") and codec.kernels_write(x, pos, order)
+
+
 class Packed:
     "Tokens as a codec stores them: append at the end, cut at both ends."
     def __init__(self, codec): # `codec` None: nothing will ever be appended
@@ -158,9 +164,10 @@ class Packed:
         return 0
 
     def encode(self, x, pos, order=None):
-        """Entries for `x` `[B, H, n, D]` of position `pos`, about 2^16 vectors at a time to bound the working memory.
+        """Entries for `x` `[B, H, n, D]` of position `pos`, about 2^16 vectors at a time to bound the working memory (kernels: 2^18).
         `order`, along axis 2: that of other entries, for a codec that follows it."""
-        step = max(1, 2**16 // x.shape[:2].numel() // self.group) * self.group
+        most = 2**18 if kernels_write(self.codec, x, pos, order) else 2**16
+        step = max(1, most // x.shape[:2].numel() // self.group) * self.group
         told = lambda i: () if order is None else (order[:, :, i//self.group:(i + step)//self.group],)
         parts = [self.codec.encode(x[:, :, i:i+step], pos + i, *told(i)) for i in range(0, x.shape[2], step)]
         return {name: torch.cat([p[name] for p in parts], 2) for name in parts[0]}
@@ -489,13 +496,16 @@ class NDLayer(_Library):
 
     def flush(self, L, first):
         "Encode the whole blocks that end at or before `L - window`; both kinds are encoded before either is stored."
-        packed, todo = packed_tokens(L, self.window, self.sinks, self.block), []
+        packed, todo, finite = packed_tokens(L, self.window, self.sinks, self.block), [], {}
         for s, kind in zip(self.stores, ("keys", "values")):
             if first > 0: s.drop(first, self.block)
             n = self.sinks + packed - s.starts[2]
             if s.packed.codec is not None and packed and n > 0:
-                self._check(s.window[:, :, :n], kind)
-                todo.append((s, kind, n, self._encode(s, n, kind, _order(s.packed.codec, n, todo))))
+                x, order = s.window[:, :, :n], _order(s.packed.codec, n, todo)
+                finite[kind] = torch.isfinite(x).all()
+                if not kernels_write(s.packed.codec, x, s.starts[2], order): self._check(finite)
+                todo.append((s, kind, n, self._encode(s, n, kind, order)))
+        self._check(finite) # which waits for a GPU: when it has been told everything
         if todo and not self.looked: self._look(todo)
         for s, _, n, enc in todo: s.commit(n, enc)
 
@@ -504,8 +514,8 @@ class NDLayer(_Library):
         except torch.OutOfMemoryError as e:
             raise torch.OutOfMemoryError(f"layer {self.layer}: no memory left to encode {n} tokens of {kind}, which stay exact; free some, or feed a long prompt in pieces (cache.chunks)") from e
 
-    def _check(self, x, kind):
-        if not torch.isfinite(x).all():
+    def _check(self, finite):
+        for kind in (kind for kind, all_are in finite.items() if not all_are):
             raise ValueError(f"layer {self.layer}: {kind} hold NaN or Inf; run the model in bfloat16 or float32, or look for the layer that overflows")
 
 

@@ -251,7 +251,7 @@ def _coded(runs, widths, n, UNIT: tl.constexpr, STEP: tl.constexpr):
     return out
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #3659ef7a
-@triton.jit
+@triton.jit(do_not_specialize=["H", "P", "B", "rows"])
 def _before_kernel(X, COS, SIN, PARTNER, BASIS, DIRECTION, MOVED, ORDER,
                    H, P, B, rows, sb, sh, st,
                    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
@@ -341,9 +341,12 @@ def _store(CODES, codes, slot, place, some, head, M: tl.constexpr, D: tl.constex
         c = tl.arange(0, DP//4)[None, :]
         to = CODES.to(tl.pointer_type(tl.int32)) + (head*S*PAGE + slot*S)[:, None] + c
         tl.store(to, _words(codes, M, D, DP), mask=some[:, None] & (c < S))
+#
+# Triton compiles a kernel anew where a whole number is one or becomes a multiple of 16. Of this kernel that takes 20 seconds, for keys and for values, so numbers
+# of heads, pages and sequences are told to be like any others (`do_not_specialize`): one prompt of 32k tokens compiled four of them before, two now.
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #2899ae34
-@triton.jit
+@triton.jit(do_not_specialize=["H", "P", "n", "each"])
 def _codes_kernel(X, ORDER, MOVED, OFFSET, WEIGHTS, WIDTHS, LAST, SPREAD, CODES, NORMS,
                   H, P, n, each, sb, sh, st,
                   D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
@@ -390,7 +393,7 @@ def _codes_kernel(X, ORDER, MOVED, OFFSET, WEIGHTS, WIDTHS, LAST, SPREAD, CODES,
         _store(CODES, _coded(runs, widths, norm, UNIT, STEP), slot, place, some, head, M, D, DP, PAGE, FOLLOWS)
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #a6141833
-@triton.jit
+@triton.jit(do_not_specialize=["H", "P"])
 def _heads_kernel(X, ORDER, MOVED, OFFSET, WIDTHS, CODES, NORMS, DEST, PAGES,
                   H, P, nbytes, sb, sh, st,
                   D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
@@ -463,7 +466,7 @@ def _spread(x, how):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "pages"])
 def _pack_kernel(CODES, META, PAGES, H, pages, nbytes,
                  D: tl.constexpr, PAGE: tl.constexpr, VALUES: tl.constexpr, N: tl.constexpr):
     "One plane of a part of a strip, of N pages: a lane's registers of four codes, to the bytes of the lane."

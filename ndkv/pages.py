@@ -522,7 +522,7 @@ def _encode(self:PageCodec,
 ) -> dict: # "pages" uint8 `[B, 1, P, nbytes]`
     "Write pages."
     if x.shape[2] % PAGE: raise ValueError(f"PageCodec: {x.shape[2]} tokens are no whole pages of {PAGE}")
-    if (x.is_cuda if self.by_kernel is None else self.by_kernel) and self._for_kernel(pos, order):
+    if self.kernels_write(x, pos, order):
         return {"pages": self._encoder(x.device)(x, self._turn(x, pos), order)}
     (basis, _, weight), starts = self._on(x.device), page_starts(pos, x)
     positions = (starts[:, None] + torch.arange(PAGE, device=x.device)).flatten()
@@ -599,8 +599,9 @@ def _encoder(self:PageCodec, device):
     return self._at["encoder", device]
 
 
-def _for_kernel(self:PageCodec, pos, order):
-    "Is there an order, or a direction that gives one, do pages start where the coordinates say, does a page fit?"
+def _kernels_write(self:PageCodec, x, pos, order):
+    "Is this the device; is there an order, or a direction that gives one; do pages start where the coordinates say; does a page fit?"
+    if not (x.is_cuda if self.by_kernel is None else self.by_kernel): return False
     ordered = order is not None or self.direction is not None
     whole = self.home.rope is None or isinstance(pos, Tensor) or (pos - self.home.first) % PAGE == 0
     return ordered and self.D <= 128 and whole
@@ -625,7 +626,7 @@ def _turn(self:PageCodec, x, pos):
     return torch.where(first > 0, one, other), torch.where(first > 0, other, one)
 
 
-PageCodec._encoder, PageCodec._turn, PageCodec._for_kernel = _encoder, _turn, _for_kernel
+PageCodec._encoder, PageCodec._turn, PageCodec.kernels_write = _encoder, _turn, _kernels_write
 
 # %% ../nbs/35_pages.ipynb #5c2efb4d
 def _heads(self:PageCodec, pages):

@@ -163,7 +163,8 @@ def test_pages_that_are_no_neighbours(by_kernel):
     plan = codecs(rope=Rope(10000. ** -(torch.arange(0, D, 2).float() / D)))
     keys, values = plan[0, "k"], plan[0, "v"]
     keys.by_kernel = values.by_kernel = by_kernel
-    k, v = drawn(3*PAGE, torch.Generator().manual_seed(3), B=1)
+    device = "cuda" if by_kernel and torch.cuda.is_available() else "cpu"
+    k, v = (x.to(device) for x in drawn(3*PAGE, torch.Generator().manual_seed(3), B=1))
     starts = torch.tensor([4 + 5*PAGE, 4, 4 + 2*PAGE])
     together = keys.encode(k, starts)
     both = together["pages"], values.encode(v, starts, keys.order(together))["pages"]
@@ -172,6 +173,23 @@ def test_pages_that_are_no_neighbours(by_kernel):
         alone = keys.encode(k[:, :, here], pos)
         for x, y in zip(both, (alone["pages"], values.encode(v[:, :, here], pos, keys.order(alone))["pages"])):
             assert (x[:, :, i] == y[:, :, 0]).double().mean() > .99 # but for ties, where a sum runs in another order
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_kernels_code_nan_and_nothing_of_it_is_stored(value, kind):
+    "Where kernels encode, the cache looks for NaN behind them, so that it waits for the GPU once: the order stays one, and the layer as it was."
+    plan = codecs(rope=Rope(10000. ** -(torch.arange(0, D, 2).float() / D)))
+    for c in plan.values(): c.by_kernel = True
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pair = [x.to(device) for x in drawn(4 + 2*PAGE + 30, torch.Generator().manual_seed(3), B=1)]
+    pair[kind][0, 1, 4 + PAGE + 7, 5] = value
+    assert plan[0, "k"].kernels_write(pair[0], 4, None)
+    order = plan[0, "k"].order(plan[0, "k"].encode(pair[0][:, :, 4:4 + 2*PAGE], 4))
+    assert (order.sort(-1).values == torch.arange(PAGE, device=device)).all()
+    layer = NDLayer(0, (3, 3), "pages", 20, 4, PAGE, codecs=plan)
+    with pytest.raises(ValueError, match=f"layer 0: {('keys', 'values')[kind]} hold NaN or Inf"): layer.update(*pair)
+    assert all(s.packed.n == 0 and s.window.shape[2] == 2*PAGE + 30 for s in layer.stores)
 
 
 @pytest.mark.parametrize("family", PLAIN)
