@@ -341,9 +341,6 @@ def _store(CODES, codes, slot, place, some, head, M: tl.constexpr, D: tl.constex
         c = tl.arange(0, DP//4)[None, :]
         to = CODES.to(tl.pointer_type(tl.int32)) + (head*S*PAGE + slot*S)[:, None] + c
         tl.store(to, _words(codes, M, D, DP), mask=some[:, None] & (c < S))
-#
-# Triton compiles a kernel anew where a whole number is one or becomes a multiple of 16. Of this kernel that takes 20 seconds, for keys and for values, so numbers
-# of heads, pages and sequences are told to be like any others (`do_not_specialize`): one prompt of 32k tokens compiled four of them before, two now.
 
 # %% ../nbs/33_kernels_encode_pages.ipynb #2899ae34
 @triton.jit(do_not_specialize=["H", "P", "n", "each"])
