@@ -619,9 +619,11 @@ def _turn(self:PageCodec, x, pos):
     "cos and sin `[pages, D]` that turn keys back by the start of their page."
     rope = self.home.rope
     if rope is None: return None
-    start = page_starts(pos, x)
-    first = torch.zeros(self.D, device=x.device)
-    first[rope.order(self.D)[:len(rope.inv_freq)].to(x.device)] = 1.
+    if ("first", x.device) not in self._at: # a copy to a GPU makes the host wait
+        first = torch.zeros(self.D)
+        first[rope.order(self.D)[:len(rope.inv_freq)]] = 1.
+        self._at["first", x.device] = first.to(x.device)
+    start, first = page_starts(pos, x), self._at["first", x.device]
     one, other = (rope.undo(t.expand(len(start), -1), start) for t in (first, 1 - first))
     return torch.where(first > 0, one, other), torch.where(first > 0, other, one)
 

@@ -163,6 +163,7 @@ def tiered(model, batch, length, bits=2, **kw):
 
 def in_generate(model, batch, length, bits=2, **kw):
     "An `NDCache` of tiered pages that the model's attention reads by kernel, as `generate` runs it."
+    model.set_attn_implementation("ndkv_packed") # first: the cache asks for what reads it
     cache = NDCache(model.config, bits, profile=made_profile(model), length=length, **kw)
     filled = _fill(model, cache, batch, length, "ndkv_packed")
     filled.nbytes = cache.nbytes

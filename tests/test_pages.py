@@ -175,6 +175,26 @@ def test_pages_that_are_no_neighbours(by_kernel):
             assert (x[:, :, i] == y[:, :, 0]).double().mean() > .99 # but for ties, where a sum runs in another order
 
 
+class Copies(torch.utils._python_dispatch.TorchDispatchMode):
+    "Notes what is copied from the CPU to another device, where PyTorch waits for all that the device has been told."
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if f is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" != out.device.type: self.seen.append(tuple(out.shape))
+        return out
+
+
+def test_nothing_is_copied_to_the_device_twice():
+    "What keys are turned back with, and the order of their pages: after the first call no copy from the CPU."
+    keys, count = codecs(rope=Rope(10000. ** -(torch.arange(0, D, 2).float() / D)))[0, "k"], []
+    x, pages = torch.empty(1, H, 3*PAGE, D, device="meta"), dict(pages=torch.empty(1, 1, 3, keys.nbytes, dtype=torch.uint8, device="meta"))
+    for _ in range(2):
+        with Copies() as copies:
+            copies.seen = []
+            keys._turn(x, 4), keys.order(pages)
+        count.append(len(copies.seen))
+    assert count[0] > 0 == count[1]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", [0, 1])
 def test_kernels_code_nan_and_nothing_of_it_is_stored(value, kind):
