@@ -23,7 +23,7 @@ setup(
     package_data={'ndkv': ['*.safetensors']},
     data_files=[('share/ndkv', ['results/public/models.json', 'results/public/tasks.json'])], # where `ndkv.public.recipes` and `ndkv.answers.taskset_recipes` look outside a checkout
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'public', 'ray', 'thirdparty')},
-    entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d']},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'public', 'ray', 'thirdparty', 'vllm')},
+    entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d'], 'vllm.general_plugins': ['ndkv=ndkv.engine:register']},
     zip_safe=False,
 )

@@ -1336,7 +1336,7 @@ def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits, early):
     k_place, k_width, v_place, v_width, level = plan.plain()
     _read_pages_plainly[(B*H*groups, splits)](
         query, means, plan.heads, k_place, v_place, k_width, v_width, level, k_pages, v_pages, table, lens,
-        top, total, out, most, splits, H, groups, k_pages.shape[1], v_pages.shape[1], CK, CV)
+        top, total, out, most, splits, H, groups, k_pages.stride(0), v_pages.stride(0), CK, CV)
     return top, total, out, F.pad(plan.v_rows, (0, 0, 0, CV - plan.Dv)).contiguous()
 
 
@@ -1351,7 +1351,7 @@ def _kernel_parts(plan, q, k_pages, v_pages, table, lens, splits, early=False):
     sms = _multiprocessors(q.device)
     _read_pages[(sms * -(-programs*splits // sms),)](
         q, plan.order, plan.unit, plan.turns, plan.tables, plan.octaves, plan.levels, plan.heads, k_pages, v_pages,
-        table, lens, top, total, out, table.shape[1], splits, B, H, groups, k_pages.shape[1], v_pages.shape[1], sms,
+        table, lens, top, total, out, table.shape[1], splits, B, H, groups, k_pages.stride(0), v_pages.stride(0), sms,
         key, plan.warps, num_warps=plan.warps, maxnreg=REGISTERS, launch_pdl=early)
     return top, total, out, plan.sums(key)
 
@@ -1370,11 +1370,16 @@ def _exact_parts(plan, q, exact, early=False):
     return top, total, out
 
 
+def _on_16(pages):
+    "Pages that begin at multiples of 16 bytes, as bulk copies are."
+    return pages if (pages.data_ptr() | pages.stride(0)) % 16 == 0 else pages.clone(memory_format=torch.contiguous_format)
+
+
 @on_its_device
 def attend_pages(
     plan:Plan,
     q:Tensor,       # `[B, Hq, D]`, one query a sequence, after RoPE
-    k_pages:Tensor, # uint8 `[pages, plan.k_bytes]`: halves of all heads
+    k_pages:Tensor, # uint8 `[pages, plan.k_bytes]`: halves of all heads; rows may lie apart
     v_pages:Tensor, # uint8 `[pages, plan.v_bytes]`
     table:Tensor,   # int32 `[B, most]`: which page is which block of a sequence
     lens:Tensor,    # int32 `[B]`: pages of each sequence
@@ -1387,8 +1392,8 @@ def attend_pages(
     if D != plan.D or Hq % plan.H:
         raise ValueError(f"attend_pages: queries {tuple(q.shape)}; the plan has {plan.H} heads of {plan.D}")
     for name, x, n in (("k_pages", k_pages, plan.k_bytes), ("v_pages", v_pages, plan.v_bytes)):
-        if x.dtype != torch.uint8 or x.shape[-1] != n or not x.is_contiguous():
-            raise ValueError(f"attend_pages: {name} must be contiguous uint8 [pages, {n}], as this plan stores them")
+        if x.dtype != torch.uint8 or x.shape[-1] != n or x.stride(-1) != 1:
+            raise ValueError(f"attend_pages: {name} must be uint8 [pages, {n}] with contiguous rows, as this plan stores them")
     if table.shape[1] > plan.pages:
         raise ValueError(f"attend_pages: {table.shape[1]} pages a sequence; make the plan for as many")
     G = Hq // plan.H
@@ -1400,7 +1405,7 @@ def attend_pages(
     parts = _kernel_parts if fast else _plain_parts
     by_head = by_head.view(B, plan.H, groups, 4, D).contiguous()
     some = exact is not None and exact[0].shape[2] > 0
-    if fast: k_pages, v_pages = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (k_pages, v_pages)) # bulk copies are of 16 bytes
+    if fast: k_pages, v_pages = (_on_16(x) for x in (k_pages, v_pages))
     early = fast and q.is_cuda # a kernel may come while the one before is running, and waits for what it reads
     e = _exact_parts(plan, q, exact, early) if some else [torch.empty(1, device=q.device)] * 3
     blocks = e[0].shape[1] if some else 0

@@ -68,6 +68,8 @@ def _blocks(grid): return ((i,) for i in range(grid[0]))
 def run_read_pages(names, kernel, grid, *args):
     "Every block, one after another; results are written into the tensors."
     tensors = {id(a): (a.float() if str(a.dtype) == "torch.bfloat16" else a).numpy() for a in args if hasattr(a, "numpy")}
+    tensors |= {id(a): a.as_strided((a.untyped_storage().nbytes() - a.storage_offset(),), (1,)).numpy() # pages that lie apart
+                for a in args if str(getattr(a, "dtype", "")) == "torch.uint8" and not a.is_contiguous()}
     memory = {k: np.ascontiguousarray(v).reshape(-1).view(np.uint8) for k, v in tensors.items()}
     values = [Pointer(memory[id(a)], tensors[id(a)].dtype) if id(a) in tensors else a for a in args]
     lanes = 32 * args[-1]
