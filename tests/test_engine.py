@@ -200,7 +200,8 @@ def test_pages_are_those_of_the_codec(profile):
         assert (mine != want["pages"][0, 0]).float().mean() < 2e-3 # but for codes at ties
 
 
-def test_who_reads_a_block_need_not_have_written_it(profile):
+@pytest.mark.parametrize("n", [1, 50])
+def test_who_reads_a_block_need_not_have_written_it(profile, n):
     "Two requests in one step: the second begins with the page that the first fills in this very step."
     codecs = codecs_of(profile)
     layout = engine.plan_blocks(codecs, torch.float32, 0)
@@ -211,8 +212,21 @@ def test_who_reads_a_block_need_not_have_written_it(profile):
     memory.grow(a, 128)
     b.done, b.pages, b.recent = 128, a.pages[:1], a.recent[:128 // layout.recent]
     for x in (*b.pages, *b.recent): memory.users[x] += 1
-    _, out = memory.step(layer, [(a, 28), (b, 50)])
-    check(out, alone(codecs, 0, b, 128, 50))
+    _, out = memory.step(layer, [(a, 28), (b, n)])
+    check(out, alone(codecs, 0, b, 128, n))
+
+
+def test_a_step_of_nobody(profile):
+    "An engine warms up, and keeps idle ranks in step, with tokens that have no place (slot -1): block 0 takes them, no other changes."
+    codecs = codecs_of(profile)
+    layout = engine.plan_blocks(codecs, torch.float32, 0)
+    memory, layer = Memory(layout).bytes, engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
+    before, nothing = memory.clone(), torch.zeros(2, 300, dtype=torch.int32)
+    step = engine.Step([0, 200, 201], [200, 130], layout, nothing, nothing)
+    q, k, v = (torch.randn(201, h, 32) for h in (4, 2, 2))
+    memory[0] = 0 # as an engine begins
+    layer.forward(q, k, v, memory, memory, step, torch.full([201], -1), torch.empty(201, 4, 32))
+    assert torch.equal(memory[1:], before[1:])
 
 
 def test_the_kernel_reads_the_engines_table(profile):
