@@ -17,8 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from .hub import load_profile
 from .pages import PAGE, PageCodec, _bases, _codec, allocate_strips, strips_of, tier_importance
 from .parallel import own_heads, rank_heads
-from .profile import Profile
-from .spectral import held_tokens
+from .profile import Profile, layer_reach
 from .tiles import attend_exact
 try: from ndkv import kernels_pages
 except ImportError: kernels_pages = None # no Triton: pages are decoded
@@ -28,20 +27,20 @@ def block_codecs(
     config,              # `PreTrainedConfig` of the model
     profile,             # From `calibrate`, or where it is
     bits:float,          # Effective bits an element of a page, in every layer
-    window:int=128,      # Recent tokens in full precision, at least
-    length:int=4096,     # Tokens of text that tell which layers hold pages at all
-) -> dict: # layer -> (`PageCodec` of keys, of values)
+) -> dict: # layer -> (`PageCodec` of keys, of values), of those that see all tokens
     "Codecs whose pages begin at token 0 and take about the same bytes in every layer."
+    out = {}
     if not isinstance(profile, Profile): profile = load_profile(profile, config, ("dtype",))
     else: profile = profile.check(config, ("dtype",))
     if not profile.prices:
         raise ValueError("ndkv: the profile holds no sensitivities; make it with `ndkv calibrate`")
-    held, out = held_tokens(profile, length, window, 0, PAGE, config), {}
-    for i in sorted(held.keys() & profile.layers.keys()):
+    sees_all = [i for i, reach in enumerate(layer_reach(config)) if reach is None]
+    for i in sorted({*sees_all} & profile.layers.keys()):
         bases = _bases(i, profile.layers[i], profile.prices[i], .01)
         strips = [strips_of(b, tier_importance(profile, *key), direction=key[1] == "k") for key, b in bases.items()]
         widths = allocate_strips(strips, bits)
         out[i] = tuple(_codec(profile, key, b, w, 0) for (key, b), w in zip(bases.items(), widths))
+    if not out: raise ValueError("ndkv: no layer that the profile describes reads all tokens before, and pages are for those")
     return out
 
 # %% ../nbs/79_engine.ipynb #48fb52aa
@@ -72,7 +71,7 @@ class Blocks:
 def plan_blocks(
     codecs:dict,         # From `block_codecs`, with all heads of the model
     dtype:torch.dtype,   # Of the model
-    window:int=128,      # As of `block_codecs`
+    window:int=128,      # Recent tokens in full precision, at least
     world:int=1,         # Ranks that share the heads
 ) -> Blocks:
     "The smallest block that holds a page of any layer on any rank, and one token at least."
@@ -248,14 +247,13 @@ BlockLayer.forward = _forward
 # %% ../nbs/79_engine.ipynb #f6edb2d9
 try:
     from vllm.forward_context import get_forward_context
-    from vllm.logger import init_logger
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.attention.backend import (AttentionBackend, AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder,
                                            MultipleOf)
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 except ImportError: # without an engine, the names that classes below are made of
     AttentionBackend = AttentionImpl = AttentionLayerBase = AttentionMetadataBuilder = object
-    AttentionCGSupport = init_logger = None
+    AttentionCGSupport = None
 
 # %% ../nbs/79_engine.ipynb #587d0834
 @dataclass
@@ -363,7 +361,7 @@ def refuse(vllm_config, dtype):
 
 
 def why_not(layer, codecs, given):
-    "Why a layer stays as it is, or None."
+    "Why a layer cannot be held, or None."
     for name, why in dict(per_layer_sliding_window="a sliding window", alibi_slopes="ALiBi", logits_soft_cap="capped scores",
                           sinks="learned sinks", kv_sharing_target_layer_name="keys of another layer").items():
         if isinstance(given.get(name), Tensor) or given.get(name): return why
@@ -385,7 +383,7 @@ class Shared:
         model = vllm_config.model_config
         refuse(vllm_config, model.dtype)
         self.most, self.stays = -(-model.max_model_len // PAGE), {}
-        whole = block_codecs(model.hf_config, profile, bits, window)
+        whole = block_codecs(model.hf_config, profile, bits)
         self.layout = plan_blocks(whole, model.dtype, window, world)
         cut = lambda c: c if world == 1 else own_heads(c, rank_heads(len(c.widths), rank, world))
         self.codecs = {i: tuple(map(cut, pair)) for i, pair in whole.items()}
@@ -437,8 +435,8 @@ def register():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     if hasattr(Attention, "ndkv"): return # plugins are loaded more than once
     register_backend(AttentionBackendEnum.CUSTOM, "ndkv.engine.Backend")
-    Attention.ndkv, init, spec, log = True, Attention.__init__, Attention.get_kv_cache_spec, init_logger("vllm.ndkv")
-    names, last = inspect.signature(init), {} # of the engine that is being made: its configuration and `Shared`
+    Attention.ndkv, init, spec = True, Attention.__init__, Attention.get_kv_cache_spec
+    names, last, whys = inspect.signature(init), {}, {} # of the engine that is being made: its configuration and `Shared`
 
     @functools.wraps(init)
     def made(self, *args, **kw):
@@ -449,15 +447,16 @@ def register():
         refuse_sharing(given, config)
         why = why_not(i, last["shared"].codecs, given)
         init(self, *args, **kw) if why else init(self, *args, **kw, attn_backend=Backend)
-        if why: log.info("ndkv: %s stays as it is: %s", self.layer_name, why)
+        if why: whys[self.layer_name] = why
         else: hold(self, last["shared"], i, config)
 
     @functools.wraps(spec)
     def asked(self, vllm_config):
         if isinstance(self.impl, Impl): return block_spec(self.impl.layer.layout, recent=False)
-        if not any(isinstance(x, Recent) for x in vllm_config.compilation_config.static_forward_context.values()):
-            raise ValueError("ndkv: no layer of this model can be held (the log says why); unset NDKV_PROFILE")
-        return spec(self, vllm_config)
+        if own := spec(self, vllm_config):
+            raise ValueError(f"ndkv: {self.layer_name} ({whys[self.layer_name]}) cannot be held, and would read bytes of pages as "
+                             "numbers where its own end; unset NDKV_PROFILE for this model")
+        return own
 
     def latent(self, *args, **kw): raise ValueError("ndkv: latents (MLA) lie in no pages; use NDCache, or unset NDKV_PROFILE")
 

@@ -31,7 +31,7 @@ def profile():
     return calibrate(model, torch.randint(1, 97, (8, 400)), bar=False)
 
 
-def codecs_of(profile, bits=2.5, window=0): return engine.block_codecs(CONFIG, profile, bits, window)
+def codecs_of(profile, bits=2.5): return engine.block_codecs(CONFIG, profile, bits)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def check(got, want): assert (got - want).abs().max() < 5e-3 * want.abs().max() 
 @pytest.mark.parametrize("seed, window, bits", [(i, (0, 37, 128)[i % 3], (1.5, 2.5)[i % 2]) for i in range(12)])
 def test_any_schedule(profile, seed, window, bits):
     "Mixed lengths, chunks of prompts beside single tokens, shared prefixes, preemption: every row reads what it would alone."
-    codecs = codecs_of(profile, bits, window)
+    codecs = codecs_of(profile, bits)
     layout, draw = engine.plan_blocks(codecs, torch.float32, window), random.Random(seed)
     memory, layer = Memory(layout, seed=seed), engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
     first = Request(560, seed)
@@ -232,7 +232,7 @@ def test_a_step_of_nobody(profile):
 def test_the_kernel_reads_the_engines_table(profile):
     "Triton's interpreter on pages that lie in blocks with something behind them, against decoding; recent tokens beside."
     kp = pytest.importorskip("ndkv.kernels_pages")
-    codecs = codecs_of(profile, 2.5, 37)
+    codecs = codecs_of(profile)
     layout = engine.plan_blocks(codecs, torch.float32, 37)
     assert layout.nbytes > sum(c.nbytes for c in codecs[0]) - 256
     memory, layer = Memory(layout, 400), engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
@@ -295,7 +295,7 @@ def test_refused_in_one_line(kw, what):
     (dict(sinks=torch.zeros(4)), "learned sinks"), (dict(kv_sharing_target_layer_name="x"), "keys of another layer"),
     (dict(attn_type="encoder_only"), "attention of type encoder_only"), (dict(attn_backend=object), "the model chooses its own backend"),
     (dict(head_size=64), "heads of 64 channels"), (dict(head_size_v=16), "heads of 32 and 16 channels")])
-def test_layers_that_stay(profile, kw, why):
+def test_layers_that_cannot_be_held(profile, kw, why):
     assert engine.why_not(0, codecs_of(profile), dict(head_size=32) | kw) == why
     if not kw: assert engine.why_not(7, codecs_of(profile), dict(head_size=32)) == "the profile does not describe it"
 
@@ -309,6 +309,9 @@ def test_settings(monkeypatch, profile):
         with monkeypatch.context() as m:
             m.setenv(name, value)
             with pytest.raises(ValueError, match=rf"^ndkv: [^\n]*{name}={re.escape(value)}[^\n]*$"): engine.settings()
+    with pytest.raises(ValueError, match="no layer that the profile describes reads all tokens"), pytest.MonkeyPatch.context() as m:
+        m.setattr(engine, "layer_reach", lambda config: [64, 64])
+        engine.block_codecs(CONFIG, profile, 2)
     bare = copy.copy(profile)
     bare.prices = {}
     with pytest.raises(ValueError, match="no sensitivities"): engine.block_codecs(CONFIG, bare, 2)
@@ -337,10 +340,9 @@ def test_the_interface(tmp_path, profile):
     LlamaForCausalLM(CONFIG).config.save_pretrained(tmp_path)
     got = run("engine_stub.py", tmp_path, NDKV_PROFILE=str(tmp_path/"p.safetensors"), NDKV_BITS="2.5", NDKV_WINDOW="37")
     assert sorted(got["held"]) == ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"] and got["stays"] == ["model.layers.2.self_attn.attn"]
-    assert got["log"][:1] == ["ndkv: model.layers.2.self_attn.attn stays as it is: a sliding window"]
     pages, recent = got["specs"]["model.layers.0.self_attn.attn"], got["specs"]["model.layers.0.self_attn.attn.recent"]
     assert pages["kind"] == "FullAttentionSpec" and pages["block_size"] == PAGE and recent["kind"] == "SlidingWindowSpec"
     assert recent["sliding_window"] == 37 + PAGE and pages["bytes"] == recent["bytes"] == got["shape"][1]
-    assert got["off"] < 5e-3 and got["once"] and got["shared_ok"]
-    shares, latent, none = got["why"]
-    assert "reads the keys of model.layers.1.self_attn.attn" in shares and "latent" in latent and "no layer of this model" in none
+    assert got["off"] < 5e-3 and got["once"]
+    shares, latent, slides = got["why"]
+    assert "reads the keys of model.layers.1.self_attn.attn" in shares and "latent" in latent and "(a sliding window) cannot be held" in slides

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -50,6 +50,18 @@ def folder(tmp_path_factory):
     model.save_pretrained(path/"model") # the profile lies beside it: the engine reads every .safetensors of a model's folder as weights
     calibrate(model, torch.randint(3, 512, (8, 512)), bar=False).save(path/"profile.safetensors")
     return path
+
+
+def test_layers_beside_pages_are_refused(tmp_path):
+    "A sliding layer reads a little before its window and masks it; in blocks that have become pages these would be no numbers."
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=4096, sliding_window=64, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=64)).eval()
+    model.save_pretrained(tmp_path/"model")
+    calibrate(model, torch.randint(3, 512, (8, 512)), bar=False).save(tmp_path/"profile.safetensors")
+    with pytest.raises(AssertionError, match=r"ndkv: model.layers.0.self_attn.attn \(a sliding window\) cannot be held"):
+        run("engine_cpu.py", tmp_path/"model", "mixed", NDKV_PROFILE=str(tmp_path/"profile.safetensors"), NDKV_BITS="3")
 
 
 @pytest.mark.parametrize("case, bits, window, more", [
