@@ -18,7 +18,7 @@ from torch import Tensor
 from .codebooks import Codebook, distortion, lloyd_max
 from .frames import Frame, head_rows
 from .kernels_encode_pages import Encoder
-from .profile import PAGE, Profile
+from .profile import PAGE, Profile, layer_reach
 from .spectral import CHANNEL_BYTES, HEAD_BYTES, Home, SmallFrame, _filled_and_empty, held_tokens, key_frame, klt
 
 # %% ../nbs/35_pages.ipynb #56c49a77
@@ -679,7 +679,14 @@ def plan_pages(
     ridge:float=.01,      # As in `klt`
     tiers:bool=True,      # Spend more on important tokens? False: as if all were of mean importance, to see what tiers gain
 ) -> dict: # (layer, "k" or "v") -> `PageCodec`
-    "Codecs of all layers under one budget of bits."
+    "Codecs of all layers under one budget of bits; those of a profile are made once."
+    reach = None if model is None else tuple(layer_reach(model))
+    asked = "pages", bits, first, tokens, length, window, reach, block, ridge, tiers
+    return dict(profile.keep(asked, lambda: _plan_pages(profile, bits, first, tokens, length, window, model, block, ridge, tiers)))
+
+
+def _plan_pages(profile, bits, first, tokens, length, window, model, block, ridge, tiers):
+    "As `plan_pages`, made anew."
     if not profile.prices: raise ValueError("plan_pages: the profile holds no sensitivities; make it with `calibrate`")
     held = held_tokens(profile, length, window, first, block, model)
     if missing := sorted(held.keys() - profile.layers.keys()) if model is not None or profile.model else ():
@@ -688,7 +695,7 @@ def plan_pages(
                          "method='equalised'")
     bases = {}
     for i, s in profile.layers.items():
-        if i in held: bases |= _bases(i, s, profile.prices[i], ridge)
+        if i in held: bases |= profile.keep(("bases", i, ridge), lambda: _bases(i, s, profile.prices[i], ridge))
     out = {}
     for some in _filled_and_empty(bases, held):
         most = max(held[i] for i, _ in some)

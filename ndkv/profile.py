@@ -332,6 +332,22 @@ class Profile:
     prices:dict=field(default_factory=dict)            # Layer index -> prices of errors of keys `[H, D, D]` and values, from `32_fisher`; may be empty
     forecasts:dict=field(default_factory=dict)         # Layer index -> how a token's price is foretold: directions `[H, D]` for keys and values, mean price by rank `[H, 64]` for both; may be empty
     importance:dict=field(default_factory=dict)        # Layer index -> mean price by rank in a page `[H, PAGE]` of keys and of values, both in the order that keys foretell; may be empty
+    kept:dict=field(default_factory=dict, init=False)  # What `keep` has made of it
+
+    def keep(self, what, make):
+        "What `make()` gives, made once for as long as this profile has the same parts."
+        parts = [self.model, *self._parts()]
+        of, versions, made = self.kept.get(what, (None, None, None))
+        now = [getattr(x, "_version", x if isinstance(x, int) else 0) for x in parts] # PyTorch counts what is written into a tensor
+        if of is None or len(of) != len(parts) or any(a is not b for a, b in zip(of, parts)) or versions != now:
+            made = make()
+            self.kept[what] = parts, now, made
+        return made
+
+    def _parts(self):
+        for i, s in self.layers.items(): yield from (i, *vars(s).values())
+        for d in (self.prices, self.forecasts, self.importance):
+            for i, pair in d.items(): yield from (i, *pair)
 
     @property
     def tokens(self): return min((s.n for s in self.layers.values()), default=0) # Behind each layer's statistics
@@ -400,16 +416,20 @@ def _check_rope(p, model):
             raise ValueError(f"profile: layer {i}: this model's rotary frequencies are not those of the profile (model.to(torch.bfloat16) rounds them; from_pretrained(dtype=...) does not); collect a profile of this model")
 
 # %% ../nbs/30_profile.ipynb #946c4445
+def _check_numbers(self:Profile):
+    "Refuse statistics that are broken."
+    for i, s in self.layers.items(): _check_stats(s, i)
+    _check_prices(self)
+    _check_forecasts(self)
+    _check_importance(self)
+
 def _check(self:Profile,
     model=None,    # Model or configuration it will be used with; None checks the numbers only
     ignore=(),     # Fields not to compare, e.g. ("dtype",)
     enough:int=4,  # Tokens wanted for each channel of a head
 ) -> Profile: # Itself
     "Refuse statistics that are broken, too few, or of another model."
-    for i, s in self.layers.items(): _check_stats(s, i)
-    _check_prices(self)
-    _check_forecasts(self)
-    _check_importance(self)
+    self.keep("numbers checked", lambda: _check_numbers(self))
     need = enough * max((s.k_mean.shape[-1] for s in self.layers.values()), default=1)
     if self.tokens < need: raise ValueError(f"profile: {self.tokens} tokens are too few for covariances of this size; collect at least {need}")
     for name, a, b in _differences(self.model, {} if model is None else describe(model)):

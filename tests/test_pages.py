@@ -212,6 +212,27 @@ def test_kernels_code_nan_and_nothing_of_it_is_stored(value, kind):
     assert all(s.packed.n == 0 and s.window.shape[2] == 2*PAGE + 30 for s in layer.stores)
 
 
+def test_a_profile_keeps_its_plans_until_it_is_another():
+    "The same codecs for the next cache; made anew where a part is replaced or written into, for other budgets and windows, and of a copy."
+    profile = ranked(profile_of({0: (H, D, DV), 1: (H, D, DV)}, tf.LlamaConfig(**BASE)))
+    plan = lambda p=profile, bits=3., **kw: plan_pages(p, bits, **kw)
+    same = lambda a, b: [a[key] is b[key] for key in a]
+    first = plan()
+    assert all(same(first, plan())) and not any(same(first, plan(bits=2.))) and not any(same(first, plan(length=1000))) and all(same(first, plan()))
+    assert not any(same(first, plan(replace(profile))))
+    del first[0, "k"] # the caller's own
+    assert set(plan()) == {(i, kind) for i in (0, 1) for kind in "kv"}
+    before = plan()
+    profile.layers[1] = replace(profile.layers[1], v_cov=2*profile.layers[1].v_cov)
+    other = plan()
+    assert not any(same(before, other)) and all(same(other, plan()))
+    profile.layers[0].k_cov[0] += torch.eye(D)
+    assert not any(same(other, plan()))
+    profile.check(tf.LlamaConfig(**BASE), ("dtype", "layers", "reach"), enough=0)
+    profile.layers[0].k_cov[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="k_cov holds NaN"): profile.check(enough=0)
+
+
 @pytest.mark.parametrize("family", PLAIN)
 @torch.no_grad()
 def test_every_family_stays_within_its_budget(family, tmp_path):
