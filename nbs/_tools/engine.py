@@ -187,7 +187,7 @@ def main():
     p.add_argument("--chunk", type=int, default=16384, help="tokens of a step")
     p.add_argument("--methods", default="bf16,fp8,ndkv_2bit,turboquant_3bit")
     p.add_argument("--seconds", type=int, default=240, help="of one method at most")
-    p.add_argument("--folder", default="/tmp/ndkv_engine")
+    p.add_argument("--folder", default="runs/engine", help="for configurations, profiles and logs")
     p.add_argument("--out", default="")
     p.add_argument("--only", default="")
     p.add_argument("--eager", action="store_true", help="no CUDA graphs, no compiler: starts sooner")
