@@ -44,7 +44,7 @@ from .models import load_model, train as train_model
 from .profile import PAGE, fingerprint
 from .public import as_folder, fetched, find_model, get as get_public, home, recipes
 from .results import Run, round6
-from .rivals import SAMPLED, WHOLE
+from .joint_rivals import SAMPLED, WHOLE
 from .search import CALIBRATED, recommend as search_bits, sweep as run_sweep
 
 # %% ../nbs/95_cli.ipynb #086698d0

@@ -36,10 +36,11 @@ from .probe import device_of
 from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
 from .public import find_model
 from .results import Run, code_version, load_rows, newest, merge, write_atomic
-from .rivals import CALIBRATED as RIVALS
-from .rivals import SAMPLED
-from .rivals import VERSIONS as RIVAL_VERSIONS
-from .rivals import WHOLE, plan_rival, sample
+from .joint_rivals import CALIBRATED as RIVALS
+from .joint_rivals import SAMPLED
+from .joint_rivals import VERSIONS as RIVAL_VERSIONS
+from .joint_rivals import WHOLE, plan_rival
+from .rivals import sample
 from .stress import EDITIONS, load_twin
 from .tasks import QA_FILES, TASKS, cell_fields, task_scores
 

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
+import ndkv.joint_rivals as J
 import ndkv.rivals as R
+import ndkv.transform_rivals as X
 from ndkv.cache import METHODS, NDCache
 from ndkv.data import EOT, train_tokenizer
 from ndkv.evaluate import Cell, compare
@@ -52,7 +54,7 @@ D = 16
 FOUND, PROFILE = samples_of(D), profile_of(D)
 PLANS = {('cq', 1): R.cq_plan(FOUND, 1, rounds=4), ('cq', 1.25): None, ('cq', 2): R.cq_plan(FOUND, 2, rounds=4)}
 PLANS['cq', 1.25] = R.Coupled(torch.randn(HEADS, D // 8, 1024, 8, generator=torch.Generator().manual_seed(3)), rope_of(D))
-KVTC = {(bits, equal): R.kvtc_plan(FOUND, bits, SPAN, equal=equal) for bits in (2, 3) for equal in (False, True)}
+KVTC = {(bits, equal): X.kvtc_plan(FOUND, bits, SPAN, equal=equal) for bits in (2, 3) for equal in (False, True)}
 CODECS = {
     'cq-1': PLANS['cq', 1][1, 'k'], 'cq-2-v': PLANS['cq', 2][0, 'v'], 'cq-1.25': PLANS['cq', 1.25],
     **{f'kvtc-{b}-{kind}{"-equal" if e else ""}': plan[1, kind] for (b, e), plan in KVTC.items() for kind in 'kv'},
@@ -134,13 +136,13 @@ def test_wrong_options_get_one_line():
         ('give profile=', lambda: made[1](D, 2.5, **at)), ('no layer 0', lambda: made[1](2 * D, 2.5, **at, profile=PROFILE)), ('number and a half', lambda: made[1](D, 2, **at, profile=PROFILE)),
         ('1 to 7 whole bits', lambda: made[1](D, .5, **at, profile=PROFILE)), ('is 1 channels', lambda: made[1](D, 2.5, **at, profile=PROFILE, share=.05)),
         ('give more bits', lambda: made[0](D, .5, **at)), ('choose among 1, 1.25', lambda: R.cq_plan(FOUND, 1.5)),
-        ('do not divide head_dim 12', lambda: R.cq_plan(samples_of(12), 1)), ('give samples=', lambda: R.cq_plan(PROFILE, 1)), ('give samples=', lambda: R.kvtc_plan(None, 1)),
-        ('calibrate on more text', lambda: R.cq_plan(samples_of(D, n=100), 1)), ('calibrate on more', lambda: R.kvtc_plan(samples_of(D, n=20), 1, SPAN)),
-        ('positive number', lambda: R.kvtc_plan(FOUND, 0)), ('multiple of 8', lambda: R.kvtc_plan(FOUND, 1, 12)), ('larger block or more bits', lambda: R.kvtc_plan(FOUND, .01, SPAN)),
-        ("no option 'rotate'", lambda: R.plan_rival('kvtc', FOUND, 1, rotate=True)), ('choose among kvtc, cq', lambda: R.plan_rival('oscar', FOUND, 1)),
-        ('give samples=', lambda: R.fit_predictors(None, 1)),
-        ('choose among predict', lambda: R.plan_rival('aqua', FOUND, 1, steps=3)), ('at most 4.5', lambda: made[0](D, 8, **at)),
-        ('takes back no tokens', lambda: R.WholeCache(CONFIG, None).crop(-1))]
+        ('do not divide head_dim 12', lambda: R.cq_plan(samples_of(12), 1)), ('give samples=', lambda: R.cq_plan(PROFILE, 1)), ('give samples=', lambda: X.kvtc_plan(None, 1)),
+        ('calibrate on more text', lambda: R.cq_plan(samples_of(D, n=100), 1)), ('calibrate on more', lambda: X.kvtc_plan(samples_of(D, n=20), 1, SPAN)),
+        ('positive number', lambda: X.kvtc_plan(FOUND, 0)), ('multiple of 8', lambda: X.kvtc_plan(FOUND, 1, 12)), ('larger block or more bits', lambda: X.kvtc_plan(FOUND, .01, SPAN)),
+        ("no option 'rotate'", lambda: J.plan_rival('kvtc', FOUND, 1, rotate=True)), ('choose among kvtc, cq', lambda: J.plan_rival('oscar', FOUND, 1)),
+        ('give samples=', lambda: J.fit_predictors(None, 1)),
+        ('choose among predict', lambda: J.plan_rival('aqua', FOUND, 1, steps=3)), ('at most 4.5', lambda: made[0](D, 8, **at)),
+        ('takes back no tokens', lambda: J.WholeCache(CONFIG, None).crop(-1))]
     for says, f in cases:
         with pytest.raises(ValueError) as e: f()
         assert says in str(e.value) and '\n' not in str(e.value), says
@@ -173,14 +175,14 @@ def test_codes_of_cq_are_the_nearest_points():
 @given(seed=st.integers(0, 10_000), budget=st.floats(0, 30), weight=st.sampled_from([.25, 1]))
 def test_bits_by_dynamic_programming_are_the_best(seed, budget, weight):
     "Two layers of two components, all widths and cuts."
-    errors = [{1: randn(len(R.WIDTHS), 2, seed=seed + i).double().abs().sort(0, descending=True).values} for i in (0, 1)]
-    table = R.Allocation(errors, 32, 30, [1, weight])
+    errors = [{1: randn(len(X.WIDTHS), 2, seed=seed + i).double().abs().sort(0, descending=True).values} for i in (0, 1)]
+    table = X.Allocation(errors, 32, 30, [1, weight])
     left = min(int(budget * 32 / table.unit), len(table.rows[0]) - 1)
-    options = [[(table.cost(1, b, w), w * e[1][k, i].item()) for k, b in enumerate(R.WIDTHS)] for e, w in zip(errors, (1, weight)) for i in (0, 1)]
+    options = [[(table.cost(1, b, w), w * e[1][k, i].item()) for k, b in enumerate(X.WIDTHS)] for e, w in zip(errors, (1, weight)) for i in (0, 1)]
     want = min(sum(e for _, e in four) for four in itertools.product(*options) if sum(c for c, _ in four) <= left)
     groups = table.groups(budget)
     spent = sum(table.cost(1, b, w) for some, w in zip(groups, (1, weight)) for _, _, b in some)
-    lost = sum(w * e[1][R.WIDTHS.index(b), i].item() for some, e, w in zip(groups, errors, (1, weight)) for i, _, b in some)
+    lost = sum(w * e[1][X.WIDTHS.index(b), i].item() for some, e, w in zip(groups, errors, (1, weight)) for i, _, b in some)
     assert spent <= left and lost == pytest.approx(want, rel=1e-5) and [[i for i, *_ in some] for some in groups] == [[0, 1]] * 2
 
 
@@ -188,8 +190,8 @@ def test_bits_by_dynamic_programming_are_the_best(seed, budget, weight):
 @given(data=st.data(), rows=st.integers(1, 4), n=st.integers(0, 300), top=st.sampled_from([1, 3, 256]))
 def test_deflate_comes_back(data, rows, n, top):
     raw = torch.randint(top, (rows, 1, 2, n), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))), dtype=torch.uint8)
-    stream, length = R.deflate(raw)
-    assert torch.equal(R.inflate(stream, length), raw) and (length <= n + 16).all() and stream.shape[-1] == n + 16
+    stream, length = X.deflate(raw)
+    assert torch.equal(X.inflate(stream, length), raw) and (length <= n + 16).all() and stream.shape[-1] == n + 16
 
 
 @few
@@ -197,19 +199,19 @@ def test_deflate_comes_back(data, rows, n, top):
 def test_rans_comes_back(seed, symbols, T, lanes):
     "Any frequencies and any symbols, and close to the ideal number of bytes."
     rng = np.random.default_rng(seed)
-    freq = 1 + np.stack([rng.multinomial(2**R.PROB - symbols, rng.dirichlet(np.full(symbols, .3))) for _ in range(3)])
+    freq = 1 + np.stack([rng.multinomial(2**X.PROB - symbols, rng.dirichlet(np.full(symbols, .3))) for _ in range(3)])
     table, codes = rng.integers(3, size=lanes), rng.integers(symbols, size=(T, lanes))
     f = freq[table[None], codes]
-    data, n = R.rans_encode(f, (freq.cumsum(1) - freq)[table[None], codes])
-    assert (R.rans_decode(data, freq, table, T) == codes).all()
-    assert (n <= -np.log2(f / 2**R.PROB).sum(0) / 8 + 3.5 + .005 * T).all() and data.shape == (lanes, n.max())
+    data, n = X.rans_encode(f, (freq.cumsum(1) - freq)[table[None], codes])
+    assert (X.rans_decode(data, freq, table, T) == codes).all()
+    assert (n <= -np.log2(f / 2**X.PROB).sum(0) / 8 + 3.5 + .005 * T).all() and data.shape == (lanes, n.max())
 
 
 @few
 @given(bits=st.sampled_from([2.5, 3, 4]), tail=st.floats(.5, 4), seed=st.integers(0, 1000))
 def test_containers_always_fit(bits, tail, seed):
     "Vectors of any tail, with outliers no table expects."
-    codec = R.Container(32, bits, HEADS, SPAN)
+    codec = X.Container(32, bits, HEADS, SPAN)
     x = randn(2, HEADS, 2 * SPAN, 32, seed=seed)
     x = x.sign() * x.abs() ** tail
     enc = codec.encode(x)
@@ -218,11 +220,11 @@ def test_containers_always_fit(bits, tail, seed):
 
 
 def test_what_cannot_fit_is_its_mean():
-    codec = R.Container(16, 3, 1, SPAN)
+    codec = X.Container(16, 3, 1, SPAN)
     z = torch.full((1, codec.numbers), 1e4)  # beyond all levels of all steps: every code is the rarest
-    step = torch.tensor([R.STEPS - 2])
+    step = torch.tensor([X.STEPS - 2])
     data = codec._fill(z, step)
-    assert data.shape == (1, codec.payload) and step.item() in (R.STEPS - 2, R.STEPS - 1)
+    assert data.shape == (1, codec.payload) and step.item() in (X.STEPS - 2, X.STEPS - 1)
 
 
 # in the cache
@@ -248,7 +250,7 @@ def found(tiny, text): return R.sample(tiny, text, **SMALL, bar=False)
 
 
 @pytest.fixture(scope='module')
-def plans(found): return dict(kvtc=R.kvtc_plan(found, 3, SPAN), cq=R.cq_plan(found, 2, rounds=4))
+def plans(found): return dict(kvtc=X.kvtc_plan(found, 3, SPAN), cq=R.cq_plan(found, 2, rounds=4))
 
 
 def test_samples_are_what_the_cache_packs(tiny, text, found):
@@ -304,19 +306,19 @@ def test_streams_are_saved(tiny, text, plans, tmp_path, wrote, reads):
 def test_prediction_leaves_less(tiny, text, found):
     "Layers that repeat the first one are predicted, and then the same code loses less of them."
     same = R.Samples({(i, kind): found.vectors[0, kind] for i in (0, 1) for kind in 'kv'}, found.weights, found.ropes)
-    maps, plain = R.fit_predictors(same, 3), R.fit_predictors(same, 3, predict=False)
+    maps, plain = J.fit_predictors(same, 3), J.fit_predictors(same, 3, predict=False)
     assert maps.left[1, 'k'] < .1 and maps.left[0, 'k'] == pytest.approx(1, abs=.01) == plain.left[1, 'k']
     x = found.vectors[0, 'k'][None, :, :64], found.vectors[0, 'v'][None, :, :64]
     lost = [sum((a - b).square().sum() for a, b in zip(f({0: x, 1: x})[0][1], x)) for f in (maps, plain)]
     assert lost[0] < .9 * lost[1]
 
 
-@pytest.mark.parametrize('name', R.WHOLE)
+@pytest.mark.parametrize('name', J.WHOLE)
 def test_codes_of_the_whole_model(tiny, text, found, name):
     "More bits lose less; bytes are what the coder stores; block by block equals token by token."
     kl, bits = [], []
     for b in (6, 2):
-        cell = Cell(name, b, b, **SMALL, options=dict(coder=R.WHOLE[name](found, b, SPAN), sinks=4, block=SPAN))
+        cell = Cell(name, b, b, **SMALL, options=dict(coder=J.WHOLE[name](found, b, SPAN), sinks=4, block=SPAN))
         of, reports = compare(tiny, text[:2], [cell], bar=False)
         kl.append(of[cell]['kl'][:, 68:].mean()), bits.append(reports[cell]['bits_packed'])
     assert 0 < kl[0] < kl[1] < 5
@@ -331,10 +333,10 @@ def test_codes_of_the_whole_model(tiny, text, found, name):
 
 
 def test_whole_models_that_are_refused(found):
-    with pytest.raises(ValueError, match='without sliding windows'): R.WholeCache(MistralConfig(sliding_window=32), None)
+    with pytest.raises(ValueError, match='without sliding windows'): J.WholeCache(MistralConfig(sliding_window=32), None)
     with pytest.raises(ValueError, match='give coder='): Cell('aqua', 2, 2).cache(CONFIG)
-    with pytest.raises(ValueError, match='whole bits'): R.aqua_plan(found, 1.5)
-    one = R.together(found)
+    with pytest.raises(ValueError, match='whole bits'): J.aqua_plan(found, 1.5)
+    one = J.together(found)
     assert one.vectors[0, 'k'].shape[0] == 4 and torch.equal(one.vectors[0, 'v'][2:], found.vectors[1, 'v'])
 
 
@@ -353,7 +355,7 @@ def test_a_sweep_of_all(tmp_path, clean_code):
                dict(method='kvtc_joint', bits=[3], tries=5), dict(method='aqua', bits=[2])]
     grid = dict(models=['tiny'], methods=methods, tasks=['prose'], length=200, n=2, window=16, sinks=2, block=32, calibration='prose', calibration_windows=4)
     cells = cells_of(read_grid(grid))
-    assert all(c['version'] == R.VERSIONS[c['method']] for c in cells.values())
+    assert all(c['version'] == J.VERSIONS[c['method']] for c in cells.values())
     report = sweep(grid, tmp_path / 'out', 'rows', tmp_path / 'data', tmp_path / 'zoo', bar=False)
     assert len(report['done']) == 6, (tmp_path / 'out' / 'rows.failed.json').read_text()
     rows = load_rows(tmp_path / 'out' / 'rows.jsonl')
