@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .baselines import CACHES
+from .more_baselines import CACHES
 from .metrics import bootstrap
 from .profile import layer_reach, packed_tokens
 from .public import _download, _pieces, _wheel_in

@@ -34,7 +34,7 @@ from . import report as reporting
 from .answers import find_taskset, get_taskset, taskset_recipes
 from .attention import PagedCache
 from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
-from .baselines import CACHES, baseline_grid
+from .more_baselines import CACHES, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
 from .fisher import calibrate as measure_profile, mix_profiles, own_text
 from .hub import load_profile

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from .baselines import CACHES, _seed, _whole
+from .baselines import _seed, _whole
+from .more_baselines import CACHES
 from .codec import NormDirectionCodec
 from .frames import rotation
 from .profile import Rope, layer_reach, packed_tokens, water_level

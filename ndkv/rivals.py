@@ -9,7 +9,8 @@ __all__ = ['COUPLED', 'Samples', 'sample', 'weighted_kmeans', 'Coupled', 'cq_pla
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .baselines import Codec, GroupedRates, _seed, _stats, _whole
+from .baselines import Codec, _seed, _whole
+from .more_baselines import GroupedRates, _stats
 from .cache import method
 from .fisher import check_measurable, fisher
 from .probe import private_copy

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .answers import ASKED, PROTOCOL, TASKSETS, Answers, agent_windows, answer_rows, answers, check_tasks, find_taskset, taskset, tokens_read
-from .baselines import _GRID, CACHES
-from .baselines import CALIBRATED as BASELINES
-from .baselines import VERSIONS
+from .more_baselines import _GRID, CACHES
+from .more_baselines import CALIBRATED as BASELINES
+from .more_baselines import VERSIONS
 from .cache import METHODS, PLANNED, NDCache, make_codec, make_plan
 from .codebooks import distortion, lloyd_max
 from .data import read_documents

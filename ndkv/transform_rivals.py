@@ -14,7 +14,8 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from .baselines import Codec, _eight, _stats, _uneight, half
+from .baselines import Codec, half
+from .more_baselines import _eight, _stats, _uneight
 from .cache import MemoPacked, method
 from .codebooks import Codebook, distortion
 from .codec import pack, unpack

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import ndkv.baselines as B
-from ndkv.baselines import CACHES, CALIBRATED, LibraryCache, baseline_grid
+import ndkv.more_baselines as B
+from ndkv.more_baselines import CACHES, CALIBRATED, LibraryCache, baseline_grid
 from ndkv.cache import METHODS, NDCache
 from ndkv.evaluate import Cell, account, chunk_edges, compare, evaluate, step
 from ndkv.profile import LayerStats, Profile, Rope
