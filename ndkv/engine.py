@@ -10,14 +10,15 @@ __all__ = ['block_codecs', 'Blocks', 'plan_blocks', 'Step', 'BlockLayer', 'Meta'
 import math, os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from .hub import load_profile
-from .pages import PAGE, PageCodec, _bases, _codec, allocate_strips, strips_of, tier_importance
+from .cache import page_codecs
+from .pages import PAGE, PageCodec
 from .parallel import own_heads, rank_heads
-from .profile import Profile, layer_reach
+from .profile import layer_reach
 from .tiles import attend_exact
 try: from ndkv import kernels_pages
 except ImportError: kernels_pages = None # no Triton: pages are decoded
@@ -26,45 +27,39 @@ except ImportError: kernels_pages = None # no Triton: pages are decoded
 def block_codecs(
     config,              # `PreTrainedConfig` of the model
     profile,             # From `calibrate`, or where it is
-    bits:float,          # Effective bits an element of a page, in every layer
-) -> dict: # layer -> (`PageCodec` of keys, of values), of those that see all tokens
-    "Codecs whose pages begin at token 0 and take about the same bytes in every layer."
-    out = {}
-    if not isinstance(profile, Profile): profile = load_profile(profile, config, ("dtype",))
-    else: profile = profile.check(config, ("dtype",))
-    if not profile.prices:
-        raise ValueError("ndkv: the profile holds no sensitivities; make it with `ndkv calibrate`")
-    sees_all = [i for i, reach in enumerate(layer_reach(config)) if reach is None]
-    for i in sorted({*sees_all} & profile.layers.keys()):
-        bases = _bases(i, profile.layers[i], profile.prices[i], .01)
-        strips = [strips_of(b, tier_importance(profile, *key), direction=key[1] == "k") for key, b in bases.items()]
-        widths = allocate_strips(strips, bits)
-        out[i] = tuple(_codec(profile, key, b, w, 0) for (key, b), w in zip(bases.items(), widths))
-    if not out: raise ValueError("ndkv: no layer that the profile describes reads all tokens before, and pages are for those")
-    return out
+    bits:float,          # Effective bits an element over all pages
+) -> dict: # layer -> (`PageCodec` of keys, of values), of layers that see all tokens
+    "Codecs whose pages begin at token 0, under one budget."
+    reach = layer_reach(config)
+    if not None in reach: raise ValueError("ndkv: no layer of this model reads all tokens before, and pages are for those")
+    codecs = page_codecs(config, profile, bits, window=0, sinks=0, length=16*PAGE)
+    return {i: (codecs[i, "k"], codecs[i, "v"]) for i, r in enumerate(reach) if r is None and (i, "k") in codecs}
 
 # %% ../nbs/79_engine.ipynb #48fb52aa
 @dataclass(frozen=True)
 class Blocks:
-    "How one block of memory is used, in every layer: as a page, or for recent tokens."
+    "How one block of memory is used: as pages of all layers, or for their recent tokens."
     heads:int      # KV heads of a layer, on this rank
     dim:int        # head_dim
     dtype:torch.dtype # Of recent tokens
     nbytes:int     # Of a block
     window:int     # Recent tokens in full precision, at least
+    starts:tuple   # First byte of each layer's page
 
     @property
-    def token(self): return 2 * self.heads * self.dim * self.dtype.itemsize # bytes, in full precision
+    def part(self): return 2 * self.heads * self.dim * self.dtype.itemsize # bytes of a token of one layer, in full precision
+    @property
+    def token(self): return len(self.starts) * self.part # of all layers
     @property
     def recent(self): return 1 << int(math.log2(min(self.nbytes // self.token, PAGE))) # tokens of a block of recent tokens
     @property
-    def reach(self): return self.window + PAGE # tokens that the sliding layer keeps: the window, and a page before it that is not whole
+    def reach(self): return self.window + PAGE # tokens that the sliding layer keeps: the window, and a page that is not whole
 
     def pages(self, n): return max(n - self.window, 0) // PAGE # that are read when `n` tokens came before
     def blocks(self, n): # of a request of `n` tokens, of both kinds
         return -(-n // PAGE) + -(-min(n, self.reach - 1) // self.recent) + 1
-    def spans(self, blocks): # view of memory `[blocks, nbytes]` as recent tokens `[blocks, recent, 2, H, D]`
-        x = blocks[:, :self.recent*self.token].view(self.dtype)
+    def spans(self, blocks, layer): # memory `[blocks, nbytes]` as recent tokens of the n-th layer `[blocks, recent, 2, H, D]`
+        x = blocks[:, layer*self.recent*self.part:][:, :self.recent*self.part].view(self.dtype)
         return x.unflatten(1, (self.recent, 2, self.heads, self.dim))
 
 
@@ -72,17 +67,19 @@ def plan_blocks(
     codecs:dict,         # From `block_codecs`, with all heads of the model
     dtype:torch.dtype,   # Of the model
     window:int=128,      # Recent tokens in full precision, at least
+    rank:int=0,          # Of the ranks that share the heads
     world:int=1,         # Ranks that share the heads
 ) -> Blocks:
-    "The smallest block that holds a page of any layer on any rank, and one token at least."
+    "The smallest block that holds the pages of all layers on any rank, and one token at least."
     shapes = {c.widths.shape for pair in codecs.values() for c in pair}
     if len(shapes) != 1:
-        raise ValueError(f"ndkv: layers have different heads {sorted(map(tuple, shapes))}; blocks of one size hold one kind")
+        raise ValueError(f"ndkv: layers have different heads {sorted(map(tuple, shapes))}; blocks hold layers of one kind")
     (heads, dim), = shapes
-    sizes = [sum(c.sizes[h] for c in pair for h in range(heads)[rank_heads(heads, r, world)])
-             for pair in codecs.values() for r in range(world)]
-    token = 2 * heads//world * dim * dtype.itemsize
-    return Blocks(heads//world, dim, dtype, -(-max(*sizes, token) // 256) * 256, window)
+    size = lambda pair, r: sum(c.sizes[h] for c in pair for h in range(heads)[rank_heads(heads, r, world)])
+    ends = [list(accumulate(size(pair, r) for pair in codecs.values())) for r in range(world)]
+    token = len(codecs) * 2 * heads//world * dim * dtype.itemsize
+    nbytes = -(-max(*(e[-1] for e in ends), token) // 256) * 256
+    return Blocks(heads//world, dim, dtype, nbytes, window, (0, *ends[rank][:-1]))
 
 # %% ../nbs/79_engine.ipynb #3732f743
 class Step:
@@ -140,29 +137,31 @@ class BlockLayer:
         layout:Blocks,
         scale:float,    # Of scores
         pages:int,      # Most of a request
+        n:int=0,        # Which of the layers in a block
     ):
-        self.codecs, self.layout, self.scale, self.most, self.plans = (keys, values), layout, scale, pages, {}
+        self.codecs, self.layout, self.scale, self.most, self.n, self.plans = (keys, values), layout, scale, pages, n, {}
+        self.start = layout.starts[n]
 
     def write(self, recent, k, v, slots):
         "New keys and values `[tokens, H, D]` to their slots."
-        n, spans = self.layout.recent, self.layout.spans(recent)
+        n, spans = self.layout.recent, self.layout.spans(recent, self.n)
         spans[slots // n, slots % n] = torch.stack([k, v], 1).to(self.layout.dtype)
 
     def encode(self, pages, recent, step):
         "Code the blocks that this step has made whole."
-        spans = self.layout.spans(recent)
+        spans = self.layout.spans(recent, self.n)
         for some in zip(*(x.split(64) for x in step.filled)):
             page, first, block, slot = some
             x = spans[block, slot].permute(2, 3, 0, 1, 4).flatten(2, 3)[:, None] # [2, 1, H, pages*128, D]
             keys = self.codecs[0].encode(x[0], first)
             values = self.codecs[1].encode(x[1], first, self.codecs[0].order(keys))
             both = torch.cat([keys["pages"][0, 0], values["pages"][0, 0]], -1)
-            pages[page, :both.shape[-1]] = both
+            pages[page, self.start:self.start + both.shape[-1]] = both
 
     def halves(self, pages):
-        "Keys and values of all pages, views of memory."
+        "Keys and values of all pages of this layer, views of memory."
         k, v = (c.nbytes for c in self.codecs)
-        return pages[:, :k], pages[:, k:k + v]
+        return pages[:, self.start:self.start + k], pages[:, self.start + k:self.start + k + v]
 
     def decode(self, pages, ids, dtype):
         "Keys and values `[1, H, tokens, D]` of pages that follow each other from token 0 on."
@@ -177,7 +176,7 @@ def _read(self:BlockLayer, pages, recent, step, row, n, end, dtype):
     "Keys and values `[1, H, end, D]` of a row: `n` pages, then recent tokens up to `end`."
     positions = torch.arange(n*PAGE, end, device=recent.device)[None]
     i = torch.tensor([row], device=recent.device)
-    x = self.layout.spans(recent)[step.place(i, positions)][0].permute(1, 2, 0, 3)[:, None].to(dtype)
+    x = self.layout.spans(recent, self.n)[step.place(i, positions)][0].permute(1, 2, 0, 3)[:, None].to(dtype)
     if not n: return list(x)
     coded = self.decode(pages, step.table[row, :n].long(), dtype)
     return [torch.cat([a, b], 2) for a, b in zip(coded, x)]
@@ -211,7 +210,7 @@ def _attend_single(self:BlockLayer, q, pages, recent, step, out, plan):
     "Rows with one new token, which is written; `plan`: of the kernel that reads the pages."
     at, table, lens, block, slot, exact = step.singles
     if plan is not None:
-        k, v = self.layout.spans(recent)[block, slot].permute(2, 0, 3, 1, 4).contiguous()
+        k, v = self.layout.spans(recent, self.n)[block, slot].permute(2, 0, 3, 1, 4).contiguous()
         out[at] = kernels_pages.attend_pages(plan, q[at], *self.halves(pages), table, lens, (k, v, exact))
         return
     for row, a, b, c in step.single:
@@ -316,7 +315,7 @@ def block_spec(
 
 
 class Recent(AttentionLayerBase):
-    "The sliding layer that holds recent tokens of an attention layer, and is never called."
+    "The sliding layer that holds recent tokens of all attention layers, and is never called."
     num_heads = 0
 
     def __init__(self, shared):
@@ -351,6 +350,7 @@ def refuse(vllm_config, dtype):
         (vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
          "recent tokens lie in a second group of blocks; leave out --disable-hybrid-kv-cache-manager"),
         (p.decode_context_parallel_size > 1 or p.prefill_context_parallel_size > 1, "context parallelism splits pages; use tensor parallelism"),
+        (p.pipeline_parallel_size > 1, "stages hold different layers, and a block holds all; use tensor parallelism"),
         (p.use_ubatching, "two micro-batches a step are not supported; leave out --enable-dbo"),
         (vllm_config.use_v2_model_runner, "not tried with model runner V2; set VLLM_USE_V2_MODEL_RUNNER=0"),
         (m.is_hybrid, "the states of this model's recurrent layers need blocks many times larger than pages; use NDCache"),
@@ -382,13 +382,13 @@ class Shared:
     ):
         model = vllm_config.model_config
         refuse(vllm_config, model.dtype)
-        self.most, self.stays = -(-model.max_model_len // PAGE), {}
+        self.most, self.first = -(-model.max_model_len // PAGE), None # the attention layer whose cache is that of all
         whole = block_codecs(model.hf_config, profile, bits)
-        self.layout = plan_blocks(whole, model.dtype, window, world)
+        self.layout, self.order = plan_blocks(whole, model.dtype, window, rank, world), list(whole)
         cut = lambda c: c if world == 1 else own_heads(c, rank_heads(len(c.widths), rank, world))
         self.codecs = {i: tuple(map(cut, pair)) for i, pair in whole.items()}
 
-    def layer(self, i, scale): return BlockLayer(*self.codecs[i], self.layout, scale, self.most)
+    def layer(self, i, scale): return BlockLayer(*self.codecs[i], self.layout, scale, self.most, self.order.index(i))
 
 
 def settings() -> dict: # Of `Shared`, or {}
@@ -410,10 +410,16 @@ def make_shared(vllm_config):
 
 
 def hold(attention, shared, i, vllm_config):
-    "Give an attention layer its pages and its recent tokens."
-    impl = attention.impl
-    impl.layer, impl.name, impl.recent = shared.layer(i, impl.scale), f"{attention.layer_name}.recent", Recent(shared)
-    vllm_config.compilation_config.static_forward_context[impl.name] = impl.recent
+    "Give an attention layer its part of the blocks: the first one has them, the others share its cache."
+    impl, layers = attention.impl, vllm_config.compilation_config.static_forward_context
+    impl.layer = shared.layer(i, impl.scale)
+    if shared.first is None:
+        shared.first = attention
+        impl.name, impl.recent = f"{attention.layer_name}.recent", Recent(shared)
+        layers[impl.name] = impl.recent
+    else:
+        attention.kv_sharing_target_layer_name = shared.first.layer_name
+        impl.name, impl.recent = shared.first.impl.name, shared.first.impl.recent
 
 
 def refuse_sharing(given, vllm_config):

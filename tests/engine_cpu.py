@@ -12,7 +12,7 @@ import os
 import sys
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_OMP_THREADS_BIND="nobind",
-                  HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+                  HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_V2_MODEL_RUNNER="0")
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM

@@ -54,7 +54,7 @@ class Attention:
     def __init__(self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, use_alibi_sqrt=None, cache_config=None, quant_config=None,
                  logits_soft_cap=None, per_layer_sliding_window=None, prefix="", attn_type="decoder", kv_sharing_target_layer_name=None,
                  mm_prefix_clamp_sliding_window=False, attn_backend=None, head_size_v=None, **extra_impl_args):
-        self.layer_name, self.attn_backend, self.attn_type, self.kv_cache = prefix, attn_backend, attn_type, torch.tensor([])
+        self.kv_sharing_target_layer_name, self.layer_name, self.attn_backend, self.attn_type, self.kv_cache = kv_sharing_target_layer_name, prefix, attn_backend, attn_type, torch.tensor([])
         self.impl = attn_backend and attn_backend.get_impl_cls()(
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, per_layer_sliding_window, "auto", logits_soft_cap, attn_type,
             kv_sharing_target_layer_name, **extra_impl_args)
@@ -108,7 +108,7 @@ def main(folder):
     CONFIG.__dict__.update(
         model_config=model, cache_config=Space(cache_dtype="auto", block_size=16), speculative_config=None, kv_transfer_config=None,
         scheduler_config=Space(disable_hybrid_kv_cache_manager=False), use_v2_model_runner=False, compilation_config=Space(static_forward_context={}),
-        parallel_config=Space(decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False))
+        parallel_config=Space(decode_context_parallel_size=1, pipeline_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False))
     from ndkv import engine
     engine.register()
     engine.register() # plugins are loaded in every process, and more than once
@@ -116,21 +116,22 @@ def main(folder):
     for i in range(2): Attention(4, 32, 32**-.5, 2, prefix=name(i))
     Attention(4, 32, 32**-.5, num_kv_heads=2, attn_type="encoder_only", prefix=name(2)) # caches nothing
     layers = CONFIG.compilation_config.static_forward_context
-    specs = {n: x.get_kv_cache_spec(CONFIG) for n, x in layers.items()}
+    specs = {n: x.get_kv_cache_spec(CONFIG) for n, x in layers.items() if not getattr(x, "kv_sharing_target_layer_name", None)} # as the engine asks
+    assert layers[name(1)].kv_sharing_target_layer_name == name(0)
     spec, recent = specs[name(0)], specs[name(0) + ".recent"]
 
     # memory as the engine hands it out: one tensor for both groups, blocks of both from one pool
     shape = engine.Backend.get_kv_cache_shape(40, spec.block_size, spec.num_kv_heads, spec.head_size)
     assert shape == engine.Backend.get_kv_cache_shape(40, recent.block_size, recent.num_kv_heads, recent.head_size)
     memory = torch.zeros(shape, dtype=spec.dtype)
-    for n in (name(0), name(0) + ".recent"): layers[n].kv_cache = memory
+    for n in (name(0), name(1), name(0) + ".recent"): layers[n].kv_cache = memory
     T, n = 300, recent.block_size
     torch.manual_seed(0)
     q, k, v = (torch.randn(T + 1, h, 32) for h in (4, 2, 2))
     pages, tokens = torch.tensor([[3, 9, 5]]), torch.arange(10, 10 + -(-(T + 1)//n))[None] if n >= 16 else None
     if tokens is None:
         memory = torch.zeros(40 + T, shape[1], dtype=spec.dtype)
-        for x in (name(0), name(0) + ".recent"): layers[x].kv_cache = memory
+        for x in (name(0), name(1), name(0) + ".recent"): layers[x].kv_cache = memory
         tokens = torch.arange(10, 10 + -(-(T + 1)//n))[None]
     builders = {x: engine.Builder(specs[x], [x], CONFIG, "cpu") for x in (name(0), name(0) + ".recent")}
 
@@ -148,8 +149,8 @@ def main(folder):
             meta[x] = builders[x].build(0, common)
         CONTEXT.attn_metadata = meta
         pad = lambda x: torch.cat([x[a:b], x.new_zeros(2, *x.shape[1:])])
-        layer = layers[name(0)]
-        layer.impl.forward(layer, pad(q), pad(k), pad(v), layer.kv_cache, meta[name(0)], out)
+        for layer in (layers[name(1)], layers[name(0)]): # others write the same blocks
+            layer.impl.forward(layer, pad(q), pad(k), pad(v), layer.kv_cache, meta[name(0)], out)
         assert (out[b - a:] == 7).all()
         return out[:b - a]
 

@@ -37,35 +37,41 @@ def codecs_of(profile, bits=2.5): return engine.block_codecs(CONFIG, profile, bi
 # --- bytes ---------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", [1.5, 2, 3, 4])
-def test_every_layer_fits_a_block(profile, bits):
-    "A block is as large as the largest layer's page, all layers are near it, and both groups of the engine see that size."
+def test_a_block_holds_all_layers(profile, bits):
+    "Their pages one after another under one budget, at multiples of 16 bytes, and next to nothing else."
     codecs = codecs_of(profile, bits)
     layout = engine.plan_blocks(codecs, torch.bfloat16)
     pages = [sum(c.nbytes for c in pair) for pair in codecs.values()]
-    assert layout.nbytes % 256 == 0 and layout.nbytes - 256 < max(pages) <= layout.nbytes
-    assert all(8*p <= bits * 2*PAGE*2*32 and p > .93*max(pages) for p in pages) # budget held, little of it left
+    assert layout.starts == (0, pages[0]) and not any(x % 16 for x in layout.starts)
+    assert layout.nbytes % 256 == 0 and layout.nbytes - 256 < sum(pages) <= layout.nbytes
+    assert .95 * bits < 8*sum(pages) / (2 * 2*PAGE*2*32) <= bits # the budget is kept, and spent
     assert PAGE % layout.recent == 0 and layout.recent*layout.token <= layout.nbytes < 2*layout.recent*layout.token + 256
-    assert layout.spans(torch.zeros(3, layout.nbytes, dtype=torch.uint8)).shape == (3, layout.recent, 2, 2, 32)
+    memory = torch.zeros(3, layout.nbytes, dtype=torch.uint8)
+    for n in range(2): # layers do not meet, in either use of a block
+        assert layout.spans(memory, n).shape == (3, layout.recent, 2, 2, 32)
+        layout.spans(memory, n)[:] = n + 1
+    assert layout.spans(memory, 0).eq(1).all() and layout.spans(memory, 1).eq(2).all()
 
 
 def test_requests_in_equal_memory():
-    "An 8B shape at 2 bits: 32 layers cancel, blocks of a request against its bf16 bytes; five times and more from 4096 tokens on."
-    bits = 2
-    layout = engine.Blocks(8, 128, torch.bfloat16, int(bits * 2*8*128*PAGE / 8), 128)
-    assert layout.recent == 16 # two bits: a page has the bytes of 16 tokens
+    "An 8B shape at 2 bits: blocks of a request against its bf16 bytes; five times and more from 4096 tokens on."
+    bits, layers = 2, 32
+    page = int(bits * 2*8*128*PAGE / 8)
+    layout = engine.Blocks(8, 128, torch.bfloat16, layers*page, 128, tuple(range(0, layers*page, page)))
+    assert layout.recent == 16 # two bits: pages have the bytes of 16 tokens
     ratio = lambda n: n*layout.token / (layout.blocks(n) * layout.nbytes)
     assert 5 < ratio(4096) < ratio(16384) < 8 and ratio(16384) > 7
     assert layout.blocks(100) == 1 + 7 + 1 and layout.blocks(16384) == 128 + 16 + 1
 
 
 def test_ranks_share_one_size(profile):
-    "Heads differ in bytes, blocks may not: a block holds the largest rank's page."
+    "Heads differ in bytes, blocks may not: a block holds the largest rank's pages, each rank's layers where its own sizes put them."
     codecs = codecs_of(profile)
-    whole, half = (engine.plan_blocks(codecs, torch.bfloat16, 0, world) for world in (1, 2))
-    sizes = [[sum(c.sizes[h] for c in pair) for h in range(2)] for pair in codecs.values()]
-    assert half.heads == 1 and max(map(max, sizes)) <= half.nbytes < max(map(max, sizes)) + 256
-    assert half.nbytes * 2 >= whole.nbytes - 256
-    with pytest.raises(ValueError, match="2 KV heads do not divide among 3 ranks"): engine.plan_blocks(codecs, torch.bfloat16, 0, 3)
+    halves = [engine.plan_blocks(codecs, torch.bfloat16, 0, r, 2) for r in range(2)]
+    sizes = [[sum(c.sizes[h] for c in pair) for pair in codecs.values()] for h in range(2)]
+    assert halves[0].nbytes == halves[1].nbytes == -(-max(map(sum, sizes)) // 256) * 256
+    assert [h.starts for h in halves] == [(0, s[0]) for s in sizes] and halves[0].heads == 1
+    with pytest.raises(ValueError, match="2 KV heads do not divide among 3 ranks"): engine.plan_blocks(codecs, torch.bfloat16, 0, 0, 3)
 
 
 # --- an engine's memory ---------------------------------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ class Memory:
 def alone(codecs, window, r, c, n):
     "What `NDCache` gives the tokens c … c + n - 1 of a request."
     flat = {(i, kind): x for i, pair in codecs.items() for kind, x in zip("kv", pair)}
-    cache = NDCache(CONFIG, method="pages", codecs=flat, window=window, sinks=0).layers[0]
+    cache = NDCache(CONFIG, method="pages", codecs=flat, window=window, sinks=0).layers[1]
     part = lambda x, a, b: x[None, a:b].transpose(1, 2)
     if c: cache.update(part(r.k, 0, c), part(r.v, 0, c))
     k, v = cache.update(part(r.k, c, c + n), part(r.v, c, c + n))
@@ -162,7 +168,7 @@ def test_any_schedule(profile, seed, window, bits):
     "Mixed lengths, chunks of prompts beside single tokens, shared prefixes, preemption: every row reads what it would alone."
     codecs = codecs_of(profile, bits)
     layout, draw = engine.plan_blocks(codecs, torch.float32, window), random.Random(seed)
-    memory, layer = Memory(layout, seed=seed), engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
+    memory, layer = Memory(layout, seed=seed), engine.BlockLayer(*codecs[1], layout, 32**-.5, 6, 1)
     first = Request(560, seed)
     requests = [first, Request(300, seed + 1), Request(400, seed + 2, first, 300), Request(540, seed + 3, first, 520)]
     running, checked = [first, requests[1]], 0
@@ -191,11 +197,11 @@ def test_pages_are_those_of_the_codec(profile):
     "Bytes in the engine's blocks are those of one encoding of the whole request, wherever blocks lie and however it was cut."
     codecs = codecs_of(profile)
     layout = engine.plan_blocks(codecs, torch.float32, 0)
-    memory, layer, r = Memory(layout), engine.BlockLayer(*codecs[0], layout, 32**-.5, 6), Request(400, 3)
+    memory, layer, r = Memory(layout), engine.BlockLayer(*codecs[1], layout, 32**-.5, 6, 1), Request(400, 3)
     for n in (100, 1, 1, 170, 127, 1): memory.step(layer, [(r, n)])
     k, v = (x[None, :384].transpose(1, 2) for x in (r.k, r.v))
-    keys = codecs[0][0].encode(k, 0)
-    values = codecs[0][1].encode(v, 0, codecs[0][0].order(keys))
+    keys = codecs[1][0].encode(k, 0)
+    values = codecs[1][1].encode(v, 0, codecs[1][0].order(keys))
     for mine, want in zip(layer.halves(memory.bytes[r.pages[:3]]), (keys, values)):
         assert (mine != want["pages"][0, 0]).float().mean() < 2e-3 # but for codes at ties
 
@@ -205,7 +211,7 @@ def test_who_reads_a_block_need_not_have_written_it(profile, n):
     "Two requests in one step: the second begins with the page that the first fills in this very step."
     codecs = codecs_of(profile)
     layout = engine.plan_blocks(codecs, torch.float32, 0)
-    memory, layer = Memory(layout), engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
+    memory, layer = Memory(layout), engine.BlockLayer(*codecs[1], layout, 32**-.5, 6, 1)
     a = Request(200, 1)
     b = Request(200, 2, a, 128)
     memory.step(layer, [(a, 100)])
@@ -220,7 +226,7 @@ def test_a_step_of_nobody(profile):
     "An engine warms up, and keeps idle ranks in step, with tokens that have no place (slot -1): block 0 takes them, no other changes."
     codecs = codecs_of(profile)
     layout = engine.plan_blocks(codecs, torch.float32, 0)
-    memory, layer = Memory(layout).bytes, engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
+    memory, layer = Memory(layout).bytes, engine.BlockLayer(*codecs[1], layout, 32**-.5, 6, 1)
     before, nothing = memory.clone(), torch.zeros(2, 300, dtype=torch.int32)
     step = engine.Step([0, 200, 201], [200, 130], layout, nothing, nothing)
     q, k, v = (torch.randn(201, h, 32) for h in (4, 2, 2))
@@ -234,11 +240,10 @@ def test_the_kernel_reads_the_engines_table(profile):
     kp = pytest.importorskip("ndkv.kernels_pages")
     codecs = codecs_of(profile)
     layout = engine.plan_blocks(codecs, torch.float32, 37)
-    assert layout.nbytes > sum(c.nbytes for c in codecs[0]) - 256
-    memory, layer = Memory(layout, 400), engine.BlockLayer(*codecs[0], layout, 32**-.5, 6)
+    memory, layer = Memory(layout, 400), engine.BlockLayer(*codecs[1], layout, 32**-.5, 6, 1)
     rs = [Request(n, n) for n in (400, 30, 170)]
     memory.step(layer, [(r, len(r.k) - 2) for r in rs])
-    plan = kp.Plan(*codecs[0], 6, 32**-.5, torch.device("cpu"))
+    plan = kp.Plan(*codecs[1], 6, 32**-.5, torch.device("cpu"))
     plain = copy.deepcopy(memory)
     before, want = [r.done for r in rs], plain.step(layer, [(copy.copy(r), 1) for r in rs])
     got = memory.step(layer, [(r, 1) for r in rs], plan)
@@ -271,7 +276,7 @@ def test_the_fast_kernel_reads_pages_that_lie_apart(profile):
 def config(**kw):
     "As much of a `VllmConfig` as is asked."
     given = dict(cache_dtype="auto", speculative_config=None, kv_transfer_config=None, disable_hybrid_kv_cache_manager=False, use_v2_model_runner=False,
-                 decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False, uses_mrope=False, is_hybrid=False, dtype=torch.bfloat16) | kw
+                 decode_context_parallel_size=1, pipeline_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False, uses_mrope=False, is_hybrid=False, dtype=torch.bfloat16) | kw
     whole = Space(**given)
     return Space(cache_config=whole, model_config=whole, parallel_config=whole, scheduler_config=whole, **{k: given[k] for k in (
         "speculative_config", "kv_transfer_config", "use_v2_model_runner")})
@@ -282,7 +287,7 @@ def config(**kw):
     (dict(speculative_config=1), "speculative"), (dict(kv_transfer_config=1), "connector"),
     (dict(disable_hybrid_kv_cache_manager=True), "--disable-hybrid-kv-cache-manager"), (dict(decode_context_parallel_size=2), "context parallelism"),
     (dict(prefill_context_parallel_size=2), "context parallelism"), (dict(use_ubatching=True), "--enable-dbo"), (dict(uses_mrope=True), "M-RoPE"),
-    (dict(is_hybrid=True), "state"), (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0")])
+    (dict(is_hybrid=True), "state"), (dict(pipeline_parallel_size=2), "stages"), (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0")])
 def test_refused_in_one_line(kw, what):
     engine.refuse(config(), torch.bfloat16)
     engine.refuse(config(cache_dtype="bfloat16"), torch.bfloat16)
@@ -309,12 +314,12 @@ def test_settings(monkeypatch, profile):
         with monkeypatch.context() as m:
             m.setenv(name, value)
             with pytest.raises(ValueError, match=rf"^ndkv: [^\n]*{name}={re.escape(value)}[^\n]*$"): engine.settings()
-    with pytest.raises(ValueError, match="no layer that the profile describes reads all tokens"), pytest.MonkeyPatch.context() as m:
+    with pytest.raises(ValueError, match="no layer of this model reads all tokens"), pytest.MonkeyPatch.context() as m:
         m.setattr(engine, "layer_reach", lambda config: [64, 64])
         engine.block_codecs(CONFIG, profile, 2)
     bare = copy.copy(profile)
     bare.prices = {}
-    with pytest.raises(ValueError, match="no sensitivities"): engine.block_codecs(CONFIG, bare, 2)
+    with pytest.raises(ValueError, match="sensitivities|prices|calibrate"): engine.block_codecs(CONFIG, bare, 2)
 
 
 def test_entry_point():
@@ -340,6 +345,7 @@ def test_the_interface(tmp_path, profile):
     LlamaForCausalLM(CONFIG).config.save_pretrained(tmp_path)
     got = run("engine_stub.py", tmp_path, NDKV_PROFILE=str(tmp_path/"p.safetensors"), NDKV_BITS="2.5", NDKV_WINDOW="37")
     assert sorted(got["held"]) == ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"] and got["stays"] == ["model.layers.2.self_attn.attn"]
+    assert set(got["specs"]) == {"model.layers.0.self_attn.attn", "model.layers.0.self_attn.attn.recent"} # one layer for all
     pages, recent = got["specs"]["model.layers.0.self_attn.attn"], got["specs"]["model.layers.0.self_attn.attn.recent"]
     assert pages["kind"] == "FullAttentionSpec" and pages["block_size"] == PAGE and recent["kind"] == "SlidingWindowSpec"
     assert recent["sliding_window"] == 37 + PAGE and pages["bytes"] == recent["bytes"] == got["shape"][1]

@@ -1,10 +1,10 @@
 """vLLM on a machine that has a GPU and no way to install: bring it in pieces, and measure pages in its blocks.
 
-    python nbs/_tools/engine.py pieces vllm-0.26.0-*.whl WHEELS OUT     # here: OUT/engine.00, engine.01, ... of at most 24 MB
+    python nbs/_tools/engine.py fetch WHEELS                            # here: vLLM's wheel (304 MB) and 67 small ones (41 MB)
+    python nbs/_tools/engine.py pieces WHEELS OUT                       # here: OUT/engine.00, engine.01, ... of at most 24 MB
     python nbs/_tools/engine.py install OUT FOLDER                      # there: joined, unpacked; nothing is installed
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py run --out results   # there: rows of requests held, tokens/s, first token
 
-WHEELS: a folder of wheels that are missing there, fetched here with `pip download --no-deps --only-binary :all: --python-version 312 ...`.
 Of vLLM come Python, `_C_stable_libtorch` and FlashAttention 3 (for Hopper): what a Llama in bf16 needs.
 """
 import argparse
@@ -23,6 +23,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = "vllm/vllm-rs", "vllm/third_party/fmha_sm100/", "vllm/third_party/deep_gemm/", "vllm/third_party/tml_fa4/"
 LIBRARIES = "_C_stable_libtorch", "_vllm_fa3_C", "cumem_allocator", "spinloop", "fs_io_C"
+SMALL = ( # beside vLLM, for a machine that has PyTorch 2.11, transformers and the usual; versions where vLLM 0.26 or another one asks for them
+    "annotated-types apache-tvm-ffi==0.1.10 astor blake3 cachetools cbor2 compressed-tensors==0.17.0 depyf==0.20.0 dill "
+    "distro fastapi<0.137.0 googleapis-common-protos httpcore2 httpx-sse httpx2 ijson importlib-metadata interegular jiter "
+    "jsonschema jsonschema-specifications lark==1.2.2 llguidance<1.8.0 lm-format-enforcer==0.11.3 loguru mcp mcp-types "
+    "mistral_common msgspec openai openai-harmony opentelemetry-api opentelemetry-exporter-http-transport "
+    "opentelemetry-exporter-otlp opentelemetry-exporter-otlp-common opentelemetry-exporter-otlp-proto-common "
+    "opentelemetry-exporter-otlp-proto-grpc opentelemetry-exporter-otlp-proto-http opentelemetry-proto opentelemetry-sdk "
+    "opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai outlines_core==0.2.14 partial-json-parser "
+    "prometheus-fastapi-instrumentator pybase64 pycountry pydantic-core==2.46.5 pydantic-extra-types pydantic-settings "
+    "pydantic==2.13.5 pyjwt python-dotenv python-json-logger python-multipart pyzmq referencing rpds-py setproctitle "
+    "sniffio sse-starlette starlette truststore typing-inspection uvicorn watchfiles xgrammar<1.0.0 "
+).split()
+
 METHODS = { # name -> (options of the engine, environment)
     "bf16": ({}, {}),
     "fp8": (dict(kv_cache_dtype="fp8"), {}),
@@ -33,17 +46,24 @@ METHODS = { # name -> (options of the engine, environment)
 }
 
 
-def pieces(wheel, wheels, out, size=24 << 20):
+def fetch(folder):
+    "Wheels for Python 3.12 on Linux, by name, without what they ask for."
+    get = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--python-version", "312", "-d", folder]
+    for tag in ("manylinux_2_28_x86_64", "manylinux2014_x86_64", "manylinux_2_17_x86_64", "any"): get += ["--platform", tag]
+    for name in ("vllm==0.26.0", *SMALL): subprocess.run([*get, name], check=True)
+
+
+def pieces(wheels, out, size=24 << 20):
     "One compressed archive of what is needed, cut into files."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     wanted = lambda name: (name.rpartition("/")[2].startswith(LIBRARIES) if name.endswith(".so") else not name.startswith(LEFT_OUT))
     whole = out/"engine.tar.xz"
     with lzma.open(whole, "wb", preset=4) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
-        for path in [Path(wheel), *sorted(Path(wheels).glob("*.whl"))]:
+        for path in sorted(Path(wheels).glob("*.whl")):
             with zipfile.ZipFile(path) as z:
                 for i in z.infolist():
-                    if i.is_dir() or path == Path(wheel) and not wanted(i.filename): continue
+                    if i.is_dir() or path.name.startswith("vllm-") and not wanted(i.filename): continue
                     entry = tarfile.TarInfo(i.filename)
                     entry.size, entry.mode = i.file_size, 0o755
                     with z.open(i) as f: tar.addfile(entry, f)
@@ -174,8 +194,9 @@ SAME = "shape", "length", "new", "requests", "memory", "chunk", "folder"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="what", required=True)
+    sub.add_parser("fetch").add_argument("wheels")
     p = sub.add_parser("pieces")
-    for name in ("wheel", "wheels", "out"): p.add_argument(name)
+    for name in ("wheels", "out"): p.add_argument(name)
     p = sub.add_parser("install")
     for name in ("parts", "folder"): p.add_argument(name)
     p = sub.add_parser("run")
@@ -192,7 +213,8 @@ def main():
     p.add_argument("--only", default="")
     p.add_argument("--eager", action="store_true", help="no CUDA graphs, no compiler: starts sooner")
     args = parser.parse_args()
-    if args.what == "pieces": pieces(args.wheel, args.wheels, args.out)
+    if args.what == "fetch": fetch(args.wheels)
+    elif args.what == "pieces": pieces(args.wheels, args.out)
     elif args.what == "install": install(args.parts, args.folder)
     elif args.only == "made": made(args.shape, args.folder)
     elif args.only: serve(args)
