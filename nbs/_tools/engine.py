@@ -1,6 +1,6 @@
 """vLLM on a machine that has a GPU and no way to install: bring it in pieces, and measure pages in its blocks.
 
-    python nbs/_tools/engine.py fetch WHEELS                            # here: vLLM's wheel (304 MB) and 67 small ones (41 MB)
+    python nbs/_tools/engine.py fetch WHEELS                            # here: vLLM's wheel (304 MB) and 67 small ones (38 MB)
     python nbs/_tools/engine.py pieces WHEELS OUT                       # here: OUT/engine.00, engine.01, ... of at most 24 MB
     python nbs/_tools/engine.py install OUT FOLDER                      # there: joined, unpacked; nothing is installed
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py run --out results   # there: rows of requests held, tokens/s, first token
