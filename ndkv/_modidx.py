@@ -435,6 +435,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.engine.Blocks': ('engine.html#blocks', 'ndkv/engine.py'),
                              'ndkv.engine.Blocks.blocks': ('engine.html#blocks.blocks', 'ndkv/engine.py'),
                              'ndkv.engine.Blocks.pages': ('engine.html#blocks.pages', 'ndkv/engine.py'),
+                             'ndkv.engine.Blocks.part': ('engine.html#blocks.part', 'ndkv/engine.py'),
                              'ndkv.engine.Blocks.reach': ('engine.html#blocks.reach', 'ndkv/engine.py'),
                              'ndkv.engine.Blocks.recent': ('engine.html#blocks.recent', 'ndkv/engine.py'),
                              'ndkv.engine.Blocks.spans': ('engine.html#blocks.spans', 'ndkv/engine.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PLANNED', 'DTYPES', 'REPEATED', 'READERS', 'method', 'rotation_method', 'equalised_method', 'make_codec',
-           'exact_method', 'planned_method', 'make_plan', 'kernels_write', 'Packed', 'MemoPacked', 'HostPacked',
-           'Pieces', 'Past', 'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of',
+           'exact_method', 'planned_method', 'pages_method', 'make_plan', 'kernels_write', 'Packed', 'MemoPacked',
+           'HostPacked', 'Pieces', 'Past', 'Store', 'packed_tokens', 'NDLayer', 'Told', 'Part', 'Shifted', 'rope_of',
            'NDSlidingLayer', 'NDHybridLayer', 'model_modules', 'page_codecs', 'Sees', 'NDCache', 'encoder_decoder',
            'prompt_cache', 'refresh']
 
@@ -22,6 +22,7 @@ from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSliding
                                       LinearAttentionAndFullAttentionLayer, LinearAttentionLayer)
 from .codec import NormDirectionCodec
 from .equalised import EqualisedCodec, variation_lost
+from .equalised_pages import EqualisedPageCodec
 from .fisher import prompt_profile
 from .frames import rotation
 from .hub import load_profile
@@ -112,7 +113,6 @@ PLANNED = "spectral", "pages" # Methods whose codecs a plan makes from a profile
 
 
 @method("spectral")
-@method("pages")
 def planned_method(
     d:int,         # head_dim
     bits=None,     # Ignored: the plan has spent its budget
@@ -126,8 +126,24 @@ def planned_method(
     "What a plan has for keys or values of this layer."
     codec = codecs.get((layer, kind))
     if codec is None: raise ValueError(f"the plan has no codec for {'keys' if kind == 'k' else 'values'} of layer {layer}; make it from a profile of this model")
-    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model caches {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats heads after the cache no profile fits, use method='rotation'")
+    if codec.widths.shape != (heads, d): raise ValueError(f"layer {layer}: the plan is for {list(codec.widths.shape)} heads and channels, the model caches {[heads, d]}; make it from a profile of this model, and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats heads after the cache no profile fits, leave the profile out")
     return codec
+
+
+@method("pages")
+def pages_method(
+    d:int,         # head_dim
+    bits=None,     # 1 to 8; ignored where there is a plan, which has spent its budget
+    *,
+    layer:int,     # Index in the model
+    kind:str,      # "k" or "v"
+    heads:int,     # KV heads
+    seed:int=0,    # Of the cache
+    codecs:dict|None=None, # From `make_plan`, with this cache's sinks; None = nothing was measured
+) -> PageCodec|EqualisedPageCodec:
+    "Pages of 128 tokens: in the basis of a profile, or rotated and equalised."
+    if codecs is not None: return planned_method(d, layer=layer, kind=kind, heads=heads, codecs=codecs)
+    return EqualisedPageCodec(kind, d, heads, bits, _rotation(d, layer, kind, seed))
 
 
 def make_plan(
@@ -307,20 +323,21 @@ class Past:
 
     def tiles(self,
         n:int, # Tokens of a tile; of packed ones, whole entries
+        packed:bool=False, # Packed tokens as entries, not decoded? For what is read from its first token on
     ): # Yields `[B, H, tokens, D]`
         "Everything that is read, piece by piece, in order."
         skip = self.skip
-        for size, read in self._pieces(n):
-            if size > skip: yield read()[:, :, skip:]
+        for size, read in self._pieces(n, packed):
+            if size > skip: yield read()[:, :, skip:] if skip else read()
             skip = max(skip - size, 0)
 
-    def _pieces(self, n):
+    def _pieces(self, n, entries):
         "Tokens of each piece, and a function that reads it."
         step, packed = -(-n // self.packed.group) * self.packed.group, self.packed
         yield self.sink.shape[2], lambda: self.sink
         for a in range(0, packed.n, step):
             b = min(a + step, packed.n)
-            yield b - a, lambda: packed.decode(a, b, self.pos, self.new.dtype)
+            yield b - a, lambda: packed.slice(a, b) if entries else packed.decode(a, b, self.pos, self.new.dtype)
         for x in self.exact:
             for a in range(0, x.shape[2], n): yield min(n, x.shape[2] - a), lambda: x[:, :, a:a+n]
 
@@ -473,7 +490,7 @@ class NDLayer(_Library):
         if q > L > 0: self._mind_repeats(key_states)
         first = self.first(L)
         self.flush(L, first)
-        if self.exact_new: out = self._handed(new, L - first + q) if L else new
+        if self.exact_new: out = self._handed(new, L - first + q) if L or self.reader else new
         for s, x in zip(self.stores, new): s.append(x)
         if not self.exact_new: self.flush(L + q, first)
         elif q > self.block and not self.record_past: self.flush(L + q, self.first(L + q))
@@ -482,8 +499,7 @@ class NDLayer(_Library):
 
     def _handed(self, new, length):
         "What a call's attention is given: decoded tensors, or what the reader makes of the past."
-        if self.reader and any(s.packed.n for s in self.stores):
-            return self.reader(self.layer, *(Past(s, x, length) for s, x in zip(self.stores, new)))
+        if self.reader: return self.reader(self.layer, *(Past(s, x, length) for s, x in zip(self.stores, new)))
         return [s.read(x) for s, x in zip(self.stores, new)]
 
     def _mind_repeats(self, keys):
@@ -538,7 +554,7 @@ def _look(self:NDLayer, todo):
 
 def _warn(self:NDLayer, kind, lost):
     self.warned.append(self.layer)
-    mend = "give more bits or a profile" if self.method == "equalised" else "use method='equalised', which needs no data, or a profile"
+    mend = "leave the method out, whose default needs no data, or give a profile" if self.method == "rotation" else "give more bits or a profile"
     warnings.warn(f"layer {self.layer}: method {self.method!r} at {self.bits[kind == 'values']} bits loses {lost:.3g} times what the median channel of the {kind} varies by, so the model will say something else; {mend} (ndkv calibrate)")
 
 NDLayer._look, NDLayer._warn = _look, _warn
@@ -880,6 +896,14 @@ def _pair(bits, layer):
         raise ValueError(f"bits={bits!r} for layer {layer}; give a number from 1 to 8, a pair (keys, values) of them, or None to keep the cache exact")
     return pair
 
+# %% ../nbs/40_cache.ipynb #211243c9
+def _whole_pair(bits, layer):
+    "`_pair` of pages without a profile."
+    for b in (pair := _pair(bits, layer)):
+        if b is not None and b != int(b):
+            raise ValueError(f"bits={b!r} for layer {layer}: pages without a profile have whole bits a channel; give one of 1 to 8, or a profile")
+    return pair
+
 # %% ../nbs/40_cache.ipynb #a02ce84b
 def _check_method(name, kw):
     "Refuse unknown methods and options."
@@ -948,9 +972,12 @@ def _reader(config):
     return make and make(config)
 
 # %% ../nbs/40_cache.ipynb #6c7f94be
-def _check_pages(block):
-    "Refuse blocks that no pages hold."
-    if block % PAGE: raise ValueError(f"block={block} does not hold whole pages of {PAGE} tokens; use a multiple of {PAGE}, or method='spectral' in place of pages")
+def _check_pages(config, block, data_free):
+    "Refuse blocks and widths of heads that no pages hold."
+    other = "equalised" if data_free else "spectral"
+    if block % PAGE: raise ValueError(f"block={block} does not hold whole pages of {PAGE} tokens; use a multiple of {PAGE}, or method={other!r} in place of pages")
+    for layer, (*_, d) in enumerate(layer_shapes(config)):
+        if d and d % 8: raise ValueError(f"layer {layer}: pages hold heads of 8, 16, 24, ... channels, this model's have {d}; use method={other!r}")
 
 # %% ../nbs/40_cache.ipynb #e878e301
 def page_codecs(
@@ -1047,7 +1074,7 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
     def __init__(self,
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
-        method:str|None=None,     # One of `METHODS`; None = "pages" with a profile, else "equalised" ("rotation" for latents)
+        method:str|None=None,     # One of `METHODS`; None = "pages" ("rotation" for latents)
         profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured bases, and `bits` is a budget over all packed tokens at `length`, in which the bases are not counted
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
@@ -1062,10 +1089,10 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
     ):
         _check_config(config)
         latent = bool(getattr(config.get_text_config(decoder=True), "kv_lora_rank", None))
-        method = method or ("pages" if profile is not None else "rotation" if latent else "equalised")
+        method = method or ("rotation" if latent and profile is None else "pages")
         block = (PAGE if method == "pages" else 64) if block is None else block
         _check_counts(window=window, sinks=sinks, block=block)
-        if method == "pages": _check_pages(block)
+        if method == "pages": _check_pages(config, block, profile is None and "codecs" not in method_kw)
         if profile is not None: method_kw |= _calibrated(config, profile, bits, method, window, block, sinks, length, method_kw)
         _check_method(method, method_kw)
         reader = reader or (_reader(config) if method == "pages" and exact_new and not memo else None)
@@ -1075,9 +1102,9 @@ class NDCache(_Accounts, _Minded, Sees, DynamicCache):
         super().__init__(config=config)
         self.window, self.sinks, self.block = window, sinks, block
         kw = dict(method=method, window=window, sinks=sinks, block=block, exact_new=exact_new, memo=memo, offload=offload, seed=seed, warned=[], reader=reader, **method_kw)
-        pair = _latent_pair if latent else _pair
-        if method in PLANNED and pair is _latent_pair: raise ValueError(f"{type(config).__name__} caches latents, of which a profile of its keys and values says nothing; use method='rotation'")
-        if method in PLANNED: pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
+        pair = _latent_pair if latent else _whole_pair if method == "pages" else _pair
+        if method in PLANNED and latent: raise ValueError(f"{type(config).__name__} caches latents, of which no profile says anything and which no page holds; use method='rotation'")
+        if "codecs" in method_kw: pair = lambda _, i: tuple(getattr(method_kw["codecs"].get((i, kind)), "bits_per_element", None) or 1 for kind in "kv")
         self.layers = [_swap(i, layer, pair, bits, kw) for i, layer in enumerate(self.layers)]
         if not self._mine: raise ValueError(f"{type(config).__name__} has no attention layer whose keys and values NDCache can hold; use DynamicCache(config=model.config)")
         self.told, self.own_masks = None, _makes_own_masks(config)
@@ -1134,7 +1161,7 @@ def encoder_decoder(
 ) -> EncoderDecoderCache: # For `past_key_values`
     "Caches for a model with an encoder."
     if not config.is_encoder_decoder: raise ValueError(f"{type(config).__name__} has no encoder; write NDCache(model.config, ...)")
-    if kw.keys() & {"profile", "codecs"}: raise ValueError("encoder_decoder: a profile describes one cache, here are two; use a method without one, such as 'equalised'")
+    if kw.keys() & {"profile", "codecs"}: raise ValueError("encoder_decoder: a profile describes one cache, here are two; use a method without one, such as 'pages'")
     text = copy.deepcopy(config.get_text_config(decoder=True))
     text.is_encoder_decoder = False
     caches = NDCache(text, bits, **kw), NDCache(text, cross_bits, **kw | dict(window=0))
@@ -1153,10 +1180,10 @@ def _partings(model, ids, cut, caches):
     return [divergence(halves, h, read(c)).mean().item() for c in caches]
 
 # %% ../nbs/40_cache.ipynb #022e7d58
-def _whole_bits(config, bits, block):
-    "Most bits a channel of equalised blocks, with their norms, means and weights, that a budget pays for; at least one."
+def _whole_bits(config, bits):
+    "Most bits a channel of pages, with their norms, means and weights, that a budget pays for; at least one."
     dims = {d for *_, d in layer_shapes(config) if d} # none known: every number of bits is taken at its word
-    cost = lambda b: max(make_codec("equalised", d, b, block, layer=0, kind="k", heads=1).bits_per_element for d in dims) if dims else b
+    cost = lambda b: max(make_codec("pages", d, b, PAGE, layer=0, kind="k", heads=1).bits_per_element for d in dims) if dims else b
     return max([1, *(b for b in range(1, 9) if cost(b) <= bits)])
 
 # %% ../nbs/40_cache.ipynb #0bdeba91
@@ -1174,21 +1201,21 @@ def prompt_cache(
     block:int=64,         # As in `NDCache`
     **kw                  # Other arguments of `NDCache`
 ) -> NDCache: # Empty; feed it the prompt
-    "A cache in frames measured on the prompt, or of equalised blocks where the prompt is short or its frames do worse."
+    "A cache in frames measured on the prompt, or of pages without a profile where the prompt is short or its frames do worse."
     kw |= dict(window=window, sinks=sinks, block=block)
     NDCache(model.config, method="spectral", codecs={}, **kw) # refuses before the work what it would refuse after it
-    equalised = lambda: NDCache(model.config, _whole_bits(model.config, bits, block), **kw)
+    pages = lambda: NDCache(model.config, _whole_bits(model.config, bits), **kw | dict(block=PAGE))
     def measured(ids):
         profile = prompt_profile(model, ids, sinks=sinks, block=block)
         codecs = plan(profile, bits, block, sinks, trellis, tokens=tokens, length=length, window=window, model=model)
         cache = NDCache(model.config, method="spectral", codecs=codecs, **kw)
         cache.prices, cache.source = profile.prices, profile.model  # for `refresh`
         return cache
-    if ids.shape[1] < least: return equalised()
+    if ids.shape[1] < least: return pages()
     model = private_copy(model)
     ids, cut = ids[:, :most].to(device_of(model)), min(ids.shape[1], most) * 3 // 4
-    spectral, plain = _partings(model, ids, cut, (measured(ids[:, :cut]), equalised()))
-    return measured(ids) if spectral < plain else equalised()
+    spectral, plain = _partings(model, ids, cut, (measured(ids[:, :cut]), pages()))
+    return measured(ids) if spectral < plain else pages()
 
 # %% ../nbs/40_cache.ipynb #77fc81c3
 def _cost(codec, frame, s, price, keys):

@@ -194,10 +194,10 @@ def make_cells(
         if m not in known: raise ValueError(f'--method {m}: choose among {", ".join(known)}')
         if m == 'exact': continue
         if m in (*SAMPLED, *WHOLE): raise ValueError(f'method {m} is made from the vectors of a calibration text; measure it in a grid, `ndkv sweep` (results/grids/rivals.yaml is one)')
-        if profile is None and m in (*PLANNED, *CALIBRATED): raise ValueError(f'method {m} needs --profile; make one with `ndkv calibrate`')
+        if profile is None and m in ('spectral', *CALIBRATED): raise ValueError(f'method {m} needs --profile; make one with `ndkv calibrate`')
         for b in bits:
             options = dict(profile=profile) if m in CALIBRATED else dict(layers=layers) if m == 'turboquant' else {}
-            if m in PLANNED: options = dict(codecs=make_plan(m, profile, b, shape.get('block', Cell.block), shape.get('sinks', Cell.sinks), shape.get('window', Cell.window), length, model))
+            if m in PLANNED and profile is not None: options = dict(codecs=make_plan(m, profile, b, shape.get('block', Cell.block), shape.get('sinks', Cell.sinks), shape.get('window', Cell.window), length, model))
             out.append(Cell(m, b, b if values else None, **shape, options=options))
     return out
 
@@ -217,13 +217,13 @@ def demonstrate(
     new_tokens:int, # Tokens to generate with each cache
     bits=None, # Caches to show; None = 4, 3 and 2, of latents 8, 6 and 4
     bar:bool=True, # Show progress
-    profile=None, # For its pages in place of equalised blocks
+    profile=None, # For its bases; None = pages without one
     **kw, # window, sinks, block
 ) -> list: # A dict for each cache
     "Generate with the ordinary cache and with ndkv's, and compare."
     ids = tokenizer(prompt, return_tensors='pt')['input_ids'].to(model.device)
     bits = bits or USUAL[latent(model)]
-    cells = make_cells(['pages' if profile else 'equalised'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, ids.shape[1] + new_tokens, model, not latent(model), **kw)
+    cells = make_cells(['rotation' if latent(model) else 'pages'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, ids.shape[1] + new_tokens, model, not latent(model), **kw)
     cells = {f'ndkv {c.k_bits:g} bits': c for c in cells}
     caches = {'ordinary': DynamicCache(config=model.config)} | {name: c.cache(model.config, memo=False) for name, c in cells.items()}
     done = {name: generate(model, ids, cache, new_tokens, name if bar else None) for name, cache in caches.items()}
@@ -282,7 +282,7 @@ def demo(
     limit = getattr(lm.config.get_text_config(decoder=True), 'max_position_embeddings', None)
     if not n: raise ValueError('the prompt is empty; give some text')
     if limit and n + new_tokens > limit: raise ValueError(f'{n} prompt and {new_tokens} new tokens are more than the {limit} positions of the model; shorten one of them')
-    packed = n + new_tokens - (window + sinks + Cell.block)
+    packed = n + new_tokens - (window + sinks + PAGE)
     if packed < 2: raise ValueError(f'{n} prompt and {new_tokens} new tokens end before anything is packed; give {2 - packed} more tokens, or a smaller --window')
     rows = demonstrate(lm, tokenizer, text, new_tokens, bits and numbers(bits), bars(), profile and load_profile(profile, lm, ('dtype',)), window=window, sinks=sinks)
     if as_json: return show_json(rows)

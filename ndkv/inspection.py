@@ -117,7 +117,7 @@ BUDGETS = 0.8, 1., 1.25, 1.5, 2., 2.5, 3. # Bits an element
 def frontier(
     model,                # A causal language model
     tokens:Tensor,        # Windows of text `[N, T]` that the profile has not seen
-    profile:Profile|None=None, # From `calibrate`; None = equalised blocks alone
+    profile:Profile|None=None, # From `calibrate`; None = the default without one alone
     bits:tuple=BUDGETS,   # Budgets of the profile's codes, bases apart
     batch:int=8,          # Windows at a time
     bar:bool=True,        # Show progress
@@ -126,18 +126,20 @@ def frontier(
     **shape               # window, sinks, block
 ) -> list[dict]: # method, budget, bits (of what is packed, bases apart), kl, stderr, p999, flips; cheapest first
     "Divergence of several budgets, measured side by side."
-    if profile and method == "pages": shape = dict(block=PAGE) | shape # all caches of a comparison have one shape
+    default = "pages" if method == "pages" else "equalised" # without a profile
+    if method == "pages": shape = dict(block=PAGE) | shape # all caches of a comparison have one shape
     at = dict(length=length, **{k: shape.get(k, getattr(Cell, k)) for k in ("window", "sinks", "block")})
     plans = {b: make_plan(method, profile, b, model=model, **at) for b in bits} if profile else {}
-    cells = [Cell("equalised", b, b, **shape) for b in (2, 3, 4)] + [Cell("bf16", None, None, **shape)]
+    cells = [Cell(default, b, b, **shape) for b in (2, 3, 4)] + [Cell("bf16", None, None, **shape)]
     cells += [Cell(method, b, b, **shape, options=dict(codecs=p)) for b, p in plans.items()]
     found, reports = compare(model, tokens, cells, batch, bar)
     first, rows = cells[0].sinks + cells[0].window + cells[0].block, []
     for c in cells:
         kl, flips = (found[c][name][:, first:] for name in ("kl", "flips"))
         mean, err = mean_stderr(kl)
-        stored = effective_bits(plans[c.k_bits], held_tokens(profile, model=model, **at)) if c.method == method else account(reports[c])["bits"] if c in reports else 16.
-        rows.append(dict(method=c.method, budget=c.k_bits, bits=stored, kl=mean, stderr=err, p999=quantile(kl, .999), flips=flips.mean().item()))
+        stored = effective_bits(plans[c.k_bits], held_tokens(profile, model=model, **at)) if "codecs" in c.options else account(reports[c])["bits"] if c in reports else 16.
+        name = "no profile" if c.method == default and not c.options else c.method
+        rows.append(dict(method=name, budget=c.k_bits, bits=stored, kl=mean, stderr=err, p999=quantile(kl, .999), flips=flips.mean().item()))
     return sorted(rows, key=lambda r: (r["bits"], r["method"]))
 
 

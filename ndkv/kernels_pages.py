@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .equalised_pages import MEAN_AT, NORMS_AT, EqualisedPageCodec, side_bytes, side_values
 from .pages import FIXED, HEADER, ORDER, PAGE, PARTS, STEP, TIERS, UNIT, integer_levels, planes, record, runs, unpack_order
 try:
     import triton
@@ -30,10 +31,10 @@ from .kernels_viterbi import on_its_device
 
 # %% ../nbs/51_read_pages.ipynb #8a0f2f4b
 @triton.jit
-def _page_norms(half, slot):
-    "Norm of every slot: base and nibbles in the order [g][u], slot = 8u + g."
+def _page_norms(half, slot, AT:tl.constexpr):
+    "Norm of every slot: base, and from byte AT on nibbles in the order [g][u], slot = 8u + g."
     at = (slot % 8)*16 + slot//8
-    nibble = (tl.load(half + 32 + at//2).to(tl.int32) >> 4*(at % 2)) & 15
+    nibble = (tl.load(half + AT + at//2).to(tl.int32) >> 4*(at % 2)) & 15
     return tl.exp2((tl.load(half).to(tl.float32) - 128 + nibble.to(tl.float32)) * 0.25)
 
 
@@ -53,36 +54,48 @@ def _page_levels(half, PLACE, WIDTH, LEVEL, slot, c, C:tl.constexpr):
 
 
 @triton.jit
+def _page_mean(half, c, D, AT:tl.constexpr):
+    "Mean of the levels of a page without a profile: int8 from byte AT on, channel 8j + g at g D/8 + j, times a bfloat16."
+    byte = tl.load(half + AT + (c % 8)*(D // 8) + c//8, mask=c < D, other=0).to(tl.int32)
+    step = (tl.load(half + 2).to(tl.int32) << 16) | (tl.load(half + 3).to(tl.int32) << 24)
+    return (byte - 256*(byte > 127).to(tl.int32)).to(tl.float32) * step.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _read_pages_plainly(
     QUERY, MEAN,                       # float32 [programs, most, 4, CK] and [programs, most, 4, 128], log2 units
     HEADS, K_PLACE, V_PLACE, K_WIDTH, V_WIDTH, LEVEL, # see `_plain_tables`
     K, V, TABLE, LENS, TOP, SUM, OUT,
     most, splits, H, groups, k_bytes, v_bytes,
+    DV, unit,                          # channels of a value; of a level
     CK:tl.constexpr, CV:tl.constexpr,  # channels, up to a power of two
+    NORMS:tl.constexpr, MEANS:tl.constexpr, # byte of norms; of the mean of values, 0: pages have none
 ):
     program, split = tl.program_id(0), tl.program_id(1)
     b, h = program // (H*groups), (program // groups) % H
     each = tl.cdiv(tl.load(LENS + b), splits)          # pages of this program
     first = split * each
     end = tl.minimum(tl.load(LENS + b), first + each)
-    slot, head, ck, cv = tl.arange(0, 128), tl.arange(0, 4), tl.arange(0, CK), tl.arange(0, CV)
+    head, ck, cv = tl.arange(0, 4), tl.arange(0, CK), tl.arange(0, CV)
     kt, vt = tl.load(HEADS + 7*h), tl.load(HEADS + 7*h + 1)
     top, total = tl.full([4], -1e30, tl.float32), tl.zeros([4], tl.float32)
     out = tl.zeros([4, CV], tl.float32)
-    for page in range(first, end):
+    for quarter in range(4*first, 4*end):
+        page, slot = quarter // 4, 32*(quarter % 4) + tl.arange(0, 32)
         where = tl.load(TABLE + b*most + page).to(tl.int64)
         k = K + where*k_bytes + tl.load(HEADS + 7*h + 2)
         v = V + where*v_bytes + tl.load(HEADS + 7*h + 3)
         at = (program*most + page)*4 + head[:, None]
         q = tl.load(QUERY + at*CK + ck[None, :])
         keys = _page_levels(k, K_PLACE + kt*128*CK*4, K_WIDTH + kt*128*CK, LEVEL, slot, ck, CK)
-        scores = tl.sum(q[:, None, :] * keys[None, :, :], 2) * _page_norms(k, slot)[None, :]
+        scores = tl.sum(q[:, None, :] * keys[None, :, :], 2) * _page_norms(k, slot, NORMS)[None, :]
         scores += tl.load(MEAN + at*128 + slot[None, :])
         new = tl.maximum(top, tl.max(scores, 1))       # softmax so far: old sums times a factor
         p, factor = tl.exp2(scores - new[:, None]), tl.exp2(top - new)
         values = _page_levels(v, V_PLACE + vt*128*CV*4, V_WIDTH + vt*128*CV, LEVEL, slot, cv, CV)
-        weights = p * _page_norms(v, slot)[None, :]
+        weights = p * _page_norms(v, slot, NORMS)[None, :]
         out = out*factor[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], 1)
+        if MEANS: out += tl.sum(p, 1)[:, None] * _page_mean(v, cv, DV, MEANS)[None, :] / unit
         total, top = total*factor + tl.sum(p, 1), new
     part = (program*splits + split)*4 + head
     tl.store(TOP + part, top)
@@ -96,7 +109,7 @@ STRIPS = FIXED # Bytes of a head before its strips
 def _power(n): return 1 << (n - 1).bit_length()
 
 
-def _plain_tables(kind, templates, D):
+def _plain_tables(kind, templates, D, side=STRIPS):
     "Of every template, slot, channel (up to a power of two): first bit of each plane in the half; width."
     C = _power(D)
     place = torch.full((len(templates), PAGE, C, 4), -1, dtype=torch.int32)
@@ -104,7 +117,7 @@ def _plain_tables(kind, templates, D):
     for i, w in enumerate(templates):
         width[i, :, :D] = _widths_of_codes(w, D)
         for f in record(kind, D, w).fields:
-            place[i, f.code // D, f.code % D, 4 - f.size.bit_length()] = (f.place + 8*STRIPS).int()
+            place[i, f.code // D, f.code % D, 4 - f.size.bit_length()] = (f.place + 8*side).int()
     return place, width
 
 
@@ -157,6 +170,8 @@ class Plan:
         widths = [[tuple(map(tuple, w)) for w in c.strips.tolist()] for c in (keys, values)]
         (self.k_templates, k_of), (self.v_templates, v_of) = map(_distinct, widths)
         sizes = [[places(n, w, d)[1] for w in side] for n, side, d in zip("kv", widths, (self.D, self.Dv))]
+        self.equalised = keys if isinstance(keys, EqualisedPageCodec) else None # of pages without a profile
+        if self.equalised: sizes = [[c.half]*self.H for c in (keys, values)]
         self.k_bytes, self.v_bytes = map(sum, sizes)
         starts = [np.cumsum([0, *s[:-1]]).tolist() for s in sizes]
         self.pairs, pair_of = _distinct(list(zip(k_of, v_of))) # what a program of the fast kernel is made for
@@ -210,7 +225,8 @@ class Plan:
     def plain(self):
         "Tables of the plain kernel, made once."
         if self._plain is None:
-            sides = (("k", self.k_templates, self.D), ("v", self.v_templates, self.Dv))
+            sides = [("k", self.k_templates, self.D), ("v", self.v_templates, self.Dv)]
+            if self.equalised: sides = [(*s, side_bytes(s[0], s[2])) for s in sides]
             tables = [t for side in sides for t in _plain_tables(*side)] + [_level_table()]
             self._plain = [t.contiguous().to(self.device) for t in tables]
         return self._plain
@@ -1315,28 +1331,47 @@ def kernel_runs_on(device):
 
 
 def kernel_can_read(plan, device):
-    "Whether the Gluon kernel serves this layer on this device."
+    "Whether a kernel serves this layer on this device: the Gluon one, or for pages without a profile the plain one."
+    if plan.equalised: return device.type == "cuda"
     return plan.D % 16 == 0 and plan.D <= 128 and plan.Dv <= 128 and kernel_runs_on(device)
+
+
+def _queries(plan, q, k_pages, table):
+    "Of every page: queries in the basis of its codes `[B, H, groups, most, 4, D]`, and what means add to its scores `[..., PAGE]`."
+    at, most = table.long().clamp_min(0), table.shape[1]
+    if plan.equalised: return _weighted(plan, q, k_pages, at)
+    turned = plan.rotated(q.float(), most)                              # [B, H, groups, 4, most, D]
+    query = torch.einsum("bhgrpd,hcd->bhgprc", turned, plan.rows)
+    means = torch.einsum("bhgrpd,hsd->bhgprs", turned, plan.turned)     # in the order of positions
+    starts = plan.heads[:, 2].tolist()
+    halves = torch.stack([k_pages[:, s:s + STRIPS] for s in starts], 1) # [pages, H, ...]
+    slots = unpack_order(halves[..., HEADER:HEADER + ORDER])[at].transpose(1, 2) # [B, H, most, PAGE]
+    return query, means.gather(-1, slots[:, :, None, :, None].expand(means.shape))
+
+
+def _weighted(plan, q, k_pages, at):
+    "The same of pages without a profile: weights in the place of rotations, and a mean for all tokens of a page."
+    halves = k_pages.unflatten(-1, (plan.H, -1))[:, :, :plan.equalised.side]
+    mean, w = (x.transpose(1, 2)[:, :, None, None] for x in side_values(plan.equalised, halves[at])[1:]) # [B, H, 1, 1, most, D]
+    weighted = q.float()[..., None, :] * w
+    query = torch.einsum("bhgrpd,hcd->bhgprc", weighted, plan.rows)
+    means = (weighted * mean).sum(-1).transpose(-1, -2)[..., None] * (plan.scale * math.log2(math.e))
+    return query, means.expand(*means.shape[:-1], PAGE)
 
 
 def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits, early):
     "Parts by the plain kernel; queries and means of every page by PyTorch."
     B, H, groups = q.shape[:3]
     most, D, CK, CV = table.shape[1], plan.D, _power(plan.D), _power(plan.Dv)
-    turned = plan.rotated(q.float(), most)                              # [B, H, groups, 4, most, D]
-    query = torch.einsum("bhgrpd,hcd->bhgprc", turned, plan.rows)
-    means = torch.einsum("bhgrpd,hsd->bhgprs", turned, plan.turned)     # in the order of positions
-    starts = plan.heads[:, 2].tolist()
-    halves = torch.stack([k_pages[:, s:s + STRIPS] for s in starts], 1) # [pages, H, ...]
-    slots = unpack_order(halves[..., HEADER:HEADER + ORDER])[table.long().clamp_min(0)].transpose(1, 2) # [B, H, most, PAGE]
-    means = means.gather(-1, slots[:, :, None, :, None].expand(means.shape)).contiguous()
-    query = F.pad(query, (0, CK - D)).contiguous()
+    query, means = _queries(plan, q, k_pages, table)
+    query, means = F.pad(query, (0, CK - D)).contiguous(), means.contiguous()
     new = lambda *shape: torch.zeros(B*H*groups, splits, 4, *shape, device=q.device)
     top, total, out = new(), new(8), new(CV)
     k_place, k_width, v_place, v_width, level = plan.plain()
     _read_pages_plainly[(B*H*groups, splits)](
         query, means, plan.heads, k_place, v_place, k_width, v_width, level, k_pages, v_pages, table, lens,
-        top, total, out, most, splits, H, groups, k_pages.stride(0), v_pages.stride(0), CK, CV)
+        top, total, out, most, splits, H, groups, k_pages.stride(0), v_pages.stride(0), plan.Dv, UNIT, CK, CV,
+        NORMS_AT if plan.equalised else HEADER + ORDER, MEAN_AT if plan.equalised else 0)
     return top, total, out, F.pad(plan.v_rows, (0, 0, 0, CV - plan.Dv)).contiguous()
 
 
@@ -1400,7 +1435,7 @@ def attend_pages(
     groups, q = -(-G // 4), q.contiguous()
     by_head = q.view(B, plan.H, G, D)
     if G % 4: by_head = F.pad(by_head, (0, 0, 0, 4*groups - G))
-    fast = not plain and kernel_can_read(plan, q.device)
+    fast = not plain and not plan.equalised and kernel_can_read(plan, q.device)
     splits = splits or best_splits(B*plan.H*groups, table.shape[1], plan.warps if fast else TEAM, _multiprocessors(q.device))
     parts = _kernel_parts if fast else _plain_parts
     by_head = by_head.view(B, plan.H, groups, 4, D).contiguous()

@@ -31,7 +31,7 @@ from .equalised import VERSION as EQUALISED
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate, mix_profiles
 from .metrics import mean_stderr
-from .pages import VERSION as PAGES
+from .pages import PAGE, VERSION as PAGES
 from .probe import device_of
 from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
 from .public import find_model
@@ -192,8 +192,9 @@ def make_cell(
     if "first" in options: options["first"] = options["first"] * layers // 32  # baselines state it for 32 layers
     if name == "dquant": options.setdefault("span", cell["block"])
     if name in CALIBRATED: options["profile"] = _profile(cell, where)
-    note = dict(profile=cell["calibration"]) if "profile" in options or name in (*PLANNED, *SAMPLED, *WHOLE) else {}
-    if name in PLANNED: options, more = _from_plan(cell, where)
+    planned = name in PLANNED and (name != "pages" or cell["calibration"] is not None) # pages without a profile have no plan
+    note = dict(profile=cell["calibration"]) if "profile" in options or planned or name in (*SAMPLED, *WHOLE) else {}
+    if planned: options, more = _from_plan(cell, where)
     elif name in (*SAMPLED, *WHOLE): options, more = _from_samples(cell, where)
     else: more = {}
     note |= more
@@ -523,7 +524,7 @@ def sensitivities(
     model,  # A causal language model
     tokens: Tensor,  # Windows [N, T]
     layers: list[int],  # Attention layers
-    method: str = "equalised",  # Of the cache
+    method: str = "pages",  # Of the cache
     bits: int = 2,  # At which each place is measured
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
@@ -595,7 +596,7 @@ def recommend(
     tokens: Tensor,  # Windows of text [N, T], N at least 2
     budget: float | None = None,  # Bits an element at most, all-in; or
     max_kl: float | None = None,  # mean divergence in nats at most
-    method: str = "equalised",  # Of the cache
+    method: str = "pages",  # Of the cache
     choices: tuple = (2, 3, 4, 5, 6),  # Bits to choose among
     points: int = 5,  # Of the frontier to measure, beside the choice
     name: str = "model",  # For the print
@@ -603,7 +604,7 @@ def recommend(
     bar: bool = True,  # Show progress
     window: int = 128,  # Recent tokens kept exact
     sinks: int = 4,  # First tokens kept exact
-    block: int = 64,  # Tokens encoded together
+    block: int = PAGE,  # Tokens encoded together
     length: int = 4096,  # Tokens of text after which the budget holds
     **options,  # Of the method
 ) -> Recommendation:

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, cache_utils, ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
-from .attention import PagedCache, UniformCache
+from .attention import PagedCache
 from .cache import NDCache, _nbytes, _tensors_in, page_codecs
-from .kernels_bench import Case, read_tuning
 from .pages import PAGE
 from .profile import LayerStats, Profile, Rope, describe
 from .results import Run
@@ -122,8 +121,8 @@ def packed(model, batch, length, bits=4, **kw):
     for s in range(batch): pool.admit([s] * length, length + 64) # no two share pages
     for layer, (_, k, v) in zip(pool.layers, random_tokens(model, 1, pool.page)):
         layer.lazy_initialization(k, v)
-        layer.store.copy_(layer.pa.encode(k, v)[0].transpose(0, 1).expand_as(layer.store))
-        layer.tuning = read_tuning(Case(f"packed{bits}", layer.pa.layout, batch, length, heads=k.shape[1], d=k.shape[3])) # of the same layout, if it was measured
+        layer.write(k, v, torch.zeros(1, dtype=torch.long, device=k.device), pool.sinks)
+        for store in layer.stores: store[1:] = store[:1]
         for x in layer.exact: x.normal_()
     return Filled(server.forward, pool, pool.nbytes, lambda: _page_time(pool))
 
@@ -148,18 +147,8 @@ def made_profile(model):
 
 # %% ../nbs/78_throughput.ipynb #d93bf2ff
 def tiered(model, batch, length, bits=2, **kw):
-    "A `Server` whose slots are all `length` tokens long, on tiered pages."
-    model.set_attn_implementation("ndkv_packed")
-    server = Server(model, slots=batch, length=length + 64, graph=torch.cuda.is_available(), bits=bits, profile=made_profile(model), **kw)
-    pool = server.pool
-    random.Random(0).shuffle(pool.free)
-    for s in range(batch): pool.admit([s] * length, length + 64) # no two share pages
-    for layer, (_, k, v) in zip(pool.layers, random_tokens(model, 1, PAGE)):
-        layer.lazy_initialization(k, v)
-        layer.write(k, v, torch.zeros(1, dtype=torch.long, device=k.device), pool.sinks)
-        for store in layer.kept: store[1:] = store[:1]
-        for x in layer.exact: x.normal_()
-    return Filled(server.forward, pool, pool.nbytes, lambda: _page_time(pool))
+    "The same on tiered pages of a profile."
+    return packed(model, batch, length, bits, profile=made_profile(model), **kw)
 
 def in_generate(model, batch, length, bits=2, **kw):
     "An `NDCache` of tiered pages that the model's attention reads by kernel, as `generate` runs it."
@@ -346,7 +335,7 @@ def cpu_bench(
             t = time.perf_counter(); step()
             if r: times[name].append(time.perf_counter() - t) # the first round codes what has left the window
     slow = {name: statistics.median(a/b for a, b in zip(t, times["dynamic"])) for name, t in times.items()}
-    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else c.nbytes if isinstance(c, UniformCache) else _nbytes(_tensors_in(c.layers))
+    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else _nbytes(_tensors_in(c.layers))
     for name, t in times.items():
         for metric, value in dict(slowdown=slow[name], tokens_per_s=1/statistics.median(t), cache_bytes=size(make[name][1])).items():
             run.row(method=name, metric=metric, model=folder.name, batch=1, length=length, value=value, n=rounds, dtype=str(dtype)[6:], threads=torch.get_num_threads())
@@ -427,7 +416,7 @@ def pool_size(
     pool = PagePool(config, 1, 0, max(len(ids) + n for ids, n in queue), **kw)
     empty = torch.empty(1, config.num_key_value_heads, 0, config.head_dim, dtype=dtype)
     pool.layers[0].lazy_initialization(empty, empty)
-    page = len(pool.layers) * config.num_key_value_heads * 2 * pool.layers[0].pa.layout.words
+    page = len(pool.layers) * sum(c.nbytes for c in pool.layers[0].codecs)
     slot = pool.nbytes + (len(pool.layers) - 1) * _nbytes(pool.layers[0].exact)
     need = [pool.whole_pages(len(ids) + n) for ids, n in queue]
     slots = min(most, len(queue), int(memory / (slot + page*statistics.mean(need))))
@@ -454,10 +443,8 @@ def serve_packed(model, queue, memory, most, limit, **kw) -> Served:
     w, c = model.get_input_embeddings().weight, model.config
     slots, pages = pool_size(c, queue, memory, most, w.dtype, **kw)
     server = Server(model, slots, max(len(ids) + n for ids, n in queue), pages, GenerationConfig(do_sample=False), graph=w.is_cuda, **kw)
-    empty, mean = w.new_empty(1, c.num_key_value_heads, 0, c.head_dim), statistics.mean(len(ids) for ids, _ in queue)
-    for layer in server.pool.layers:
-        layer.lazy_initialization(empty, empty)
-        layer.tuning = read_tuning(Case("packed", layer.pa.layout, slots, int(mean), heads=c.num_key_value_heads, d=c.head_dim))
+    empty = w.new_empty(1, c.num_key_value_heads, 0, c.head_dim)
+    for layer in server.pool.layers: layer.lazy_initialization(empty, empty)
     server.warm()
     for i, (ids, n) in enumerate(queue): server.add_request(ids, i + 1, n, eos_token_id=-1)
     start, done, at_once = time.perf_counter(), {}, 0

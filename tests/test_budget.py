@@ -71,7 +71,7 @@ few = settings(max_examples=12, deadline=None)
 @given(st.integers(1, 700), st.sampled_from([None, 8, 63, 64, 65, 100, 160, 200]), st.sampled_from([0, 8, 64]), st.sampled_from([0, 4]), st.sampled_from([8, 16, 64]))
 def test_packed_tokens_are_those_of_a_cache(length, sliding, window, sinks, block):
     config = tf.LlamaConfig(**BASE, num_hidden_layers=1) if sliding is None else tf.MistralConfig(**BASE, num_hidden_layers=1, sliding_window=sliding)
-    cache = NDCache(config, bits=4, window=window, sinks=sinks, block=block)
+    cache = NDCache(config, bits=4, method="equalised", window=window, sinks=sinks, block=block)
     feed(cache, length, {0: (1, 4, 4)})
     expected = packed_tokens(layer_reach(config), length, window, sinks, block)[0]
     if length <= block: expected = 0  # a call as short as a block is packed by the next one
@@ -83,7 +83,7 @@ def test_packed_tokens_are_those_of_a_cache(length, sliding, window, sinks, bloc
 @given(st.integers(150, 400), st.sampled_from([63, 64, 65, 100]), st.sampled_from([0, 8, 40]), st.sampled_from([0, 4]), st.sampled_from([8, 16]))
 def test_packed_tokens_of_a_stream(length, sliding, window, sinks, block):
     "Token by token, in whole blocks at both ends."
-    cache = NDCache(tf.MistralConfig(**BASE, num_hidden_layers=1, sliding_window=sliding), bits=4, window=window, sinks=sinks, block=block)
+    cache = NDCache(tf.MistralConfig(**BASE, num_hidden_layers=1, sliding_window=sliding), bits=4, method="equalised", window=window, sinks=sinks, block=block)
     feed(cache, length, {0: (1, 4, 4)}, range(1, length))
     assert cache.layers[0].stores[0].packed.n == packed_tokens([sliding], length - 1, window, sinks, block)[0]  # a token is packed when the next one comes
 

@@ -89,7 +89,7 @@ def test_quantized_runs(models, name, mode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(models, dtype):
     model = copy.deepcopy(models("llama 64, GQA")).to(dtype)
-    exact, cache = NDCache(model.config, bits=None), NDCache(model.config, bits=8, window=4, block=4)
+    exact, cache = NDCache(model.config, bits=None), NDCache(model.config, bits=8, method="equalised", window=4, block=4)
     assert torch.equal(generate(model, "greedy", exact), generate(model, "greedy", DynamicCache(config=model.config)))
     generate(model, "greedy", cache)
     assert cache.layers[0].keys.dtype == dtype and cache.report()["packed_tokens"] == 44
@@ -104,7 +104,7 @@ def test_encoder_decoder():
         forced_eos_token_id=None, decoder_start_token_id=1)).eval()
     run = lambda cache: model.generate(**prompts(False), do_sample=False, num_beams=1, max_new_tokens=20, past_key_values=cache)
     assert torch.equal(run(encoder_decoder(model.config, None, None)), run(EncoderDecoderCache(DynamicCache(), DynamicCache())))
-    cache = encoder_decoder(model.config, window=4, block=4)
+    cache = encoder_decoder(model.config, method="equalised", window=4, block=4)
     run(cache)
     assert cache.self_attention_cache.report()["packed_tokens"] == 8 and cache.cross_attention_cache.report()["packed_tokens"] == 36
     with pytest.raises(ValueError, match="encoder_decoder"): NDCache(model.config)
@@ -301,7 +301,7 @@ def test_no_token_twice(steps, window, sinks, block, exact_new, announced):
 # --- single properties -------------------------------------------------------------------------------------------------------------------
 
 def filled(T=200, B=2, dtype=torch.float32, **kw):
-    cache = NDCache(tf.LlamaConfig(**BASE), **(dict(window=16, block=8) | kw))
+    cache = NDCache(tf.LlamaConfig(**BASE), **(dict(window=16, block=8, method="equalised") | kw))
     k, v = torch.randn(2, B, 2, T, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     for i in range(2): cache.update(k, v, i)
     return cache, k, v
@@ -335,7 +335,7 @@ def test_row_of_a_batch():
     "A row of a batch is stored as it is alone, bit for bit."
     both, k, v = filled(bits=3)
     for row in range(2):
-        alone = NDCache(tf.LlamaConfig(**BASE), bits=3, window=16, block=8)
+        alone = NDCache(tf.LlamaConfig(**BASE), bits=3, method="equalised", window=16, block=8)
         alone.update(k[row:row+1], v[row:row+1], 0)
         for s, t in zip(both.layers[0].stores, alone.layers[0].stores):
             assert all(torch.equal(s.tensors[name][row:row+1], t.tensors[name]) for name in s.tensors)
@@ -389,7 +389,7 @@ def test_copies_are_independent():
 
 def test_reset_is_new(models):
     model = models("llama 64, GQA")
-    cache = NDCache(model.config, bits=3, window=8, block=8)
+    cache = NDCache(model.config, bits=3, method="equalised", window=8, block=8)
     a = generate(model, "greedy", cache)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.nbytes == 0 and torch.equal(generate(model, "greedy", cache), a)
@@ -421,7 +421,7 @@ def test_other_layers_are_left_alone():
     config = tf.Lfm2Config(**(BASE | dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False)))
     torch.manual_seed(0)
     model = tf.Lfm2ForCausalLM(config).eval()
-    cache = NDCache(config, bits=4, window=8, block=8)
+    cache = NDCache(config, bits=4, method="equalised", window=8, block=8)
     assert [isinstance(layer, NDLayer) for layer in cache.layers] == [False, True, False]
     generate(model, "greedy", cache)
     report = cache.report()

@@ -25,7 +25,7 @@ from conftest import ROOT
 from ndkv import cli
 from ndkv.cache import NDCache
 from ndkv.cli import app, main
-from ndkv.equalised import EqualisedCodec
+from ndkv.equalised_pages import EqualisedPageCodec
 from ndkv.profile import Profile
 from ndkv.results import load_rows, validate
 
@@ -64,7 +64,7 @@ def test_demo_on_a_folder(llama):
     bits = [float(lines[f'ndkv {b} bits'][0]) for b in (4, 3, 2)]
     size = [int(lines[name][1].replace(',', '')) for name in lines]
     kl = [float(lines[f'ndkv {b} bits'][3]) for b in (4, 3, 2)]
-    assert bits == pytest.approx([EqualisedCodec(32, b).bits_per_element for b in (4, 3, 2)], abs=5e-4) and size == sorted(size, reverse=True) and 0 < kl[0] < kl[1] < kl[2]
+    assert bits == pytest.approx([sum(EqualisedPageCodec(kind, 32, 2, b).bits_per_element for kind in 'kv')/2 for b in (4, 3, 2)], abs=5e-4) and size == sorted(size, reverse=True) and 0 < kl[0] < kl[1] < kl[2]
 
 
 def test_a_text_that_is_too_short_or_too_long(llama):
@@ -276,7 +276,7 @@ def test_recommend_prints_what_to_use(place, profile):
     code, out, err = here('recommend', 'tiny', '--data', 'text.txt', '--length', 300, '--windows', 2, '--budget', 3, '--json', cwd=place)
     found = json.loads(out)
     cache = eval(found['line'], dict(NDCache=NDCache, model=type('M', (), dict(config=AutoConfig.from_pretrained(place / 'tiny')))))
-    assert code == 0 and cache._mine[0].method == 'equalised' and found['choice']['bits'] <= 3
+    assert code == 0 and cache._mine[0].method == 'pages' and found['choice']['bits'] <= 3
 
 
 def test_sweep_in_a_process(place):

@@ -18,7 +18,7 @@ importlib.import_module('reference')
 fuzz = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 CONFIG = tf.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
-SHAPE = dict(bits=3, window=8, block=8)
+SHAPE = dict(bits=3, method="equalised", window=8, block=8)
 
 
 def cache_content(c):

@@ -473,19 +473,19 @@ def test_gradients_through_pages_are_announced(models):
     model = tf.LlamaForCausalLM(config).eval()
     model.load_state_dict(models["llama"].state_dict())
     def trains():
-        out = [model(part, past_key_values=cache).logits.sum() for cache in [PagedCache(config)] for part in prompt().split(20, 1)]
+        out = [model(part, past_key_values=cache).logits.sum() for cache in [PagedCache(config, window=8)] for part in prompt(repeat=24).split(60, 1)]
         sum(out).backward()
     def quiet():
-        with torch.no_grad(): [model(part, past_key_values=cache) for cache in [PagedCache(config, window=8)] for part in prompt(repeat=12).split(60, 1)]
-        model(prompt(), past_key_values=PagedCache(config)).logits.sum().backward()
+        with torch.no_grad(): [model(part, past_key_values=cache) for cache in [PagedCache(config, window=8)] for part in prompt(repeat=24).split(60, 1)]
+        model(prompt(repeat=24), past_key_values=PagedCache(config, window=8)).logits.sum().backward()
         model.generate(prompt(), do_sample=False, max_new_tokens=3, past_key_values=PagedCache(config))
     assert said(trains, "gradients")[1] and not said(quiet, "")[1]
     model.zero_grad()
     model.requires_grad_(False)
-    soft, cache = torch.randn(1, 30, 64).requires_grad_(), PagedCache(config)
+    soft, cache = torch.randn(1, 180, 64).requires_grad_(), PagedCache(config, window=8)
     model(inputs_embeds=soft, past_key_values=cache).logits.sum().backward()
     assert soft.grad.abs().sum() > 0
-    model(inputs_embeds=soft, past_key_values=(cache := PagedCache(config)))
+    model(inputs_embeds=soft, past_key_values=(cache := PagedCache(config, window=8)))
     assert said(lambda: model(prompt(), past_key_values=cache), "gradients")[1]
 
 

@@ -48,7 +48,7 @@ def runs(model, folder, heard=None, rank=(0, 1)):
     """What every process does: tokens and logits, bytes of the caches and what they hold. Given the logits that another process `heard`, it
     makes the same choices, and its own logits must be those (see `Follow`): two processes add in different orders."""
     out, held, follow = {}, {}, {name: Follow(tol, heard[name] if heard else ()) for name, tol in TOL.items()}
-    for name, cache in (("exact", DynamicCache(config=model.config)), ("rotation", NDCache(model.config, bits=4, **KW)), ("spectral", local_cache(model.config, 3, folder/"profile.safetensors", *rank, method="spectral", **KW))):
+    for name, cache in (("exact", DynamicCache(config=model.config)), ("rotation", NDCache(model.config, bits=4, method="equalised", **KW)), ("spectral", local_cache(model.config, 3, folder/"profile.safetensors", *rank, method="spectral", **KW))):
         out[name] = model.generate(prompt(), attention_mask=torch.ones_like(prompt()), past_key_values=cache, max_new_tokens=24, do_sample=False, logits_processor=[follow[name]])[:, 90:].tolist()
         held[name] = torch.stack([t for layer in cache.layers for t in (layer.keys, layer.values)])
         if name != "exact": out[f"{name} bytes"] = cache.nbytes
@@ -60,7 +60,7 @@ def runs(model, folder, heard=None, rank=(0, 1)):
     hook = model.register_forward_hook(listen)
     with torch.no_grad(): out["server"] = [r.generated_tokens for r in server.generate_batch(queue(), max_new_tokens=80).values()]
     hook.remove()
-    out["server heads"] = server.pool.layers[0].store.shape[1]
+    out["server heads"] = server.pool.layers[0].codecs[0].heads
     if heard:
         for f in follow.values(): f.done()
     return out, {name: f.heard for name, f in follow.items()}, held
@@ -131,7 +131,7 @@ def test_layers_on_two_gpus(folder):
     tokens, ids = [], prompt().to(0)
     for where in ({"": 0}, places): # one computation: the same kernels, on GPUs of one kind
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=where, attn_implementation="eager").eval()
-        for cache in (NDCache(model.config, bits=4, **KW), NDCache(model.config, 3, "spectral", folder/"profile.safetensors", **KW)):
+        for cache in (NDCache(model.config, bits=4, method="equalised", **KW), NDCache(model.config, 3, "spectral", folder/"profile.safetensors", **KW)):
             tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, do_sample=False).tolist())
         model.set_attn_implementation("ndkv_packed")
         tokens.append([r.generated_tokens for r in Server(model, slots=2, length=200, bits=4, window=8).generate_batch(queue(), max_new_tokens=80).values()])
@@ -139,6 +139,6 @@ def test_layers_on_two_gpus(folder):
 
 
 def test_layers_of_a_cache_lie_where_their_keys_are():
-    cache = NDCache(LlamaConfig(**BASE, head_dim=32), bits=4, **KW)
+    cache = NDCache(LlamaConfig(**BASE, head_dim=32), bits=4, method="equalised", **KW)
     for i, device in enumerate(("cpu", "cuda:0" if torch.cuda.is_available() else "cpu", "cpu")): cache.update(*torch.randn(2, 1, 2, 60, 32, device=device), i)
     assert sum(bytes_by_device(cache).values()) == cache.nbytes

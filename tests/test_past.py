@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
 from ndkv.attention import Handed, PagedCache, ndkv_packed
 from ndkv.cache import NDCache
+from ndkv.pages import PAGE
 from ndkv.serving import Server
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -121,15 +122,14 @@ DOES = {
 def test_whatever_a_model_does_to_what_the_cache_returns(what):
     model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**BASE))
     for i, layer in enumerate(model.model.layers): layer.self_attn.__class__, layer.self_attn.do, layer.self_attn.norm = Computes, DOES[what], nn.RMSNorm(32)
-    cache, server = PagedCache(model.config, **SMALL), Server(model, slots=1, length=64, **SMALL)
+    cache, server = PagedCache(model.config, **SMALL), Server(model, slots=1, length=200, **SMALL)
     if what == "nothing":
         want = stream(twin(build(tf.LlamaForCausalLM, tf.LlamaConfig(**BASE)), "sdpa"), text(20), [20], DynamicCache(config=model.config))
         assert torch.allclose(stream(model, text(20), [20], cache), want, atol=1e-4)
         return
     for n in (1, 20):  # at once, not after the prompt
-        with pytest.raises(ValueError, match="NDCache") as e: stream(model, text(20), [n], cache)
+        with pytest.raises(ValueError, match="NDCache") as e: stream(model, text(20), [n], PagedCache(model.config, **SMALL))
         line(e)
-    assert cache.layers[1].get_seq_length() == 0 and not cache.layers[0].past.length
     with pytest.raises(ValueError, match="NDCache"): server.generate_batch([[1, 2, 3]], max_new_tokens=2)
     server.pool.free.sort()
     assert server.pool.free == list(range(server.pool.pages))
@@ -138,16 +138,13 @@ def test_whatever_a_model_does_to_what_the_cache_returns(what):
 @pytest.mark.parametrize("other", ["sdpa", "eager"])
 def test_another_attention_after_construction(other):
     model = build(tf.LlamaForCausalLM, tf.LlamaConfig(**BASE))
-    cache = PagedCache(model.config, **SMALL)
-    stream(model, text(40), [30], cache)
-    held = cache.get_seq_length()
-    model.set_attn_implementation(other)
-    with pytest.raises(Exception, match="packed past"): stream(model, text(40), [5], cache)
-    assert cache.get_seq_length() == held
-    model.set_attn_implementation("ndkv_packed")
-    want = stream(model, text(40), [30, 10], PagedCache(model.config, **SMALL))[:, 30:]
-    with torch.no_grad(): got = model(text(40)[:, 30:], past_key_values=cache).logits
-    assert torch.allclose(got, want, atol=1e-5)
+    for L in (30, 190): # before the first page, and after
+        cache = PagedCache(model.config, **SMALL)
+        stream(model, text(200), [L], cache)
+        assert bool(cache.report()["packed_tokens"]) == (L > 140)
+        model.set_attn_implementation(other)
+        with pytest.raises(Exception, match="packed past"), torch.no_grad(): model(text(200)[:, L:L+5], past_key_values=cache)
+        model.set_attn_implementation("ndkv_packed")
 
 
 def test_a_handed_tensor_has_a_shape_and_no_numbers():
@@ -162,9 +159,9 @@ def test_a_handed_tensor_has_a_shape_and_no_numbers():
 
 def test_compiled(llama):
     "`torch.compile` breaks its graphs around the hand-over, and nothing changes."
-    want = stream(llama, text(90), [88, 1, 1], PagedCache(llama.config, **SMALL))
+    want = stream(llama, text(200), [198, 1, 1], PagedCache(llama.config, **SMALL))
     compiled = torch.compile(llama, backend="eager")
-    assert torch.allclose(stream(compiled, text(90), [88, 1, 1], PagedCache(llama.config, **SMALL)), want, atol=1e-4)
+    assert torch.allclose(stream(compiled, text(200), [198, 1, 1], PagedCache(llama.config, **SMALL)), want, atol=1e-4)
 
 
 def test_layers_that_share_keys_add_them_once():
@@ -187,7 +184,7 @@ def test_layers_that_share_keys_add_them_once():
         return torch.cat(out, 1)
     cache = PagedCache(model.config, **ALL)
     got = run(cache, [60, 30, *[1]*10])
-    assert cache.layers[0].past.length == 100 and not cache.layers[1].get_seq_length()
+    assert cache.layers[0].get_seq_length() == 100 and not cache.layers[1].get_seq_length()
     assert torch.allclose(got, run(DynamicCache(config=model.config), [100]), atol=1e-4)
 
 
@@ -239,7 +236,7 @@ def test_learned_logits_and_capped_scores_over_pages(special, name):
     stream(model, ids, [149], cache)
     eager, plain = twin(model, "eager"), DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
-        assert layer.past.pages == [2, 2]
+        assert [s.packed.n for s in layer.stores] == [PAGE, PAGE]
         plain.update(layer.keys, layer.values, i)
     for sizes in ([1], [7]):
         held, other = copy.deepcopy(cache), copy.deepcopy(plain)
@@ -254,11 +251,9 @@ def test_what_attention_cannot_follow_is_refused(llama):
         run = lambda **kw: llama(text(5), past_key_values=cache, **kw)
         with torch.no_grad():
             run(unheard_of=None, indices=None, output_router_logits=False)
-            held = cache.get_seq_length()
-            for kw in (dict(unheard_of=torch.ones(1)), dict(indices=torch.zeros(1, 5, 2)), dict(block_indices=1), *[dict(position_bias=torch.ones(1, 4, 5, 10)), dict(sliding_window=3)]*packed):
+            for kw in (dict(unheard_of=torch.ones(1)), dict(indices=torch.zeros(1, 5, 2)), dict(block_indices=1), *[dict(position_bias=torch.ones(1, 4, 5, 10))]*packed):
                 with pytest.raises(ValueError, match=f"{next(iter(kw))}, which ndkv_packed cannot follow") as e: run(**kw)
                 line(e)
-            assert not packed or cache.get_seq_length() == held
     train = copy.deepcopy(llama).train()
     for layer in train.model.layers: layer.self_attn.attention_dropout = .5
     with pytest.raises(ValueError, match="dropout"): train(text(5), past_key_values=PagedCache(llama.config))
@@ -282,89 +277,87 @@ def test_a_chunk_as_long_as_what_is_held(llama):
     assert torch.allclose(got[0, 33:], whole[0, 33:], atol=1e-4) and torch.allclose(got[1], whole[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [[150], [20, 30, 100], [50, 50, *[1]*50], [1]*150])
+@pytest.mark.parametrize("sizes", [[300], [20, 30, 250], [50, 200, *[1]*50]])
 def test_padding_longer_than_a_chunk(llama, sizes):
     "Rows that begin in a later chunk than the first: each is as it is alone."
-    pads, ids = (0, 37, 55, 41), text(150, 4)
-    mask = (torch.arange(150) >= torch.tensor(pads)[:, None]).long()
+    pads, ids = (0, 37, 55, 41), text(300, 4)
+    mask = (torch.arange(300) >= torch.tensor(pads)[:, None]).long()
     got = stream(llama, ids, sizes, PagedCache(llama.config, **ALL), mask)
     cache = PagedCache(llama.config, **SMALL)
     stream(llama, ids, sizes, cache, mask)
     for b, pad in enumerate(pads):
-        want = stream(llama, ids[b:b+1, pad:], [150 - pad], PagedCache(llama.config, **ALL))
+        want = stream(llama, ids[b:b+1, pad:], [300 - pad], PagedCache(llama.config, **ALL))
         assert torch.allclose(got[b, pad:], want[0], atol=1e-4)
         alone = PagedCache(llama.config, **SMALL)
-        stream(llama, ids[b:b+1, pad:], [150 - pad], alone)
-        assert cache.layers[0].past.held[b] == alone.layers[0].past.length == 150 - pad
-        packed = slice(pad + 4, pad + 4 + 64)  # codes of layer 0 are of the same keys
-        assert cache.layers[0].past.pages[b] == alone.layers[0].past.pages[0] >= 1
-        assert torch.allclose(cache.layers[0].keys[b, :, packed], alone.layers[0].keys[0, :, 4:68], atol=1e-2)
+        stream(llama, ids[b:b+1, pad:], [300 - pad], alone)
+        assert alone.report()["packed_tokens"] >= PAGE
+        page = slice(pad + 4, pad + 4 + PAGE)  # codes of layer 0 are of the same keys
+        assert torch.allclose(cache.layers[0].keys[b, :, page], alone.layers[0].keys[0, :, 4:4 + PAGE], atol=1e-2)
 
 
 def test_a_row_of_padding_only(llama):
     "It holds nothing, may be NaN, and does not disturb the others."
-    ids, mask = text(90, 3), torch.ones(3, 90, dtype=torch.long)
+    ids, mask = text(200, 3), torch.ones(3, 200, dtype=torch.long)
     mask[1] = 0
     for kw in (ALL, SMALL):
         cache = PagedCache(llama.config, **kw)
-        got = stream(llama, ids, [60, *[1]*30], cache, mask)
-        want = stream(llama, ids[[0, 2]], [60, *[1]*30], PagedCache(llama.config, **kw))
-        assert torch.allclose(got[[0, 2]], want, atol=1e-4) and cache.layers[0].past.held[1] == 0
+        got = stream(llama, ids, [170, *[1]*30], cache, mask)
+        want = stream(llama, ids[[0, 2]], [170, *[1]*30], PagedCache(llama.config, **kw))
+        assert torch.allclose(got[[0, 2]], want, atol=1e-4)
 
 
 def test_nan_in_padding_is_no_data(llama):
     "As with `DynamicCache`: NaN where nobody looks."
-    x, mask = torch.randn(2, 2, 2, 100, 32), torch.ones(2, 1, 100, 100).tril().bool()
+    x, mask = torch.randn(2, 2, 2, 220, 32), torch.ones(2, 1, 220, 220).tril().bool()
     mask[0, :, :, :30] = False
     x[:, 0, :, :30] = torch.nan
-    for sizes in ([100], [20, 80]):
+    for sizes in ([220], [20, 200]):
         cache, at = PagedCache(llama.config, **SMALL), 0
-        q = torch.randn(2, 4, 100, 32)
+        q = torch.randn(2, 4, 220, 32)
         for n in sizes:
+            cache.see(mask[:, 0, -1, :at+n])
             k, v = cache.update(*x[:, :, :, at:at+n], 0)
             out, _ = ndkv_packed(llama.model.layers[0].self_attn, q[:, :, at:at+n], k, v, mask[:, :, at:at+n, :at+n], 32**-.5)
             assert torch.isfinite(out[1]).all() and torch.isfinite(out[0, max(30 - at, 0):]).all()
             at += n
-        assert cache.layers[0].past.pages[1] and torch.isfinite(cache.layers[0].keys).all()
+        assert cache.report()["packed_tokens"] and torch.isfinite(cache.layers[0].keys).all()
 
 
-@pytest.mark.parametrize("what", ["right padding", "a hole", "a tree", "another hidden later", "weights", "heads differ", "too few columns"])
-def test_masks_that_packed_reading_cannot_follow(llama, what):
-    ids, cache = text(40, 2), PagedCache(llama.config, **SMALL)
-    mask = torch.ones(2, 40, dtype=torch.long)
-    def call(mask, n=40):
-        at = cache.get_seq_length()
-        with torch.no_grad(): return llama(ids[:, at:at+n], attention_mask=mask, past_key_values=cache)
-    four = torch.ones(2, 1, 40, 40).tril().bool()
-    if what == "right padding": mask[0, 30:], f = 0, lambda: call(mask)
-    if what == "a hole": mask[0, 7], f = 0, lambda: call(mask)
-    if what == "another hidden later":
-        call(mask[:, :20], 20)
-        mask[0, :3], f = 0, lambda: call(mask, 20)
-    if what == "a tree":
-        call(mask[:, :36], 36)
-        four[:, :, 38, 37], f = False, lambda: call(four[:, :, 36:], 4)
-    if what == "weights":
-        call(mask[:, :36], 36)
-        f = lambda: call(-.1*torch.rand(2, 1, 1, 37), 1)
+@pytest.mark.parametrize("what", ["right padding", "a hole", "a tree", "another hidden later", "weights", "heads differ"])
+def test_any_mask_is_read_as_another_attention_reads_it(llama, what):
+    "Over the same pages, decoded."
+    ids, mask, four = text(200, 2), torch.ones(2, 200, dtype=torch.long), torch.ones(2, 1, 200, 200).tril().bool()
+    later = what in ("a tree", "weights", "heads differ")
+    first = [mask[:, :196]] if later else [mask[:, :180]]
+    if what == "right padding": mask[0, 170:] = 0
+    if what == "a hole": mask[0, 7] = 0
+    last = mask
+    if what == "another hidden later": last = torch.cat([torch.zeros(2, 3, dtype=torch.long), mask[:, 3:]], 1)
+    if what == "a tree": four[:, :, 198, 197], last = False, four[:, :, 196:]
+    if what == "weights": last = torch.where(four[:, :, 196:], -.1*torch.rand(2, 1, 4, 200, generator=torch.Generator().manual_seed(0)), torch.finfo(torch.float32).min)
     if what == "heads differ":
-        call(mask[:, :36], 36)
         four = four.repeat(1, 4, 1, 1)
-        four[:, 2, 38, :5], f = False, lambda: call(four[:, :, 36:], 4)
-    if what == "too few columns":
-        call(mask[:, :36], 36)
-        f = lambda: call(torch.ones(2, 1, 4, 4).tril().bool(), 4)
-    held = cache.get_seq_length()
-    with pytest.raises(ValueError, match="causal attention with padding before a sequence only") as e: f()
+        four[:, 2, 198, :5], last = False, four[:, :, 196:]
+    out = []
+    for model in (llama, twin(llama, "sdpa")):
+        cache = NDCache(model.config, 4, **SMALL)
+        with torch.no_grad(): out.append(torch.cat([model(ids[:, a:b], attention_mask=m, past_key_values=cache).logits for m in (*first, last) for a, b in [(cache.get_seq_length(), m.shape[-1])]], 1))
+        assert cache.report()["packed_tokens"]
+    seen = mask.bool() if last.dim() == 2 else torch.ones(2, 200, dtype=torch.bool)
+    assert torch.allclose(out[0][seen], out[1][seen], atol=1e-3)
+
+
+def test_masks_of_other_lengths_are_refused(llama):
+    cache = PagedCache(llama.config, **SMALL)
+    stream(llama, text(200), [196], cache)
+    with pytest.raises(ValueError, match="columns") as e, torch.no_grad(): llama(text(200)[:, 196:], attention_mask=torch.ones(1, 1, 4, 4).tril().bool(), past_key_values=cache)
     line(e)
-    assert cache.get_seq_length() == held
 
 
 def test_overflow_is_refused(llama):
-    past = PagedCache(llama.config, **SMALL)
-    x = torch.randn(2, 1, 2, 100, 32)
+    x = torch.randn(2, 1, 2, 200, 32)
     x[1, 0, 0, 20, 3] = torch.inf
-    with pytest.raises(ValueError, match="NaN or Inf"): ndkv_packed(llama.model.layers[0].self_attn, torch.randn(1, 4, 100, 32), *past.update(*x, 0), None)
+    with pytest.raises(ValueError, match="NaN or Inf"): PagedCache(llama.config, **SMALL).update(*x, 0)
 
 
 # --- advice that can be followed ---------------------------------------------------------------------------------------------------------
@@ -376,7 +369,7 @@ ADVICE = {
     "Falcon":       (lambda: tf.FalconConfig(**FALCON, alibi=False), "cannot be replaced.*NDCache"),
     "MPT":          (lambda: tf.MptConfig(vocab_size=61, d_model=64, n_layers=2, n_heads=4), "cannot be replaced.*NDCache"),
     "GPT-J":        (lambda: tf.GPTJConfig(vocab_size=61, n_embd=64, n_layer=2, n_head=4, rotary_dim=8), "cannot be replaced.*NDCache"),
-    "Mistral":      (lambda: tf.MistralConfig(**BASE, sliding_window=16), "not full attention; use NDCache"),
+    "Mistral":      (lambda: tf.MistralConfig(**BASE, sliding_window=16), "attn_implementation='ndkv_packed'"),
     "Mamba":        (lambda: tf.MambaConfig(num_hidden_layers=2), "run this model with its own cache"),
     "Bart":         (lambda: tf.BartConfig(), "encoder_decoder"),
     "Llama":        (lambda: tf.LlamaConfig(**BASE), "attn_implementation='ndkv_packed'"),

@@ -334,10 +334,10 @@ def test_merged_adapters_are_weights():
 
 def test_a_saved_cache_belongs_to_its_adapter(tmp_path):
     m, layers = with_adapters()
-    cache = NDCache(m.config, 4, **SMALL)
+    cache = NDCache(m.config, 4, "equalised", **SMALL)
     with torch.no_grad(): m(words(1), past_key_values=cache)
     save_cache(cache, tmp_path / 'a.safetensors', m)
-    new = lambda: NDCache(m.config, 4, **SMALL)
+    new = lambda: NDCache(m.config, 4, "equalised", **SMALL)
     assert load_cache(tmp_path / 'a.safetensors', new(), m).get_seq_length() == 64
     load_cache(tmp_path / 'a.safetensors', new(), with_adapters(('own', 'three'))[0])  # the same under another name
     switch(layers, active_adapters=['three'])
@@ -448,11 +448,11 @@ def test_weights_without_storage(kind, tmp_path):
     Profile.load(tmp_path / 'p.safetensors', m)
     with pytest.raises(ValueError, match='quantization'): Profile.load(tmp_path / 'p.safetensors', rounded)
     Profile.load(tmp_path / 'p.safetensors', rounded, ignore=('quantization', 'weights'))
-    cache = NDCache(m.config, 4, **SMALL)
+    cache = NDCache(m.config, 4, "equalised", **SMALL)
     with torch.no_grad(): m(words(1), past_key_values=cache)
     save_cache(cache, tmp_path / 'c.safetensors', m)
-    load_cache(tmp_path / 'c.safetensors', NDCache(m.config, 4, **SMALL), m)
-    with pytest.raises(ValueError, match='quantization'): load_cache(tmp_path / 'c.safetensors', NDCache(m.config, 4, **SMALL), tiny())
+    load_cache(tmp_path / 'c.safetensors', NDCache(m.config, 4, "equalised", **SMALL), m)
+    with pytest.raises(ValueError, match='quantization'): load_cache(tmp_path / 'c.safetensors', NDCache(m.config, 4, "equalised", **SMALL), tiny())
     m.model.layers[1].self_attn.v_proj.weight.codes.neg_()
     with pytest.raises(ValueError, match='weights'): Profile.load(tmp_path / 'p.safetensors', m)
     assert prompt_cache(m, words(1, 128), 2, least=64, trellis=0, window=16, block=16).get_seq_length() == 0
@@ -486,9 +486,9 @@ def test_weights_of_torchao(tmp_path):
     profile = calibrate(m, words(), **SMALL, bar=False)
     assert profile.layers[0].weighted and profile.model['quantization']
     profile.check(m)
-    cache = NDCache(m.config, 4, **SMALL)
+    cache = NDCache(m.config, 4, "equalised", **SMALL)
     with torch.no_grad(): m(words(1), past_key_values=cache)
-    load_cache(save_cache(cache, tmp_path / 'c.safetensors', m), NDCache(m.config, 4, **SMALL), m)
+    load_cache(save_cache(cache, tmp_path / 'c.safetensors', m), NDCache(m.config, 4, "equalised", **SMALL), m)
     prompt_cache(m, words(1, 128), 2, least=64, trellis=0, window=16, block=16)
     with pytest.raises(ValueError, match='quantization'): profile.check(tiny(hidden_size=64, intermediate_size=64).to(torch.bfloat16))
 

@@ -325,7 +325,7 @@ def test_the_path_is_the_frontier(seed):
 def test_a_recommendation_keeps_its_promise(home, wish):
     model, _ = load_model(home / 'zoo' / 'tiny', dtype=torch.float32)
     ids = torch.randint(0, 300, (4, 140), generator=torch.Generator().manual_seed(0))
-    found = recommend(model, ids, **wish, choices=CHOICES, window=16, sinks=2, block=32, bar=False)
+    found = recommend(model, ids, **wish, choices=CHOICES, method="equalised", window=16, sinks=2, block=32, bar=False)
     assert found.choice['bits'] <= wish.get('budget', 9) and found.choice['kl'] <= wish.get('max_kl', 9)
     assert found.choice in found.points and 'choice' in str(found) and found.command in str(found)
     bits = [p['bits'] for p in found.points]

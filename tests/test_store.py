@@ -35,7 +35,7 @@ def feed(cache, q, g, batch=2):
 
 
 def filled(path, config=LLAMA, **kw):
-    cache = NDCache(config, **dict(bits=3, window=8, block=8) | kw)
+    cache = NDCache(config, **dict(bits=3, window=8, block=8, method="equalised") | kw)
     feed(cache, 60, torch.Generator().manual_seed(0))
     return cache, save_cache(cache, path / "a.safetensors", config)
 
@@ -66,16 +66,16 @@ def test_round_trip(tmp_path_factory, sizes, crop, config, bits, group, memo, re
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(tmp_path, dtype):
-    cache = NDCache(LLAMA, bits=2, window=8, block=8)
+    cache = NDCache(LLAMA, bits=2, method="equalised", window=8, block=8)
     x = torch.randn(2, 1, 2, 60, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     for i in range(2): cache.update(*x, i)
-    same(load_cache(save_cache(cache, tmp_path / "a", LLAMA), NDCache(LLAMA, bits=2, window=8, block=8), LLAMA), cache)
+    same(load_cache(save_cache(cache, tmp_path / "a", LLAMA), NDCache(LLAMA, bits=2, method="equalised", window=8, block=8), LLAMA), cache)
 
 
 def test_nothing_of_the_file_is_kept(tmp_path):
     "Tensors own their memory: bytes are counted right and the file may go."
     cache, path = filled(tmp_path)
-    loaded = load_cache(path, NDCache(LLAMA, bits=3, window=8, block=8), LLAMA)
+    loaded = load_cache(path, NDCache(LLAMA, bits=3, method="equalised", window=8, block=8), LLAMA)
     path.write_bytes(b"")
     same(loaded, cache)
     assert loaded.nbytes == cache.nbytes
@@ -86,7 +86,7 @@ def test_other_memories(tmp_path, family):
     "Convolutions and recurrent states go into the file, and a model goes on with them; a fork doesn't disturb them."
     from test_architectures import load
     name = {"Lfm2": "LFM2", "FalconH1": "Falcon-H1", "Qwen3Next": "Qwen3-Next"}[family]
-    model, kw = load(name, tmp_path / "model"), dict(bits=4, window=8, sinks=2, block=8)
+    model, kw = load(name, tmp_path / "model"), dict(bits=4, method="equalised", window=8, sinks=2, block=8)
     cache, ids = NDCache(model.config, **kw), torch.randint(2, 58, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): model(ids, past_key_values=cache)
     loaded = load_cache(save_cache(cache, tmp_path / "a", model), NDCache(model.config, **kw), model)
@@ -122,7 +122,7 @@ def test_plans(tmp_path):
 # --- files that are wrong ------------------------------------------------------------------------------------------------------------------
 
 def refused(path, cache=None, model=LLAMA):
-    cache = cache or NDCache(LLAMA, bits=3, window=8, block=8)
+    cache = cache or NDCache(LLAMA, bits=3, method="equalised", window=8, block=8)
     with pytest.raises(ValueError) as e: load_cache(path, cache, model)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500 and cache.get_seq_length() == 0 and cache.nbytes == 0
     return str(e.value)
@@ -140,9 +140,9 @@ def test_damaged(tmp_path_factory, data):
     change = data.draw(st.sampled_from(["flip", "cut", "add"]))
     bad = good[:i] if change == "cut" else good + b"x" * (i + 1) if change == "add" else good[:i] + bytes([good[i] ^ data.draw(st.integers(1, 255))]) + good[i+1:]
     (folder / "bad.safetensors").write_bytes(bad)
-    try: loaded = load_cache(folder / "bad.safetensors", NDCache(LLAMA, bits=3, window=8, block=8), LLAMA)
+    try: loaded = load_cache(folder / "bad.safetensors", NDCache(LLAMA, bits=3, method="equalised", window=8, block=8), LLAMA)
     except ValueError as e: assert "\n" not in str(e) and len(str(e)) < 600
-    else: same(loaded, load_cache(folder / "a.safetensors", NDCache(LLAMA, bits=3, window=8, block=8), LLAMA)) # white space of the header
+    else: same(loaded, load_cache(folder / "a.safetensors", NDCache(LLAMA, bits=3, method="equalised", window=8, block=8), LLAMA)) # white space of the header
 
 
 def rewrite(path, change):
@@ -190,8 +190,8 @@ def test_no_cache_at_all(tmp_path, data):
 def test_wrong_use(tmp_path):
     cache, path = filled(tmp_path)
     assert "no such file" in refused(tmp_path / "absent")
-    assert "window=8, the cache has 16" in refused(path, NDCache(LLAMA, bits=3, window=16, block=8))
-    assert "seed=0" in refused(path, NDCache(LLAMA, bits=3, window=8, block=8, seed=1))
+    assert "window=8, the cache has 16" in refused(path, NDCache(LLAMA, bits=3, method="equalised", window=16, block=8))
+    assert "seed=0" in refused(path, NDCache(LLAMA, bits=3, method="equalised", window=8, block=8, seed=1))
     (tmp_path / "plain").mkdir()
     _, plain = filled(tmp_path / "plain", method="rotation")
     assert "does not decode" in refused(plain, NDCache(LLAMA, bits=3, window=8, block=8, method="rotation", codebook="uniform"))
@@ -200,7 +200,7 @@ def test_wrong_use(tmp_path):
     one, other = (tf.LlamaForCausalLM(LLAMA) for _ in range(2))
     save_cache(cache, path, one)
     assert "weights" in refused(path, model=other)
-    same(load_cache(path, NDCache(LLAMA, bits=3, window=8, block=8), one), cache)
+    same(load_cache(path, NDCache(LLAMA, bits=3, method="equalised", window=8, block=8), one), cache)
     with pytest.raises(ValueError, match="already holds"): load_cache(path, cache, one)
     with pytest.raises(ValueError, match="empty"): save_cache(NDCache(LLAMA), path, one)
     with pytest.raises(ValueError, match="self_attention_cache"):
@@ -208,7 +208,7 @@ def test_wrong_use(tmp_path):
     broken = copy.deepcopy(cache)
     broken.layers[1].stores[0].window = object()
     with pytest.raises(AttributeError): save_cache(broken, path, one)
-    same(load_cache(path, NDCache(LLAMA, bits=3, window=8, block=8), one), cache)
+    same(load_cache(path, NDCache(LLAMA, bits=3, method="equalised", window=8, block=8), one), cache)
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.safetensors"]
 
 

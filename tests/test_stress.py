@@ -57,7 +57,7 @@ def test_the_original_stays_and_the_twin_differs(model, twin):
 @pytest.mark.parametrize('twin', list(TWINS))
 def test_a_twin_generates_through_a_quantized_cache(model, twin):
     twin = stress(model, twin)
-    cache = NDCache(twin.config, bits=8, window=8, sinks=2, block=4)
+    cache = NDCache(twin.config, bits=8, method="equalised", window=8, sinks=2, block=4)
     out = twin.generate(IDS[:1], past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert out.shape == (1, 52) and cache.report()['packed_tokens'] > 20
 
