@@ -338,7 +338,8 @@ class Profile:
         "What `make()` gives, made once for as long as this profile has the same parts."
         parts = [self.model, *self._parts()]
         of, versions, made = self.kept.get(what, (None, None, None))
-        now = [getattr(x, "_version", x if isinstance(x, int) else 0) for x in parts] # PyTorch counts what is written into a tensor
+        counted = lambda x: isinstance(x, Tensor) and not x.is_inference() # PyTorch counts what is written into such a tensor
+        now = [x._version if counted(x) else x if isinstance(x, int) else 0 for x in parts]
         if of is None or len(of) != len(parts) or any(a is not b for a, b in zip(of, parts)) or versions != now:
             made = make()
             self.kept[what] = parts, now, made
