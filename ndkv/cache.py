@@ -1198,13 +1198,15 @@ def prompt_cache(
     most:int=1024,        # First tokens of the prompt that are measured
     trellis:int=256,      # States; 0 = Lloyd–Max
     sinks:int=4,          # As in `NDCache`
-    block:int=64,         # As in `NDCache`
+    block:int|None=None,  # As in `NDCache`; None = 64 of frames, a page without
     **kw                  # Other arguments of `NDCache`
 ) -> NDCache: # Empty; feed it the prompt
     "A cache in frames measured on the prompt, or of pages without a profile where the prompt is short or its frames do worse."
+    other = dict(block=PAGE) if block is None else {} if block % PAGE == 0 else dict(method="equalised")
+    block = block or 64
     kw |= dict(window=window, sinks=sinks, block=block)
     NDCache(model.config, method="spectral", codecs={}, **kw) # refuses before the work what it would refuse after it
-    pages = lambda: NDCache(model.config, _whole_bits(model.config, bits), **kw | dict(block=PAGE))
+    pages = lambda: NDCache(model.config, _whole_bits(model.config, bits), **kw | other)
     def measured(ids):
         profile = prompt_profile(model, ids, sinks=sinks, block=block)
         codecs = plan(profile, bits, block, sinks, trellis, tokens=tokens, length=length, window=window, model=model)

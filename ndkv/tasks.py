@@ -28,7 +28,7 @@ from .probe import Halves, device_of, private_copy
 def plain_cell(
     window: int = 128,  # Recent tokens kept exact
     sinks: int = 4,  # First tokens kept exact
-    block: int = 64,  # Tokens encoded together
+    block: int = 128,  # Tokens encoded together
     **kw,  # More for `NDCache`
 ):  # Something with `cache(config)`, `window`, `sinks`, `block`
     "A cell around `NDCache`."
