@@ -1202,10 +1202,10 @@ def prompt_cache(
     **kw                  # Other arguments of `NDCache`
 ) -> NDCache: # Empty; feed it the prompt
     "A cache in frames measured on the prompt, or of pages without a profile where the prompt is short or its frames do worse."
-    other = dict(block=PAGE) if block is None else {} if block % PAGE == 0 else dict(method="equalised")
-    block = block or 64
+    asked, block = block, 64 if block is None else block
     kw |= dict(window=window, sinks=sinks, block=block)
     NDCache(model.config, method="spectral", codecs={}, **kw) # refuses before the work what it would refuse after it
+    other = dict(block=PAGE) if asked is None else {} if block % PAGE == 0 else dict(method="equalised")
     pages = lambda: NDCache(model.config, _whole_bits(model.config, bits), **kw | other)
     def measured(ids):
         profile = prompt_profile(model, ids, sinks=sinks, block=block)

@@ -344,6 +344,17 @@ def test_short_prompts_have_the_rotation_and_long_ones_frames_they_pay_for(model
     assert {layer.bits for layer in prompt_cache(model, ids, .7, least=999).layers} == {(1, 1)}
 
 
+@pytest.mark.parametrize("block,method,held", [(None, "pages", 128), (256, "pages", 256), (16, "equalised", 16)])
+def test_a_short_prompt_keeps_the_block_that_was_asked_for(model, block, method, held):
+    cache = prompt_cache(model, torch.randint(1, 61, (1, 40)), 3, block=block)
+    assert (cache.layers[0].method, cache.block) == (method, held)
+
+
+@pytest.mark.parametrize("block", [0, -128])
+def test_a_block_of_nothing_is_refused_for_short_prompts_too(model, block):
+    with pytest.raises(ValueError, match="block"): prompt_cache(model, torch.randint(1, 61, (1, 40)), 3, block=block)
+
+
 def test_frames_that_do_worse_leave_the_rotation(model, monkeypatch):
     ids = torch.randint(1, 61, (1, 400), generator=generator(5))
     def bad(*args, **kw):  # frames that forget all but the last channels
