@@ -30,10 +30,12 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
-from . import report as reporting
+from . import report as reporting, verdicts
 from .answers import find_taskset, get_taskset, taskset_recipes
 from .attention import PagedCache
+from .book import repository, significant
 from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
+from .drawing import theme
 from .more_baselines import CACHES, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
 from .fisher import calibrate as measure_profile, mix_profiles, own_text
@@ -165,7 +167,7 @@ CACHE_COLUMNS = ['cache', 'bits/element', 'bytes/token', 'tokens/s', 'KL mean', 
 
 def demo_line(row) -> list:
     "The same as text."
-    kl = ['–']*4 if row['kl_mean'] is None else [reporting.significant(row[k]) for k in ('kl_mean', 'kl_p99', 'kl_max')] + [f"{100*row['flips']:.1f} %"]
+    kl = ['–']*4 if row['kl_mean'] is None else [significant(row[k]) for k in ('kl_mean', 'kl_p99', 'kl_max')] + [f"{100*row['flips']:.1f} %"]
     return [row['cache'], f"{row['bits']:.3f}" if row['kl_mean'] is not None else f"{row['bits']:.0f}", f"{row['bytes_per_token']:,.0f}", '–' if row['tokens_per_second'] is None else f"{row['tokens_per_second']:.1f}", *kl]
 
 # %% ../nbs/95_cli.ipynb #4570469e
@@ -234,7 +236,7 @@ def demonstrate(
 # %% ../nbs/95_cli.ipynb #4c2a6301
 def zoo() -> Path:
     "Folder of the embedded models: the checkout's, or the current folder's."
-    try: return reporting.repository()/'results'/'zoo'
+    try: return repository()/'results'/'zoo'
     except ValueError: return Path('results')/'zoo'
 
 def quiet():
@@ -306,11 +308,11 @@ def claims(
     as_json:JSON=False,
 ):
     "What the README and the paper assert, with values from results/."
-    found = reporting.claims()
+    found = verdicts.claims()
     if as_json: return print(json.dumps([{k: c[k] for k in CLAIM_KEYS} for c in found], indent=1, ensure_ascii=False))
     out = console()
     where = lambda at: ' '.join(at[:2]) + (f' and {len(at) - 2} more' if len(at) > 2 else '')
-    rows = [[c['id'], c['sentence'], 'not run' if c['value'] is None else reporting.significant(c['value']), c['unit'], c['target'], 'yes' if c['met'] else 'no', where(c['rows'])] for c in found]
+    rows = [[c['id'], c['sentence'], 'not run' if c['value'] is None else significant(c['value']), c['unit'], c['target'], 'yes' if c['met'] else 'no', where(c['rows'])] for c in found]
     out.print(grid(out, ['claim', 'what', 'value', 'unit', 'target', 'met', 'rows'], rows, left=7))
 
 # %% ../nbs/95_cli.ipynb #3e3008b8
@@ -319,7 +321,7 @@ def report(
     draft:Annotated[bool, typer.Option(help='Accept rows of runs whose tree had uncommitted changes.')]=False,
 ):
     "Write every number, table and figure of paper/generated, and the README's claims, from results/."
-    root = reporting.repository()
+    root = repository()
     sources = reporting.report(root, clean_only=not draft)
     out = console()
     out.print(grid(out, ['file', 'rows'], [[f'paper/generated/{name}', len(used)] for name, used in sources.items()]))
@@ -327,7 +329,7 @@ def report(
 @command('ndkv verify')
 def verify():
     "Regenerate everything in a temporary folder and compare it with what is committed."
-    root = reporting.repository()
+    root = repository()
     faults = reporting.verify(root)
     for fault in faults: print(fault)
     if faults: raise ValueError(f'{len(faults)} differences; if the rows are right, run `ndkv report` and commit its files')
@@ -478,7 +480,7 @@ def show_cells(cells):
     "A table of cells, fields that differ and metrics."
     fields = [k for k in ('method', 'k_bits', 'v_bits', 'window', 'sinks') if k == 'method' or len({c.get(k) for c in cells}) > 1]
     metrics = [m for m in METRICS if any(m in c for c in cells)]
-    text = lambda x: '–' if x is None else x if isinstance(x, str) else reporting.significant(x)
+    text = lambda x: '–' if x is None else x if isinstance(x, str) else significant(x)
     out = console()
     out.print(grid(out, fields + [METRICS[m] for m in metrics], [[text(c.get(k)) for k in fields + metrics] for c in cells]))
 
@@ -684,7 +686,7 @@ ANATOMY = dict(layer='layer', kind='', sink='sink', outlier='outlier', mean='mea
 
 def show_anatomy(rows, bits):
     "The table of `ndkv inspect`."
-    out, text = console(), lambda r, k: {'k': 'keys', 'v': 'values'}[r[k]] if k == 'kind' else r[k] if k == 'layer' else reporting.significant(r[k])
+    out, text = console(), lambda r, k: {'k': 'keys', 'v': 'values'}[r[k]] if k == 'kind' else r[k] if k == 'layer' else significant(r[k])
     out.print(grid(out, ANATOMY.values(), [[text(r, k) for k in ANATOMY] for r in rows], left=2))
     out.print('\nsink: norm of the first token over the median norm; outlier: largest channel over the median channel; mean: share of the energy in the mean; rank: channels that matter; '
               f'cost: nats if all of it were forgotten but its mean; bits: of a budget of {bits:g} an element, norms included, frames not', style='dim')
@@ -713,7 +715,7 @@ def inspect(
         else: loaded,tokens = load_profile(profile, lm, ('dtype',)),text_windows(path, tokenizer, length, 1) if path else own_text(lm, 1, 256, bar=bars())
     rows = anatomy(lm, tokens[:1], loaded, bits)
     if picture:
-        with reporting.theme() as plt: draw(rows, plt).savefig(picture, metadata=dict(Date=None) if picture.suffix == '.svg' else None)
+        with theme() as plt: draw(rows, plt).savefig(picture, metadata=dict(Date=None) if picture.suffix == '.svg' else None)
     if as_json: return show_json(rows)
     show_anatomy(rows, bits)
     if picture: print(f'drawn in {picture}')
@@ -721,7 +723,7 @@ def inspect(
 # %% ../nbs/95_cli.ipynb #3367d13c
 def show_frontier(rows, choice, line):
     "The table of `ndkv recommend`, and the line to use."
-    out, text = console(), reporting.significant
+    out, text = console(), significant
     out.print(grid(out, ['method', 'bits', 'KL mean', 'p99.9', 'flips', ''], [[r['method'], f"{r['bits']:.3f}", text(r['kl']), text(r['p999']), f"{100*r['flips']:.1f} %", '<- choice' if r is choice else ''] for r in rows]))
     out.print(f'\n{line}', soft_wrap=True)
 

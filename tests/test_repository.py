@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 from ndkv import report
+from ndkv.verdicts import claims
 from ndkv.cli import main
 
 sys.path.insert(0, str(ROOT / 'nbs' / '_tools'))
@@ -191,7 +192,7 @@ def test_missing_rows_leave_a_mark_and_a_claim_that_is_not_met(small_repository)
     for path in (small_repository / 'results').iterdir(): path.unlink()
     report.report(small_repository)
     assert r'\notrun{}' in (small_repository / 'paper/generated/tables/quality.tex').read_text()
-    assert all(not c['met'] and c['value'] is None for c in report.claims(small_repository / 'results'))
+    assert all(not c['met'] and c['value'] is None for c in claims(small_repository / 'results'))
     assert report.verify(small_repository) == []
 
 

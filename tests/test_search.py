@@ -263,7 +263,7 @@ def test_the_grids_of_this_repository(path):
     from ndkv.answers import ASKED
     from ndkv.models import DESIGNS
     from ndkv.public import recipes
-    from ndkv.report import PUBLIC
+    from ndkv.curves import PUBLIC
     from ndkv.stress import TWINS
     from ndkv.tasks import TASKS
     grid = read_grid(path)

@@ -89,7 +89,7 @@ def readme(root=ROOT):
     "The text of README.md: `nbs/index.ipynb` with the claims table put between its markers."
     sys.path.insert(0, str(root))
     from execnb.nbio import read_nb
-    from ndkv.report import readme_with_claims
+    from ndkv.verdicts import readme_with_claims
     parts = [cell_markdown(c) for c in read_nb(root / 'nbs' / 'index.ipynb').cells]
     note = '<!-- Written by `make export` from nbs/index.ipynb; edit the notebook, not this file. -->'
     return readme_with_claims('\n\n'.join([note] + [p for p in parts if p]) + '\n', root / 'results')

@@ -204,7 +204,9 @@ def row_links(places, found, most=6):
 
 def evidence(places):
     "Two pages: the figures with the rows they show, and the claims with rows and figures."
-    from ndkv.report import FIGURES, Book, claims, drawn_from, significant
+    from ndkv.book import Book, significant
+    from ndkv.origins import FIGURES, drawn_from
+    from ndkv.verdicts import claims
     book = Book(ROOT / 'results')
     shown = drawn_from(book)
     order = lambda found: sorted(found, key=lambda at: (at.split('#')[0], int(at.split('#L')[1])))
