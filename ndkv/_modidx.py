@@ -134,6 +134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ndkv.book._cell': ('book.html#_cell', 'ndkv/book.py'),
                            'ndkv.book._find': ('book.html#_find', 'ndkv/book.py'),
                            'ndkv.book._heads': ('book.html#_heads', 'ndkv/book.py'),
+                           'ndkv.book._indexed': ('book.html#_indexed', 'ndkv/book.py'),
                            'ndkv.book._value': ('book.html#_value', 'ndkv/book.py'),
                            'ndkv.book._watch': ('book.html#_watch', 'ndkv/book.py'),
                            'ndkv.book.in_words': ('book.html#in_words', 'ndkv/book.py'),

@@ -36,9 +36,7 @@ def notes(
     path = Path(folder)/f'{name}.json'
     return json.loads(path.read_text('utf8')) if path.exists() else default
 
-# %% ../nbs/91_book.ipynb #d4def11c
-KEYS = 'file', 'metric', 'model', 'method' # Fields that are looked up, not searched
-
+# %% ../nbs/91_book.ipynb #fdbbf6e5
 class Book:
     "Rows of a results folder, and a memory of which of them were used."
     def __init__(self,
@@ -49,25 +47,33 @@ class Book:
         self.used = {} # Place of a row -> row
         self.rows = load_rows(folder, clean_only)
         for r in self.rows: r['file'] = r['at'].split('.jsonl')[0]
-        self.index = {}
-        for r in self.rows:
-            for k in KEYS: self.index.setdefault((k, r.get(k)), []).append(r)
+        self.index = {} # Some of `KEYS` -> their values -> rows; made when first asked for
         self.runs = load_runs(folder) if (self.folder/'runs.jsonl').exists() else {}
         self.encoders = notes(folder, 'encoders', {})
         self.history = notes(folder, 'history', [])
 
-# %% ../nbs/91_book.ipynb #58669c36
+# %% ../nbs/91_book.ipynb #46af258d
+KEYS = 'file', 'metric', 'model', 'method', 'k_bits' # Fields that are looked up, not searched
+
+def _indexed(self:Book, keys:tuple) -> dict: # Values of the keys -> rows in the order of the files
+    "All rows, sorted by what they say of some keys."
+    if keys not in self.index:
+        found = self.index[keys] = {}
+        for r in self.rows: found.setdefault(tuple(r.get(k) for k in keys), []).append(r)
+    return self.index[keys]
+
 def _find(self:Book, **where) -> list: # In the order of the files
-    "All rows that have these values, looked for among the fewest that one of them leaves."
-    known = [self.index.get((k, where[k]), []) for k in KEYS if k in where]
-    fewest = min(known, key=len, default=self.rows)
-    return [r for r in fewest if all(r.get(k) == v for k, v in where.items())]
+    "All rows that have these values."
+    keys = tuple(k for k in KEYS if k in where)
+    rows = self.indexed(keys).get(tuple(where[k] for k in keys), [])
+    more = {k: v for k, v in where.items() if k not in keys}
+    return [r for r in rows if all(r.get(k) == v for k, v in more.items())]
 
 def _age(self:Book, run:str) -> tuple: # Start, name
     "Runs in order of time."
     return self.runs[run].get('start', ''), run
 
-Book.find,Book.age = _find,_age
+Book.indexed,Book.find,Book.age = _indexed,_find,_age
 
 # %% ../nbs/91_book.ipynb #25de3ccf
 @contextmanager
