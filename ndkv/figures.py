@@ -8,15 +8,15 @@ __all__ = ['figure', 'DASHED', 'EXACT', 'PACKED', 'PIECES', 'BRACES', 'READING',
            'bits_figure', 'method_figure', 'geometric', 'ratedistortion_figure', 'spectra_figure', 'draw_saved',
            'saved_figure']
 
-# %% ../nbs/91_figures.ipynb #89109730
+# %% ../nbs/91_figures.ipynb #eb18fbd3
 from math import exp, log
 from statistics import median
 
 from .book import Registry
-from .curves import (
-    BARE, BITS, DEFAULTS, WINDOWED, bits_ratio, curve, exact_at, line, models_of, series, spectral_line)
-from .drawing import (
-    GREY, PALE, STYLES, blank, legend_above, logarithmic, not_run, open_axes, open_box, style_of)
+from .curves import BARE, BITS, DEFAULTS, WINDOWED
+from .curves import bits_ratio, curve, exact_at, line, models_of, series, spectral_line
+from .drawing import GREY, PALE, STYLES
+from .drawing import blank, legend_above, logarithmic, not_run, open_axes, open_box, style_of
 
 # %% ../nbs/91_figures.ipynb #36360b44
 figure = Registry() # f(book, plt) -> Figure, as `figures/<name>.pdf`

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['table', 'FIRST_ENCODER', 'ENCODERS', 'OF_ENCODERS', 'OWN_FORMAT', 'FIGURES', 'SHOWN', 'NOTEBOOKS', 'encoder_at',
-           'by_encoder', 'listed', 'encoder_sentence', 'scales_sentence', 'encoders_table', 'captions_tex',
-           'drawn_from', 'kind_of', 'letters', 'measured_in', 'ways_table', 'tex_breakable', 'runs_table']
+           'encoder_of', 'by_encoder', 'listed', 'encoder_sentence', 'scales_sentence', 'encoders_table', 'caption',
+           'captions_tex', 'drawn_from', 'kind_of', 'letter', 'letters', 'measured_in', 'tex_breakable', 'once',
+           'rows_cell', 'way', 'ways_table', 'runs_table']
 
-# %% ../nbs/94_origins.ipynb #97dceeb9
+# %% ../nbs/94_origins.ipynb #36e3c1cc
 import re
 from pathlib import Path
 
 from . import comparisons, figures, page_costs, speed_figures, studies, tables
-from .book import NOT_RUN, Book, Registry, joined, macro_name, significant, tex_escape
+from .book import NOT_RUN, Book, Registry, joined, macro_name, significant, tabular, tex_escape, tex_line
 from .comparisons import OTHERS
 from .drawing import theme
 from .verdicts import claims, git_text
@@ -20,7 +21,7 @@ from .verdicts import claims, git_text
 # %% ../nbs/94_origins.ipynb #1bec9270
 table = Registry() # f(book) -> LaTeX, as `tables/<name>.tex`
 
-# %% ../nbs/94_origins.ipynb #e196485c
+# %% ../nbs/94_origins.ipynb #387332b1
 FIRST_ENCODER = 'A'
 ENCODERS = ( # Name, commit that brought it, what was new
     ('B', '7c558d8', 'precision tiers of tokens'),
@@ -29,17 +30,32 @@ ENCODERS = ( # Name, commit that brought it, what was new
 )
 OF_ENCODERS = 'spectral', 'nested spectral', 'prompt'
 
-def encoder_at(root, commit:str) -> str|None:
+def encoder_at(
+    root, # Repository
+    commit:str,
+) -> str|None:
     "The encoder of a commit; None where git does not know it."
-    if None in [git_text(root, 'cat-file', '-e', c) for c in (commit, *(since for _, since, _ in ENCODERS))]: return None
-    have = [name for name, since, _ in ENCODERS if git_text(root, 'merge-base', '--is-ancestor', since, commit) is not None]
+    known = [git_text(root, 'cat-file', '-e', c) for c in (commit, *(since for _, since, _ in ENCODERS))]
+    if None in known: return None
+    has = lambda since: git_text(root, 'merge-base', '--is-ancestor', since, commit) is not None
+    have = [name for name, since, _ in ENCODERS if has(since)]
     return have[-1] if have else FIRST_ENCODER
 
-def by_encoder(book, rows) -> dict: # Encoder -> models
+def encoder_of(book, run:str) -> str|None:
+    "The encoder of a run, by its commit."
+    return book.encoders.get(book.runs[run]['commit'])
+
+# %% ../nbs/94_origins.ipynb #0dfa5273
+def by_encoder(
+    book:Book, # Runs
+    rows:list, # What a figure or a table shows
+) -> dict: # Encoder -> models
     "Models of the spectral codes among some rows, under the encoder that made them."
     found = {}
     for r in rows:
-        if r['method'] in OF_ENCODERS: found.setdefault(book.encoders.get(book.runs[r['run']]['commit'], '?'), set()).add(r['model'].partition('+')[0])
+        if r['method'] not in OF_ENCODERS: continue
+        model = r['model'].partition('+')[0]
+        found.setdefault(encoder_of(book, r['run']) or '?', set()).add(model)
     return dict(sorted(found.items()))
 
 def listed(words) -> str:
@@ -52,46 +68,64 @@ def encoder_sentence(found:dict) -> str:
     if not found: return ''
     if len(found) == 1: return f'Spectral codes of encoder {next(iter(found))}.'
     if len({frozenset(m) for m in found.values()}) == 1: return f'Spectral codes of encoders {listed(list(found))}.'
-    return 'Spectral codes of several encoders: ' + '; '.join(f'{e} on {listed(sorted(m))}' for e, m in found.items()) + '.'
+    parts = [f'{e} on {listed(sorted(m))}' for e, m in found.items()]
+    return 'Spectral codes of several encoders: ' + '; '.join(parts) + '.'
 
-OWN_FORMAT = 'fp8', 'mxfp4', 'nvfp4', 'turboquant', 'quanto', 'hqq' # Methods whose number format says what scales are
+# %% ../nbs/94_origins.ipynb #bcd44bfe
+OWN_FORMAT = 'fp8', 'mxfp4', 'nvfp4', 'turboquant', 'quanto', 'hqq' # Their number format says what scales are
 
 def scales_sentence(rows) -> str:
     "What a caption says about the scales of other methods, which were in float16 in version 1."
-    of = lambda v: {r['model'].partition('+')[2].replace('_', ' ') or 'plain models' for r in rows if r['method'] in OTHERS and r['method'] not in OWN_FORMAT and r.get('version', 1) == v}
-    old,new = of(1),of(2)
-    if new and old - new: return f'Scales of other methods in bfloat16 on {listed(sorted(new))}, in float16 on the others.'
-    return 'Scales of other methods in bfloat16.' if new else 'Scales of other methods in float16.' if old else ''
+    mine = [r for r in rows if r['method'] in OTHERS and r['method'] not in OWN_FORMAT]
+    where = lambda r: r['model'].partition('+')[2].replace('_', ' ') or 'plain models'
+    old,new = ({where(r) for r in mine if r.get('version', 1) == v} for v in (1, 2))
+    if new and old - new:
+        return f'Scales of other methods in bfloat16 on {listed(sorted(new))}, in float16 on the others.'
+    if new: return 'Scales of other methods in bfloat16.'
+    return 'Scales of other methods in float16.' if old else ''
 
-# %% ../nbs/94_origins.ipynb #b82ed0ae
+# %% ../nbs/94_origins.ipynb #d0d924fc
 @table('encoders')
 def encoders_table(book):
     "Names of encoders, what they brought, and how many runs of spectral codes had them."
     runs = {r['run'] for r in book.rows if r['method'] in OF_ENCODERS}
-    count = {e: sum(book.encoders.get(book.runs[r]['commit']) == e for r in runs) for e in (FIRST_ENCODER, *(e for e, *_ in ENCODERS))}
-    lines = [r'\begin{tabular}{@{}lllr@{}}', r'\toprule', r'encoder & since & what was new & runs \\', r'\midrule']
-    for name, since, what in ((FIRST_ENCODER, '–', 'one class of tokens'), *ENCODERS): lines.append(rf'{name} & \texttt{{{since}}} & {what} & {count[name]} \\')
-    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+    had = [encoder_of(book, r) for r in runs]
+    lines = []
+    for name, since, what in ((FIRST_ENCODER, '–', 'one class of tokens'), *ENCODERS):
+        lines.append(tex_line([name, rf'\texttt{{{since}}}', what, str(had.count(name))]))
+    return tabular('lllr', [r'encoder & since & what was new & runs \\'], lines)
 
 # %% ../nbs/94_origins.ipynb #11b16270
 FIGURES = joined(
     figures.figure, speed_figures.figure, comparisons.figure, studies.figure, page_costs.figure)
 SHOWN = joined(tables.table, comparisons.table, studies.table, page_costs.table)
 
-# %% ../nbs/94_origins.ipynb #86f30b83
-def captions_tex(book, sources:dict) -> str: # Generated file -> the rows it used
-    "Macros `\\\\encodersFigBits`, ...: what the captions of figures and tables say about their rows."
-    at,lines = {r['at']: r for r in book.rows},['% Written by `ndkv report`; do not edit.']
+# %% ../nbs/94_origins.ipynb #1b4deb6d
+def caption(
+    book:Book, # Runs
+    rows:list, # What a figure or a table shows
+) -> str:
+    "What its caption says about them."
+    words = encoder_sentence(by_encoder(book, rows)), scales_sentence(rows)
+    return ' '.join(filter(None, words))
+
+def captions_tex(
+    book:Book, # Rows
+    sources:dict, # Generated file -> places of the rows it used
+) -> str:
+    "Macros `\\\\rowsFigBits`, ...: what the captions of figures and tables say about their rows."
+    at = {r['at']: r for r in book.rows}
+    lines = ['% Written by `ndkv report`; do not edit.']
     for file, used in sources.items():
         kind,_,name = file.partition('/')
-        if not file.endswith(('.pdf', '.tex')) or not name: continue
-        if kind == 'tables' and Path(name).stem not in SHOWN: continue
-        rows = [at[u] for u in used]
-        words = ' '.join(filter(None, (encoder_sentence(by_encoder(book, rows)), scales_sentence(rows))))
-        lines.append(rf"\newcommand{{\{macro_name(f'rows_{kind[:3]}_{Path(name).stem}')}}}{{{words}}}")
+        stem = Path(name).stem
+        if not name or not file.endswith(('.pdf', '.tex')): continue
+        if kind == 'tables' and stem not in SHOWN: continue
+        macro = macro_name(f'rows_{kind[:3]}_{stem}')
+        lines.append(rf'\newcommand{{\{macro}}}{{{caption(book, [at[u] for u in used])}}}')
     return '\n'.join(lines) + '\n'
 
-# %% ../nbs/94_origins.ipynb #58c0dddf
+# %% ../nbs/94_origins.ipynb #535cb04e
 def drawn_from(
     book:Book, # Rows
 ) -> dict: # `fig:bits` or `tab:bits` -> places of the rows
@@ -105,19 +139,33 @@ def drawn_from(
         found[f'tab:{name}'] = set(used)
     return found
 
+# %% ../nbs/94_origins.ipynb #7157f271
 def kind_of(run:dict) -> tuple: # Command with its model and its budgets left open, commit, device
     "What runs have in common that differ only in the model or the budgets."
-    text = re.sub(r'^(ndkv (?:evaluate|spectra)) \S+', r'\1 MODEL', re.sub(r' --bits \S+', '', run['command']))
+    text = re.sub(r' --bits \S+', '', run['command'])
+    text = re.sub(r'^(ndkv (?:evaluate|spectra)) \S+', r'\1 MODEL', text)
     return re.sub(r'--profile \w+', '--profile MODEL', text), run['commit'], run['device']
 
-def letters(book) -> dict:
-    "Run id -> A, B, ..., Z, AA, ... in order of the first start; runs of one kind share a letter."
-    order = sorted(book.runs, key=lambda id: (book.runs[id].get('start', ''), id))
-    kinds = {k: i for i, k in enumerate(dict.fromkeys(kind_of(book.runs[id]) for id in order))}
-    name = lambda i: ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26)
-    return {id: name(kinds[kind_of(book.runs[id])]) for id in order}
+def letter(i:int) -> str:
+    "A, B, ..., Z, AA, ..."
+    return ('' if i < 26 else chr(64 + i//26)) + chr(65 + i % 26)
 
-NOTEBOOKS = dict(evaluate='76_evaluate', spectra='76_evaluate', sweep='80_search', recommend='80_search', bench='54_kernels_bench', train='70_models', calibrate='32_fisher')
+def letters(book) -> dict: # Run id -> letter
+    "Letters in order of the first start; runs of one kind share one."
+    order = sorted(book.runs, key=book.age)
+    kinds = {k: i for i, k in enumerate(dict.fromkeys(kind_of(book.runs[id]) for id in order))}
+    return {id: letter(kinds[kind_of(book.runs[id])]) for id in order}
+
+# %% ../nbs/94_origins.ipynb #d3a6c2eb
+NOTEBOOKS = dict( # Word of a command -> notebook
+    evaluate='76_evaluate',
+    spectra='76_evaluate',
+    sweep='80_search',
+    recommend='80_search',
+    bench='54_kernels_bench',
+    train='70_models',
+    calibrate='32_fisher',
+)
 
 def measured_in(command:str) -> str:
     "The notebook, or the tests, that explain what a run's command measures."
@@ -126,35 +174,63 @@ def measured_in(command:str) -> str:
     if module := re.search(r'from ndkv\.(\w+) import', command): return f'ndkv.{module[1]}'
     if words[:3] == ['ndkv', 'bench', 'pages']: return '54_pages_bench'
     if words[:2] == ['ndkv', 'bench'] and words[2:3] not in ([], ['kernels']): return '78_throughput'
-    return next((n for w in words for n in [NOTEBOOKS.get(w), Path(w).stem if w.endswith('.ipynb') else None] if n), '–')
+    named = [NOTEBOOKS.get(w) or (Path(w).stem if w.endswith('.ipynb') else None) for w in words]
+    return next(filter(None, named), '–')
 
-# %% ../nbs/94_origins.ipynb #cba1d676
+# %% ../nbs/94_origins.ipynb #351ab7e0
+def tex_breakable(text:str) -> str:
+    "Plain text for LaTeX that may break after an underscore, a comma or a slash."
+    return re.sub(r'(\\_|,|/)', r'\1\\allowbreak{}', tex_escape(text)).replace('--', '-{}-')
+
+def once(texts) -> str:
+    "Each text once, in order; a dash for none."
+    return ', '.join(dict.fromkeys(texts)) or '–'
+
+def rows_cell(places:list) -> str:
+    "How many rows of which file, with the address of the first."
+    if not places: return NOT_RUN
+    file = places[0].split('#')[0].removesuffix('.jsonl')
+    return rf'\res{{{tex_escape(f"{len(places)} of {file}")}}}{{results/{tex_escape(places[0])}}}'
+
+def way(
+    book:Book, # Runs
+    c:dict, # A claim
+    rows_of:dict, # From `drawn_from`
+    names:dict, # From `letters`
+    run_of:dict, # Place -> run
+) -> str:
+    "One line: a claim, where it is shown, the notebook, its rows, its runs."
+    places = [r.removeprefix('results/') for r in c['rows']]
+    runs = sorted({run_of[p] for p in places}, key=lambda id: (len(names[id]), names[id]))
+    return tex_line([
+        rf"\texttt{{{tex_breakable(c['id'])}}}",
+        once(rf'\shown{{{n}}}' for n, rows in rows_of.items() if rows & set(places)),
+        once(tex_escape(measured_in(book.runs[id]['command'])) for id in runs),
+        rows_cell(places),
+        once(names[id] for id in runs),
+    ])
+
+# %% ../nbs/94_origins.ipynb #5661bcc5
 @table('ways')
 def ways_table(book):
     "Claim, where it is shown, the notebook, its rows, its runs."
     rows_of,names = drawn_from(book),letters(book)
-    at_run = {r['at']: r['run'] for r in book.rows}
-    lines = [r'\begin{tabular}{@{}p{.3\linewidth}p{.2\linewidth}p{.19\linewidth}p{.15\linewidth}p{.09\linewidth}@{}}', r'\toprule', r'claim & shown in & notebook or test & rows & runs \\', r'\midrule']
-    for c in claims(book):
-        places = [r.removeprefix('results/') for r in c['rows']]
-        runs = sorted({at_run[p] for p in places}, key=lambda id: (len(names[id]), names[id]))
-        notebooks = ', '.join(dict.fromkeys(tex_escape(measured_in(book.runs[id]['command'])) for id in runs)) or '–'
-        where = ', '.join(rf'\shown{{{n}}}' for n, rows in rows_of.items() if rows & set(places)) or '–'
-        rows = f"{len(places)} of {places[0].split('#')[0].removesuffix('.jsonl')}" if places else ''
-        lines.append(' & '.join([rf"\texttt{{{tex_breakable(c['id'])}}}", where, notebooks, rf"\res{{{tex_escape(rows)}}}{{results/{tex_escape(places[0])}}}" if places else NOT_RUN, ', '.join(dict.fromkeys(names[id] for id in runs)) or '–']) + r' \\')
-    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
-
-def tex_breakable(text:str) -> str:
-    "Plain text for LaTeX that may break after an underscore, a comma or a slash."
-    return re.sub(r'(\\_|,|/)', r'\1\\allowbreak{}', tex_escape(text)).replace('--', '-{}-')
+    run_of = {r['at']: r['run'] for r in book.rows}
+    columns = ''.join(rf'p{{{x}\linewidth}}' for x in ('.3', '.2', '.19', '.15', '.09'))
+    lines = [way(book, c, rows_of, names, run_of) for c in claims(book)]
+    return tabular(columns, [r'claim & shown in & notebook or test & rows & runs \\'], lines)
 
 @table('runs')
 def runs_table(book):
     "Letter, command, commit, device, count and minutes of every kind of run."
     names = letters(book)
-    lines = [r'\begin{tabular}{@{}lp{.55\linewidth}lp{.14\linewidth}rr@{}}', r'\toprule', r'& command & commit & device & runs & minutes \\', r'\midrule']
+    lines = []
     for name in dict.fromkeys(names.values()):
         runs = [book.runs[id] for id in names if names[id] == name]
-        (command,commit,device),minutes = kind_of(runs[0]),sum(r.get('wall_seconds', 0) for r in runs)/60
-        lines.append(' & '.join([name, rf"\texttt{{{tex_breakable(command)}}}", rf"\texttt{{{commit[:7]}}}", tex_escape(device), str(len(runs)), '$<1$' if minutes < 1 else significant(minutes, 2)]) + r' \\')
-    return '\n'.join(lines + [r'\bottomrule', r'\end{tabular}']) + '\n'
+        command,commit,device = kind_of(runs[0])
+        minutes = sum(r.get('wall_seconds', 0) for r in runs)/60
+        lines.append(tex_line([
+            name, rf'\texttt{{{tex_breakable(command)}}}', rf'\texttt{{{commit[:7]}}}', tex_escape(device),
+            str(len(runs)), '$<1$' if minutes < 1 else significant(minutes, 2)]))
+    return tabular(
+        r'lp{.55\linewidth}lp{.14\linewidth}rr', [r'& command & commit & device & runs & minutes \\'], lines)

@@ -7,9 +7,10 @@ __all__ = ['table', 'QUALITY', 'PRINTED', 'BITS_COLUMNS', 'BITS_METRICS', 'CASES
            'quality_line', 'quality_part', 'quality', 'heads_table', 'bits_line', 'exact_line', 'rotation_lines',
            'spectral_lines', 'bits_table', 'speed_line', 'speed_table', 'page_speed_line', 'page_speed_table']
 
-# %% ../nbs/91_tables.ipynb #12250a13
+# %% ../nbs/91_tables.ipynb #991ae390
 from .book import NOT_RUN, Registry, res, tabular, tex_line
-from .curves import BARE, BITS, DEFAULTS, WINDOWED, exact_at, line, models_of, rotation_at, spectral_line, total_of
+from .curves import BARE, BITS, DEFAULTS, WINDOWED
+from .curves import exact_at, line, models_of, rotation_at, spectral_line, total_of
 
 # %% ../nbs/91_tables.ipynb #156c1062
 table = Registry() # f(book) -> LaTeX, as `tables/<name>.tex`
