@@ -39,11 +39,10 @@ def own_heads(
     if isinstance(codec, PageCodec):
         direction = None if codec.direction is None else codec.direction[heads]
         out = PageCodec(codec.kind, own, codec.strips[heads], codec.home, direction, codec.by_kernel)
-        out.weight = codec.weight[heads]
+        out.weight, out.basis, out.small = codec.weight[heads], own, codec.small.of(heads)
         return out
-    out, small = copy.copy(codec), copy.copy(codec.small)
-    for name in ("on", "rows", "columns", "scale", "mean"): setattr(small, name, getattr(small, name)[heads])
-    out.small, out.frame, out._at = small, own, {}
+    out = copy.copy(codec)
+    out.small, out.frame, out._at = codec.small.of(heads), own, {}
     out.widths, out.strings = codec.widths[heads], [s.of(heads) for s in codec.strings]
     if codec.classes: out.classes = replace(codec.classes, direction=codec.classes.direction[heads])
     return out

@@ -31,7 +31,7 @@ from .equalised import VERSION as EQUALISED
 from .evaluate import Cell, account, compare, evaluate, text_windows
 from .fisher import calibrate, mix_profiles
 from .metrics import mean_stderr
-from .pages import PAGE, VERSION as PAGES
+from .pages import PAGE, PAID, VERSION as PAGES
 from .probe import device_of
 from .profile import Profile, fingerprint, layer_reach, packed_tokens, probe, tokens_hash
 from .public import find_model
@@ -103,7 +103,7 @@ def cells_of(
         for name, (k, v), options in methods:
             cell = dict(common, model=model, task=task, length=length, window=window, sinks=sinks, block=block, method=name, k_bits=k, v_bits=v, options=options)
             if (twin := model.partition("+")[2]) in EDITIONS: cell["edition"] = EDITIONS[twin]
-            if name in STORED: cell["version"] = STORED[name]
+            if name in STORED: cell["version"] = PAID if name == "pages" and options.get("tokens") else STORED[name]
             if task in ASKED: cell["protocol"] = PROTOCOL
             out[hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]] = cell
     return out

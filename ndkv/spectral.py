@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OCTAVES', 'NORM_BITS', 'CHANNEL_BYTES', 'HEAD_BYTES', 'WIDER', 'SHARES', 'klt', 'BitRow', 'norm_bits', 'norm_code',
-           'norm_value', 'Home', 'eight_bits', 'SmallFrame', 'code_table', 'Strings', 'Classes', 'SpectralCodec',
-           'class_bytes', 'key_frame', 'whole_bytes', 'token_bytes', 'water', 'spend', 'classes_of', 'plan',
-           'held_tokens', 'effective_bits', 'frame_bits', 'Refreshed']
+           'norm_value', 'Home', 'Rows', 'SmallFrame', 'rounding_share', 'code_table', 'Strings', 'Classes',
+           'SpectralCodec', 'class_bytes', 'key_frame', 'whole_bytes', 'token_bytes', 'water', 'spend', 'classes_of',
+           'plan', 'held_tokens', 'effective_bits', 'frame_bits', 'Refreshed']
 
 # %% ../nbs/34_spectral.ipynb #1b83395b
 import math
@@ -142,15 +142,42 @@ class Home:
         return out if every is offsets else out.index_select(1, offsets)
 
 # %% ../nbs/34_spectral.ipynb #84c03f12
-def eight_bits(
-    m: Tensor,  # Rows [r, D]
-) -> tuple[Tensor, Tensor]:  # int8 [r, D], bfloat16 [r, 1]: their product is about `m`
-    "Rows rounded to 255 levels, each with its own scale."
-    scale = (m.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
-    return (m / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+class Rows:
+    "Rows of whole numbers of few bits, each with its own scale."
+
+    def __init__(
+        self,
+        m: Tensor,  # [n, D]
+        bits: Tensor,  # Of an entry of each row, int64 [n], 2 to 8
+    ):
+        top = 2 ** (bits[:, None] - 1) - 1  # the largest whole number
+        self.bits, self.width = bits, m.shape[-1]
+        self.scale = (m.abs().amax(-1, keepdim=True) / top).clamp_min(1e-30).bfloat16()
+        codes = ((m / self.scale.float()).round().clamp(-top, top) + top).long()
+        self.strings = {b: _entries(b, self.width).pack(codes[bits == b]) for b in bits.unique().tolist()}
+
+    @property
+    def nbytes(self):
+        "Of strings and scales."
+        return self.scale.nbytes + sum(t.nbytes for t in self.strings.values())
+
+    def value(self):
+        "What they stand for, float32 [n, D]."
+        out = torch.empty(len(self.bits), self.width)
+        for b, t in self.strings.items(): out[self.bits == b] = _entries(b, self.width).unpack(t).float() - (2 ** (b - 1) - 1)
+        return out * self.scale.float()
 
 
-CHANNEL_BYTES = lambda D: 2 * D + 6  # Of a coded channel: row and column, their scales, √λ
+class _Bytes:
+    "Entries of eight bits: as they are."
+    pack, unpack = staticmethod(lambda codes: codes.to(torch.uint8)), staticmethod(lambda packed: packed)
+
+
+@cache
+def _entries(bits, width): return _Bytes if bits == 8 else BitRow([bits] * width)
+
+# %% ../nbs/34_spectral.ipynb #04601c79
+CHANNEL_BYTES = lambda D, bits=8: 2 * -(-D * bits // 8) + 6  # Of a coded channel: row and column, their scales, √λ
 HEAD_BYTES = lambda D: 4 * D + D / 2  # Of a head: mean, widths
 
 
@@ -161,26 +188,41 @@ class SmallFrame:
         self,
         frame: Frame,  # [H, D, D]
         widths: Tensor,  # [H, D]; 0 = the channel is not coded
+        entries: Tensor | int = 8,  # Bits of an entry of each channel's row and column [H, D], or of all
     ):
-        self.on = widths > 0
-        self.rows = [eight_bits(A[on]) for A, on in zip(frame.A, self.on)]
-        self.columns = [eight_bits(B.mT[on]) for B, on in zip(frame.A_inv, self.on)]
+        self.on, entries = widths > 0, torch.as_tensor(entries).expand(widths.shape)
+        self.rows = [Rows(A[on], e[on]) for A, on, e in zip(frame.A, self.on, entries)]
+        self.columns = [Rows(B.mT[on], e[on]) for B, on, e in zip(frame.A_inv, self.on, entries)]
         self.scale = [s[on].bfloat16() for s, on in zip(frame.scale, self.on)]
         self.mean = frame.mean.float()
 
     @property
     def nbytes(self):
-        "Bytes of everything, a width in half a byte."
-        parts = [t for pair in self.rows + self.columns for t in pair] + self.scale + [self.mean]
-        return sum(t.nbytes for t in parts) + self.on.numel() // 2
+        "Bytes of everything; half a byte a channel for what widths and entries have."
+        return sum(t.nbytes for t in [*self.rows, *self.columns, *self.scale, self.mean]) + self.on.numel() // 2
 
     def frame(self):
         "What it stands for, zero where nothing is coded; `A` takes back exactly what `A_inv` gives."
         A, B, scale = torch.zeros(2, *self.on.shape, self.on.shape[-1]).unbind() + (torch.ones(self.on.shape),)
         for h, on in enumerate(self.on):
-            A[h, on], B[h, on], scale[h, on] = *(c.float() * s.float() for c, s in (self.rows[h], self.columns[h])), self.scale[h].float()
+            A[h, on], B[h, on], scale[h, on] = self.rows[h].value(), self.columns[h].value(), self.scale[h].float()
             A[h, on] = torch.linalg.solve(A[h, on].double() @ B[h, on].double().mT, A[h, on].double()).float()
         return Frame(A, B.mT.contiguous(), self.mean, scale)
+
+    def of(self, heads: slice):
+        "Some heads alone."
+        out = copy(self)
+        for name in ("on", "rows", "columns", "scale", "mean"): setattr(out, name, getattr(self, name)[heads])
+        return out
+
+# %% ../nbs/34_spectral.ipynb #09625a06
+def rounding_share(
+    frame: Frame,  # From `klt` [H, D, D]
+    bits: int,  # Of an entry
+) -> Tensor:  # float64 [H, D]
+    "Share of a channel's energy that its rounded column costs."
+    most, total = frame.A_inv.double().abs().amax(1), frame.A.double().square().sum((1, 2))
+    return most**2 * total[:, None] / (12 * (2 ** (bits - 1) - 1) ** 2)
 
 # %% ../nbs/34_spectral.ipynb #ec6508a3
 def code_table(

@@ -12,9 +12,11 @@ from hypothesis import given, settings, strategies as st
 
 from ndkv.attention import PagedCache, PageReader
 from ndkv.cache import NDCache, NDLayer, Past, make_codec, refresh
+from ndkv import pages as P
 from ndkv.fisher import calibrate
 from ndkv.kernels_encode_pages import encode_pair
 from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
+from ndkv.parallel import own_heads
 from ndkv.profile import Profile, Rope, probe
 from ndkv.spectral import Home, effective_bits, frame_bits, held_tokens, klt
 from ndkv.store import fork, load_cache, save_cache
@@ -339,6 +341,45 @@ def test_asked_is_stored(length, bits, d):
     paid = plan_pages(profile, bits + .5, length=length, tokens=length, model=config)
     stored = effective_bits(paid, held) + frame_bits(paid, held) / max(held.values())
     assert .97 * (bits + .5) < stored <= (bits + .5) * 1.001
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_paid_bases_have_few_bits(d):
+    "The fewer tokens share the bases, the coarser these are, and eight bits where nobody pays; counted as stored; a rank's part is that of the whole."
+    config = tf.Gemma3TextConfig(**GEMMA | dict(head_dim=d))
+    profile = ranked(profile_of(dict.fromkeys(range(18), (1, d, d)), config))
+    shared = {t: plan_pages(profile, 1.5, tokens=t, model=config) for t in (4096, 2**20, None)}
+    bits = {t: torch.cat([r.bits for c in codecs.values() for r in c.small.rows]).double() for t, codecs in shared.items()}
+    assert 3 <= bits[4096].min() and bits[4096].mean() < bits[2**20].mean() - .5 and (bits[None] == 8).all()
+    paid = shared[4096]
+    for c in paid.values():
+        on, parts = c.widths > 0, [t for r in (*c.small.rows, *c.small.columns) for t in (r.scale, *r.strings.values())]
+        assert c.small.nbytes == sum(t.nbytes for t in parts) + 2 * on.sum() + 4 * on.numel() + on.numel() // 2
+        A, B = c.basis.A[0, on[0]].double(), c.basis.A_inv[0][:, on[0]].double()
+        assert torch.allclose(A @ B, torch.eye(len(A), dtype=torch.float64), atol=1e-4)
+        part = own_heads(c, slice(0, 1))
+        assert torch.equal(part.basis.A, c.basis.A) and part.frame_bits == c.frame_bits and torch.equal(part.small.frame().A, c.basis.A)
+
+
+def test_paid_bases_code_better():
+    "At the same bits in all, bases of few bits leave more for codes than those of eight."
+    config = tf.Gemma3TextConfig(**GEMMA | dict(head_dim=64))
+    profile = ranked(profile_of(dict.fromkeys(range(18), (1, 64, 64)), config))
+    bases = {key: b for i, s in profile.layers.items() for key, b in P._bases(i, s, profile.prices[i], .01).items()}
+    left = {}
+    for entries in (P.ENTRIES, (8,)):
+        strips = [P.strips_of(b, P.tier_importance(profile, *key), 1., 1500., key[1] == "k") for key, b in bases.items()]
+        keep = [P.ENTRIES.index(e) for e in entries]
+        strips = [replace(s, entries=entries, basis=tuple(s.basis[i] for i in keep), rounded=s.rounded[..., keep]) for s in strips]
+        chosen = P._allocated(strips, 1.)
+        errors = []
+        for (key, b), s, (w, e) in zip(bases.items(), strips, chosen):
+            c = PageCodec(key[1], b, w, entries=torch.tensor(s.entries)[e])
+            z = torch.randn(1, 1, 256, 64, generator=torch.Generator().manual_seed(1)) * b.scale[:, None] @ b.A_inv.mT + b.mean
+            errors.append(((c.decode(c.encode(z)) - z) @ b.A.mT).square().sum())
+        assert sum(s.bits(w, e) for s, (w, e) in zip(strips, chosen)) <= sum(s.elements for s in strips)
+        left[entries] = torch.stack(errors).sum()
+    assert left[P.ENTRIES] < .9 * left[8,]
 
 
 def test_a_cache_stores_what_is_asked():

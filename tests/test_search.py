@@ -168,6 +168,8 @@ def test_pages_and_their_plan_in_one_grid(home, tmp_path, clean_code):
     with pytest.raises(ValueError, match='choose tiers or tokens'): search_from_plan(home, dict(trellis=0))
     versions = {c['method']: c.get('version') for c in cells_of(read_grid(dict(models=['tiny'], methods=['equalised', 'rotation', 'int'], bits=[4]))).values()}
     assert versions == dict(equalised=EQUALISED, rotation=None, int=2)
+    paid = cells_of(read_grid(dict(models=['tiny'], methods=['pages', {'method': 'pages', 'tokens': 4096}], bits=[1])))
+    assert [c['version'] for c in paid.values()] == [2, 3] # bases are stored otherwise where they are paid
 
 
 def search_from_plan(home, options):
