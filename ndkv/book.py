@@ -62,6 +62,7 @@ def _indexed(self:Book, keys:tuple) -> dict: # Values of the keys -> rows in the
         for r in self.rows: found.setdefault(tuple(r.get(k) for k in keys), []).append(r)
     return self.index[keys]
 
+# %% ../nbs/91_book.ipynb #e504c0b5
 def _find(self:Book, **where) -> list: # In the order of the files
     "All rows that have these values."
     keys = tuple(k for k in KEYS if k in where)
@@ -90,6 +91,7 @@ Book.watch = _watch
 # %% ../nbs/91_book.ipynb #7cf580a7
 MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at', 'requests'} # requests that were finished
 
+# %% ../nbs/91_book.ipynb #ea4b9662
 def _cell(self:Book, **where):
     "The row that answers `where`, or None; rows of single layers and heads only where asked for."
     where = dict(layer=None, head=None, position=None) | where
@@ -104,6 +106,7 @@ def _cell(self:Book, **where):
     self.used[row['at']] = row
     return row
 
+# %% ../nbs/91_book.ipynb #4563a388
 Book.cell = _cell
 
 # %% ../nbs/91_book.ipynb #24e993ce
@@ -195,6 +198,7 @@ def res(
     else: number = tex_number(significant(x * scale, digits))
     return rf'\res{{{number}}}{{results/{tex_escape(row["at"])}}}'
 
+# %% ../nbs/91_book.ipynb #446cb21d
 def tex_escape(text:str) -> str:
     "Plain text for LaTeX."
     return re.sub(r'([#%&_$])', r'\\\1', text)
@@ -245,6 +249,7 @@ class Registry(dict):
             return f
         return keep
 
+# %% ../nbs/91_book.ipynb #f0f1e699
 def joined(
     *registries:Registry, # In the order that counts
 ) -> Registry:

@@ -39,6 +39,7 @@ OTHERS = dict( # method -> name, colour, marker
     hqq=('HQQ (transformers)', '#d6616b', '2'),
 )
 
+# %% ../nbs/92_comparisons.ipynb #4b545944
 def look_of(method) -> tuple: # Name, colour, marker
     "How ours and other methods look."
     style = style_of(method)
@@ -57,6 +58,7 @@ def setting(row) -> tuple: # method, key bits, value bits, options
     "What of a row says how it was quantized."
     return row['method'], row['k_bits'], row['v_bits'], tuple((k, row[k]) for k in OPTIONS if row.get(k))
 
+# %% ../nbs/92_comparisons.ipynb #0d02c818
 def setting_name(s) -> str:
     "A setting in words."
     method,k,v,options = s
@@ -84,6 +86,7 @@ def sweep_rows(
     rows = newest([r for r in book.rows if mine(r) and r.get('position') is None and r.get('layer') is None])
     return rows if versions is None else [r for r in rows if r.get('version') in versions]
 
+# %% ../nbs/92_comparisons.ipynb #00eaadb1
 def most_common(
     rows:list, # Of a sweep
     protocol:tuple, # Fields
@@ -137,6 +140,7 @@ def zoo_points(book, found, model) -> dict: # Method -> (bits, mean KL)
         points.setdefault(s[0], []).append((all_in(book, cell), kl))
     return points
 
+# %% ../nbs/92_comparisons.ipynb #b34b3b52
 def draw_method(ax, method, points):
     "Ours as a line, others as marks."
     name,color,marker = look_of(method)
@@ -188,7 +192,8 @@ def cases(found, metric, data='wiki_val') -> dict: # setting -> rows of the metr
 
 # %% ../nbs/92_comparisons.ipynb #c7a576de
 WORST_HEAD = [
-    r'& & \multicolumn{3}{c}{mean KL (nats)} & \multicolumn{2}{c}{worst} & \\ \cmidrule(lr){3-5}\cmidrule(lr){6-7}',
+    r'& & \multicolumn{3}{c}{mean KL (nats)} & \multicolumn{2}{c}{worst} & \\'
+    r' \cmidrule(lr){3-5}\cmidrule(lr){6-7}',
     r'setting & bits & mean & worst model & & p99.9 & flips (\%) & worst twin \\',
 ]
 
@@ -201,6 +206,7 @@ def worst_line(book, s, bits, kl, tail, flips, twins) -> str:
     worst = [interval(kl[0]), kl[0]['model'], res(tail[0]), res(flips[0], scale=100)]
     return tex_line([tex_escape(setting_name(s)), f'{bits:.2f}', mean, *worst, twin])
 
+# %% ../nbs/92_comparisons.ipynb #3e48a1f0
 @table('worst')
 def worst_table(book):
     "Every setting: mean over models, worst model, worst tail, worst twin."
@@ -224,6 +230,7 @@ TAILS = (
     ('spectral', 2, 2, ()),
 )
 
+# %% ../nbs/92_comparisons.ipynb #256d363a
 def draw_tail(ax, book, s, cell):
     "One setting: median, 99th and 99.9th percentile and maximum."
     rows = [use(book, cell[m, 'wiki_val']) for m in ('kl_p50', 'kl_p99', 'kl_p999', 'kl_max')]
@@ -233,6 +240,7 @@ def draw_tail(ax, book, s, cell):
         ls=(0, (3, 1.5)) if s == TAILS[-2] else '-', mec='white', mew=.3,
         label=f'{setting_name(s)} ({all_in(book, cell):.1f} bits)')
 
+# %% ../nbs/92_comparisons.ipynb #fd94c1bc
 @figure('tails')
 def tails_figure(book, plt):
     "KL against the share of tokens that exceed it, some settings of two to three bits."
@@ -254,8 +262,9 @@ def tails_figure(book, plt):
 SURVIVED = 3
 KL = 'kl_mean', 'wiki_val'
 
+# %% ../nbs/92_comparisons.ipynb #6ecdbd70
 def stressed(book) -> dict: # (model, twin) -> setting -> (row of the twin, row of the plain model or None)
-    "Rows of twins beside the plain model's, same protocol and version of the method; the newest version counts."
+    "Rows of twins beside the plain model's, same protocol and version of the method; the newest counts."
     versions = {r['version'] for r in book.rows if r['file'].startswith('sweep_stress') and 'version' in r}
     out = {}
     for v in (None, *sorted(versions)):
@@ -268,6 +277,7 @@ def stressed(book) -> dict: # (model, twin) -> setting -> (row of the twin, row 
         for twin, plain in pairs.values(): use(book, twin),use(book, plain)
     return out
 
+# %% ../nbs/92_comparisons.ipynb #8921ca90
 def survived(pair) -> bool|None:
     "Is the divergence on a twin within the factor? None where the plain model was not measured."
     return None if pair[1] is None else pair[0]['value'] <= SURVIVED*pair[1]['value']
@@ -298,6 +308,7 @@ def stress_cell(found, no, s, twin) -> str:
     lost = s[1] and any(survived(p) is False for p in pairs)
     return rf'\textbf{{{text}}}' if lost else text
 
+# %% ../nbs/92_comparisons.ipynb #368f6209
 @table('stress')
 def stress_table(book):
     "Mean KL of every setting on every twin, the worse of the models."
@@ -316,6 +327,7 @@ def ratio_text(x:float) -> str:
     if x != x: return '–'
     return f'{x:.1f}' if x < 10 else f'{float(f"{x:.2g}"):.0f}'
 
+# %% ../nbs/92_comparisons.ipynb #e2cb9fc9
 def stress_panel(ax, ratio, no, settings, twins, norm):
     "A heat map of ratios with their numbers; `no` are the (setting, twin) that are refused."
     image = ax.imshow(ratio, norm=norm, cmap='YlOrRd', aspect='auto')
@@ -328,6 +340,7 @@ def stress_panel(ax, ratio, no, settings, twins, norm):
     ax.tick_params(length=0)
     return image
 
+# %% ../nbs/92_comparisons.ipynb #5ca0ef0d
 def stress_ratio(pairs:dict, s) -> float:
     "Mean KL of a setting on a twin over that on the plain model; not a number where one is missing."
     twin,plain = pairs.get(s) or (None, None)

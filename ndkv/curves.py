@@ -88,6 +88,7 @@ def cell_of(row) -> frozenset:
     "What names the cell of a row: all that was not measured, and the run."
     return frozenset((k, str(v)) for k, v in row.items() if k not in MEASURED | {'metric'}) | {row['run']}
 
+# %% ../nbs/91_curves.ipynb #f8ccefa9
 def pairs(
     book:Book, # Where to look
     x:str, # Metric that goes across
@@ -103,7 +104,8 @@ def pairs(
         if other is None: continue
         book.used.update({r['at']: r, other['at']: other})
         lines.setdefault(tuple(r.get(k) for k in by), []).append((other['value'], r['value']))
-    return {k: sorted(points) for k, points in sorted(lines.items(), key=lambda item: tuple(map(str, item[0])))}
+    in_order = sorted(lines.items(), key=lambda item: tuple(map(str, item[0])))
+    return {k: sorted(points) for k, points in in_order}
 
 # %% ../nbs/91_curves.ipynb #b87b7946
 def reached(

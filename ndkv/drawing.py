@@ -45,6 +45,7 @@ THEME = {
     'figure.dpi': 100, 'savefig.dpi': 100,
 }
 
+# %% ../nbs/91_drawing.ipynb #43e0ced6
 @contextmanager
 def theme():
     "Draw in the paper's style, on no screen."
@@ -88,6 +89,7 @@ def logarithmic(ax) -> bool:
     else: ax.text(.5, .5, 'not run', transform=ax.transAxes, ha='center')
     return bool(ax.lines)
 
+# %% ../nbs/91_drawing.ipynb #cffc49ce
 def legend_above(
     fig, # Matplotlib figure
     axes, # Panels whose labels count, every label once
@@ -111,6 +113,7 @@ def open_axes(axes):
         open_box(ax)
         for axis in (ax.xaxis, ax.yaxis): axis.set_minor_formatter('')
 
+# %% ../nbs/91_drawing.ipynb #306ed73a
 def plain_log(*axes):
     "Logarithmic axes with ticks at 1, 2, 5, 10, ... and plain numbers."
     from matplotlib.ticker import LogLocator
@@ -136,6 +139,7 @@ def panels(
     for ax in axes.flat[n:]: ax.set_visible(False)
     return fig,axes
 
+# %% ../nbs/91_drawing.ipynb #fdb2e421
 def panel_row(
     plt, # `matplotlib.pyplot`
     n:int, # Panels

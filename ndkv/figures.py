@@ -33,6 +33,7 @@ def draw_noise_floor(ax, floor):
 # %% ../nbs/91_figures.ipynb #161f6696
 DASHED = (0, (4, 2))
 
+# %% ../nbs/91_figures.ipynb #cac89b9c
 def draw_curve(
     ax, # Panel
     points:list, # (bits, KL)
@@ -61,6 +62,7 @@ def frontier_panel(ax, book, metric):
     ax.set(xlabel='effective bits per element', ylabel='KL to exact cache (nats)', xticks=BITS)
     open_box(ax)
 
+# %% ../nbs/91_figures.ipynb #927c0dd8
 @figure('frontier')
 def frontier(book, plt):
     "Bits per element against mean and 99.9th percentile KL."
@@ -77,6 +79,7 @@ def code_line(book, method, metric, model):
     if method == 'spectral': return spectral_line(book, metric, model)
     return line(book, metric, model=model, method=method)
 
+# %% ../nbs/91_figures.ipynb #b76e5382
 def bits_panel(ax, book, model):
     "The rotation and spectral codes on one model; hollow and dashed with frames."
     for method in ('rotation', 'spectral'):
@@ -126,6 +129,7 @@ def _bars(ax, heights, color):
     ax.axhline(0, color='black', lw=.5)
     ax.axis('off')
 
+# %% ../nbs/91_figures.ipynb #2a891027
 def _box(x, y, w, h, color):
     "A rectangle with a thin edge."
     from matplotlib.patches import Rectangle
@@ -140,6 +144,7 @@ def _widths(ax, bits):
     ax.text(10, 1.3, 'none', ha='center', fontsize=6)
     ax.axis('off')
 
+# %% ../nbs/91_figures.ipynb #f73cd3bd
 def _write_panels(axes):
     "The way in: vector, frame, norm and direction, widths."
     import numpy as np
@@ -209,6 +214,7 @@ STEPS = (
     'trellis\none ring of bits',
 )
 
+# %% ../nbs/91_figures.ipynb #ad2a264b
 @figure('method')
 def method_figure(book, plt):
     "How a vector is written, and how a query reads it."
@@ -240,6 +246,7 @@ def _gaussian_codes() -> tuple: # Label, colour, marker, line, distortion at som
         ('4096 states', red, 'D', DASHED, lambda b: trellis_distortion(b, 4096)),
     )
 
+# %% ../nbs/91_figures.ipynb #2800e99a
 def _theory(ax):
     "Excess bits over Shannon's bound of the codes of a unit Gaussian."
     from ndkv.codebooks import gap_bits
@@ -250,7 +257,8 @@ def _theory(ax):
     ax.set(title='unit Gaussian', xlabel='bits per number', ylabel='bits above the bound')
     ax.set(xticks=RATES, ylim=(-.18, 1.3))
     ax.legend(
-        frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03), handlelength=2, labelspacing=.25)
+        frameon=False, fontsize=6, loc='upper left', bbox_to_anchor=(0, 1.03),
+        handlelength=2, labelspacing=.25)
 
 # %% ../nbs/91_figures.ipynb #3e01aaff
 CODES = ( # States, label, colour, marker
@@ -265,6 +273,7 @@ def geometric(
     "Geometric means over layers."
     return [exp(sum(log(r[key]) for r in rows)/len(rows)) for rows in budgets]
 
+# %% ../nbs/91_figures.ipynb #cfd50c34
 def _reached(ax, book, kind):
     "Weighed distortion over bits of the reference model's keys or values: layers, means, and the bound."
     where = dict(file='ratedistortion', metric='distortion', model='llama', kind=kind)
@@ -307,6 +316,7 @@ WEIGHTS = ( # Prices, label, colour, line
     ('fisher', 'weighed by price', STYLES['spectral'].color, DASHED),
 )
 
+# %% ../nbs/91_figures.ipynb #dc7a5ece
 def _spectra(ax, book, kind, home):
     "All heads of the reference model in one home, their median, and the median of spectra weighed by prices."
     where = dict(file='spectra', metric='effective_rank', model='llama', kind=kind, home=home)
@@ -318,7 +328,8 @@ def _spectra(ax, book, kind, home):
         channels = range(1, n + 1)
         for h in heads if prices == 'none' else ():
             ax.plot(channels, [len(h)*x for x in h], color='#AFC4D6', lw=.5, zorder=1)
-        ax.plot(channels, [n*median(column) for column in zip(*heads)], color=color, ls=ls, lw=1.5, label=label)
+        middle = [n*median(column) for column in zip(*heads)]
+        ax.plot(channels, middle, color=color, ls=ls, lw=1.5, label=label)
     ax.axhline(1, color='black', lw=.6, ls=':')
     ax.set(yscale='log', xlabel='channel')
 
@@ -350,6 +361,7 @@ def draw_saved(ax, book, model, y):
         for r, mfc, label in zip(ratios, (color, 'white'), (f'{bits} bits', None)):
             ax.plot(r, y + dy, marker, color=color, mfc=mfc, mew=1.1, label=label, clip_on=False)
 
+# %% ../nbs/91_figures.ipynb #457d5d5d
 @figure('saved')
 def saved_figure(book, plt):
     "Bits of spectral codes over bits of the rotation at equal mean KL, per model."

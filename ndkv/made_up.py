@@ -88,6 +88,7 @@ FIRST = ( # method, bits, options, gain
     ('int', 3, {}, .5),
 )
 
+# %% ../nbs/90_made_up.ipynb #4d3d40f3
 def sweep_cell(kl, bits, ours) -> dict: # Metric -> value
     "What a sweep measures of a setting."
     cell = dict(kl_mean=kl, kl_p50=kl/4, kl_p99=9*kl, kl_p999=25*kl, kl_max=90*kl, flips=min(.5, kl**.5))
@@ -124,6 +125,7 @@ def ladder_rows(run):
                 k_bits=bits, v_bits=bits, metric=metric, value=value, key=f'{size}{method}{bits}',
                 **PROTOCOL, **more)
 
+# %% ../nbs/90_made_up.ipynb #b02ee155
 def text_rows(run):
     "The rotation on another text."
     for (model, hard), bits in itertools.product((('llama', 1), ('qwen2', 2)), (2, 3)):
@@ -133,9 +135,11 @@ def text_rows(run):
                 k_bits=bits, v_bits=bits, metric=metric, value=value, key=f'{model}rotation{bits}texts',
                 **PROTOCOL)
 
+# %% ../nbs/90_made_up.ipynb #7a3ebf67
 def needle_rows(run):
     "A needle found by three settings."
-    for method, bits, more, right in (('bf16', None, {}, .97), ('spectral', 2, OURS, .95), ('rotation', 2, {}, .4)):
+    cases = ('bf16', None, {}, .97), ('spectral', 2, OURS, .95), ('rotation', 2, {}, .4)
+    for method, bits, more, right in cases:
         run.row(
             into='sweep_tasks_llama', model='llama', data='needle', method=method, k_bits=bits, v_bits=bits,
             metric='accuracy', value=right, stderr=.02, key=f'{method}needle', **PROTOCOL, **more)

@@ -16,7 +16,8 @@ __all__ = ['number', 'UNIFORM', 'TIERED', 'EVICTION', 'ADAPTIVE', 'DEBIAS', 'PRO
 import json
 from typing import Callable
 
-from .book import NOT_RUN, Book, Registry, in_words, macro_name, res, shown, significant, tex_escape, tex_number
+from .book import NOT_RUN, Book, Registry
+from .book import in_words, macro_name, res, shown, significant, tex_escape, tex_number
 from .claims import PAGES_AND_GRAPH, in_one_run
 from .comparisons import KL, OTHERS, stressed, swept
 from .curves import BARE, BITS, DEFAULTS, PUBLIC, WINDOWED
@@ -49,6 +50,7 @@ for _place, _method in enumerate(('pages', 'graph')):
         pair = in_one_run(book, 'largest_batch', PAGES_AND_GRAPH)
         return res(pair and pair[place])
 
+# %% ../nbs/94_numbers.ipynb #31da032c
 def bits_number(bits):
     "Stored bits of the rotation."
     @number(f'bits_rotation_{bits}bit')
@@ -72,6 +74,7 @@ def all_rows(book, **where) -> list:
     book.used.update({r['at']: r for r in found})
     return found
 
+# %% ../nbs/94_numbers.ipynb #3de168ce
 def row_number(
     id:str, # Name
     digits:int=3, # Significant digits
@@ -99,6 +102,7 @@ for _id, _metric in dict(
     error_bf16='error_bf16',
 ).items(): row_number(_id, metric=_metric, **UNIFORM)
 
+# %% ../nbs/94_numbers.ipynb #12400876
 for _id, _metric in dict(
     time_pages_us='time_us',
     time_pages_bf16_us='time_bf16_us',
@@ -138,6 +142,7 @@ def bits_tokens(book):
     rows = all_rows(book, metric='kl_mean', method='spectral', **DEFAULTS)
     return res(min(rows, key=lambda r: r['n'], default=None), key='n')
 
+# %% ../nbs/94_numbers.ipynb #4a3d0915
 def spectral_number(id, metric, budget, scale=1):
     "What spectral codes of one budget do to the worst model."
     @number(id)
@@ -162,6 +167,7 @@ def page_cost_number(
         rows = [page_cost(book, m, b) for m in of(book) for b in (1, 2, 3)]
         return NOT_RUN if None in rows else among(rows, pick)
 
+# %% ../nbs/94_numbers.ipynb #5fb523ef
 for _which, _pick in (('least', min), ('most', max)):
     page_cost_number(f'pages_zoo_{_which}', lambda book: page_models(book)[0], _pick)
     page_cost_number(f'pages_smollm_{_which}', lambda book: PUBLIC[:1], _pick)
@@ -179,7 +185,8 @@ for _bits, _word in ((3, 'three'), (4, 'four')):
 
 for _word, _code, _bits in (('rotation_qwen_four', 'rotation', 4), ('pages_qwen_one', 'pages', 1)):
     @number(_word)
-    def of_qwen(book, code=_code, bits=_bits): return res(page_line(book, 'kl_mean', PUBLIC[2], code).get(bits))
+    def of_qwen(book, code=_code, bits=_bits):
+        return res(page_line(book, 'kl_mean', PUBLIC[2], code).get(bits))
 
 # %% ../nbs/94_numbers.ipynb #379d01e7
 EVICTION = dict(file='eviction', metric='kl_mean', model='llama')
@@ -249,6 +256,7 @@ def novels(
     rows = [r for r in rows if mine(r) and profile in (None, r.get('profile'))]
     return {r['model']: r for r in sorted(rows, key=lambda r: book.runs[r['run']]['start'])}
 
+# %% ../nbs/94_numbers.ipynb #8da5a2eb
 def mixed(book, bits) -> dict:
     "The same of profiles of a mixed text."
     return novels(book, 'spectral', bits, 'mixed', 'mixed_cal')
@@ -281,6 +289,7 @@ def novels_numbers(bits, word):
     def instead(book):
         return over_rotation(book, novels(book, 'spectral', bits), mixed(book, bits).keys())
 
+# %% ../nbs/94_numbers.ipynb #54e30f5f
 for _bits, _word in ((1, 'one'), (2, 'two')): novels_numbers(_bits, _word)
 
 @number('mixed_models')
@@ -297,6 +306,7 @@ def total_ratio(book, model, bits) -> dict|None: # The row behind, with the rati
     if None in (theirs, *ours): return None
     return dict(ours[0], value=total_of(*ours)['value']/theirs)
 
+# %% ../nbs/94_numbers.ipynb #74eab31c
 def total_ratio_number(id, bits, pick):
     "The least or the largest of the models."
     @number(id)
@@ -318,7 +328,7 @@ row_number('half_bit_with_frames', 2, **HALF_BIT)
 
 @number('half_bit_share')
 def half_bit_share(book):
-    "What all tokens at half a bit take, frames included, of what a quarter of the tokens takes under the better policy."
+    "What all tokens at half a bit take, with frames, of what a quarter takes under the better policy."
     best = min(book.find(metric='kl_mean', **QUARTER), key=lambda r: r['value'], default=None)
     bits = best and book.cell(metric='bits', policy=best['policy'], **QUARTER)
     ours = book.cell(**HALF_BIT)
@@ -345,6 +355,7 @@ def key_bias_least(book): return among(key_bias(book), min, 2)
 @number('key_bias_most')
 def key_bias_most(book): return among(key_bias(book), max, 2)
 
+# %% ../nbs/94_numbers.ipynb #6705695f
 def encoder_pairs(book) -> list:
     "Encoders of twin and plain model, of every pair of spectral codes that the stress table compares."
     pairs = [p for c in stressed(book).values() for s, p in c.items() if s[0] == 'spectral' and None not in p]
@@ -372,6 +383,7 @@ def methods_everywhere(book):
     found = methods_on(book)
     return in_words(sum(len(m) == max(map(len, found.values())) for m in found.values()))
 
+# %% ../nbs/94_numbers.ipynb #4f005336
 @number('library_models')
 def library_models(book): return in_words(len(methods_on(book).get('quanto', ())))
 
@@ -388,8 +400,9 @@ def derived(
     "A number that a notebook derives, with its address."
     return rf'\res{{{tex_number(significant(value, digits))}}}{{nbs/{tex_escape(notebook)}.ipynb}}'
 
+# %% ../nbs/94_numbers.ipynb #ce3f6658
 def gap_numbers(bits):
-    "Bits above Shannon's bound at `bits`: Lloyd–Max, trellis of 256 states; and the excess of uniform levels."
+    "Bits above Shannon's bound: Lloyd–Max, trellis of 256 states; and the excess of uniform levels."
     from ndkv.codebooks import distortion, gap_bits, lloyd_max, uniform
     from ndkv.trellis import trellis_distortion
 
@@ -403,6 +416,7 @@ def gap_numbers(bits):
     @number(f'gap_trellis_{bits}')
     def gap_trellis(book): return derived(gap_bits(trellis_distortion(bits, 256), bits), '12_trellis')
 
+# %% ../nbs/94_numbers.ipynb #21cf7aa3
 for _bits in (1, 2, 3, 4): gap_numbers(_bits)
 
 # %% ../nbs/94_numbers.ipynb #0c744df6
@@ -421,6 +435,7 @@ def model_number(
         value = json.loads(path.read_text())[key]*scale
         return rf'\res{{{tex_number(significant(value, digits))}}}{{results/{tex_escape(card)}}}'
 
+# %% ../nbs/94_numbers.ipynb #cbfea093
 model_number('model_millions', 'parameters', 2, 1e-6)
 model_number('training_millions', 'tokens', 3, 1e-6)
 model_number('training_minutes', 'minutes', 2)
@@ -442,6 +457,7 @@ def claim_counts(found:list) -> dict:
         claims_met=in_words(sum(run)), claims_missed=in_words(len(run) - sum(run)),
         claims_not_run=missing.replace('no', 'none'))
 
+# %% ../nbs/94_numbers.ipynb #58022a43
 def numbers_tex(
     book:Book, # Rows
 ) -> str:

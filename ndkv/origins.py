@@ -30,6 +30,7 @@ ENCODERS = ( # Name, commit that brought it, what was new
 )
 OF_ENCODERS = 'spectral', 'nested spectral', 'prompt'
 
+# %% ../nbs/94_origins.ipynb #1461b268
 def encoder_at(
     root, # Repository
     commit:str,
@@ -58,6 +59,7 @@ def by_encoder(
         found.setdefault(encoder_of(book, r['run']) or '?', set()).add(model)
     return dict(sorted(found.items()))
 
+# %% ../nbs/94_origins.ipynb #9aae42e2
 def listed(words) -> str:
     "One, two and three."
     *most,last = words
@@ -67,7 +69,8 @@ def encoder_sentence(found:dict) -> str:
     "What a caption says about encoders: nothing without spectral codes, one name, or who has which."
     if not found: return ''
     if len(found) == 1: return f'Spectral codes of encoder {next(iter(found))}.'
-    if len({frozenset(m) for m in found.values()}) == 1: return f'Spectral codes of encoders {listed(list(found))}.'
+    if len({frozenset(m) for m in found.values()}) == 1:
+        return f'Spectral codes of encoders {listed(list(found))}.'
     parts = [f'{e} on {listed(sorted(m))}' for e, m in found.items()]
     return 'Spectral codes of several encoders: ' + '; '.join(parts) + '.'
 
@@ -109,6 +112,7 @@ def caption(
     words = encoder_sentence(by_encoder(book, rows)), scales_sentence(rows)
     return ' '.join(filter(None, words))
 
+# %% ../nbs/94_origins.ipynb #807a7056
 def captions_tex(
     book:Book, # Rows
     sources:dict, # Generated file -> places of the rows it used
@@ -167,6 +171,7 @@ NOTEBOOKS = dict( # Word of a command -> notebook
     calibrate='32_fisher',
 )
 
+# %% ../nbs/94_origins.ipynb #cb8bfa99
 def measured_in(command:str) -> str:
     "The notebook, or the tests, that explain what a run's command measures."
     words = command.split()
@@ -192,6 +197,7 @@ def rows_cell(places:list) -> str:
     file = places[0].split('#')[0].removesuffix('.jsonl')
     return rf'\res{{{tex_escape(f"{len(places)} of {file}")}}}{{results/{tex_escape(places[0])}}}'
 
+# %% ../nbs/94_origins.ipynb #a99c64b8
 def way(
     book:Book, # Runs
     c:dict, # A claim
@@ -220,6 +226,7 @@ def ways_table(book):
     lines = [way(book, c, rows_of, names, run_of) for c in claims(book)]
     return tabular(columns, [r'claim & shown in & notebook or test & rows & runs \\'], lines)
 
+# %% ../nbs/94_origins.ipynb #4ea4256a
 @table('runs')
 def runs_table(book):
     "Letter, command, commit, device, count and minutes of every kind of run."

@@ -29,6 +29,7 @@ PAGE_CODES = dict(
     rotation=dict(method='rotation'),
 )
 
+# %% ../nbs/92_page_costs.ipynb #3a74d65b
 def page_line(
     book:Book, # Where to look
     metric:str, # `kl_mean`, `bits`, ...
@@ -103,6 +104,7 @@ def share_cell(share) -> str:
     row,bound = share
     return r'$\le$\,'*bound + res(row, 2)
 
+# %% ../nbs/92_page_costs.ipynb #a9c24e26
 def page_table_line(book, model) -> str:
     "One model: mean KL of every code at every budget, then shares of the rotation's bits."
     kl = {code: page_line(book, 'kl_mean', model, code) for code in ('pages', 'plan', 'rotation')}
@@ -115,7 +117,7 @@ PAGES_HEAD = [
     r'& \multicolumn{2}{c}{1 bit} & \multicolumn{3}{c}{2 bits} & \multicolumn{3}{c}{3 bits} & 4 bits'
     r' & \multicolumn{3}{c@{}}{share of bits at} \\',
     r'\cmidrule(lr){2-3}\cmidrule(lr){4-6}\cmidrule(lr){7-9}\cmidrule(lr){10-10}\cmidrule(l){11-13}',
-    tex_line(['model', *(dict(rotation='rot.').get(code, code) for code, _ in PAGE_COLUMNS), *map(str, BITS)]),
+    tex_line(['model', *(code.replace('rotation', 'rot.') for code, _ in PAGE_COLUMNS), *map(str, BITS)]),
 ]
 
 @table('pages')
@@ -133,6 +135,7 @@ DRAWN = ( # Code, style, label, has frames
     ('paid', STYLES['pages'], 'tiered pages, frames counted at 4096 tokens', True),
 )
 
+# %% ../nbs/92_page_costs.ipynb #53bcf338
 def draw_pages(ax, book, model):
     "Lines of the codes on one model: filled and solid without frames, hollow and dashed with them."
     for code, style, label, framed in DRAWN:
@@ -144,6 +147,7 @@ def draw_pages(ax, book, model):
             [bits[b] for b in kl], [r['value'] for r in kl.values()], color=style.color, marker=style.marker,
             ms=4, mew=1, label=label, **look)
 
+# %% ../nbs/92_page_costs.ipynb #3c9495b7
 @figure('pages')
 def pages_figure(book, plt):
     "Effective bits per element against mean KL: pages, trellis plan and rotation on public checkpoints."

@@ -45,6 +45,7 @@ def texts_of(book) -> tuple: # File -> text, file -> places of the rows it used
         sources[name] = list(used)
     return texts, sources
 
+# %% ../nbs/94_report.ipynb #fadd9241
 def figures_of(book) -> tuple: # File -> bytes, file -> places of the rows it used
     "All figures, each as PDF and as SVG."
     files,sources = {},{}
@@ -106,6 +107,7 @@ def difference(
     if not figure: return first_difference(a.read_text(encoding='utf8'), b.read_text(encoding='utf8'))
     return None if filecmp.cmp(a, b, shallow=False) else 'is not the figure that the rows give'
 
+# %% ../nbs/94_report.ipynb #e5dd950e
 def compare(
     old:Path, # Committed folder
     new:Path, # Regenerated folder
@@ -154,6 +156,7 @@ def history_faults(book) -> list:
     what = 'results/history.json does not know that {} is missed; run `ndkv report` and commit it'
     return [what.format(h['claim']) for h in new[:1]]
 
+# %% ../nbs/94_report.ipynb #3894a028
 def readme_faults(root, book) -> list:
     "Where the tables of the README part from the rows."
     text = (root/'README.md').read_text(encoding='utf8')
@@ -180,6 +183,7 @@ UNITS = (
     r'\\%|(?:times (?:as|faster|slower)|nats|\\textmu s|ms|[kMGT]B|[GT]B/s|seconds|minutes|hours)\b')
 TYPED = re.compile(rf'(?<![\w.])\d+\.\d+|(?<![\w.\\])\d+(?:\\,|~|\s)*(?:{UNITS})')
 
+# %% ../nbs/94_report.ipynb #371812ae
 def lint_text(
     text:str, # LaTeX
 ) -> list: # (line number, number)

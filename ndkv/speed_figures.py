@@ -27,6 +27,7 @@ KERNELS = { # Name in the rows -> label, colour, marker
     'blockrel': ('block-relative', '#E69F00', 'X'),
 }
 
+# %% ../nbs/91_speed_figures.ipynb #039eab7f
 def cache_bytes(
     row, # Of a kernel case
     bits:int|None=None, # 16 for a bfloat16 cache
@@ -47,6 +48,7 @@ def read_rate(row, bits=None) -> float: # TB/s; the value of the row is in micro
     "Bytes that a step reads a second."
     return cache_bytes(row, bits)/row['value']/1e6
 
+# %% ../nbs/91_speed_figures.ipynb #1c2692b0
 def _rates(ax, times, exact):
     "Left: achieved rates against bytes, and the rate of a copy."
     for method, rows in times.items():
@@ -54,7 +56,8 @@ def _rates(ax, times, exact):
         bytes_ = [cache_bytes(r)/1e6 for r in rows]
         ax.plot(bytes_, [read_rate(r) for r in rows], marker, color=color, label=label)
     bytes_ = [cache_bytes(r, 16)/1e6 for r in exact]
-    ax.plot(bytes_, [read_rate(r, 16) for r in exact], 'x', color=STYLES['bf16'].color, label='bfloat16 (SDPA)')
+    rates = [read_rate(r, 16) for r in exact]
+    ax.plot(bytes_, rates, 'x', color=STYLES['bf16'].color, label='bfloat16 (SDPA)')
     copies = {r['copy_rate']/1e12 for rows in times.values() for r in rows if r.get('copy_rate')}
     for rate in copies: ax.axhline(rate, color='black', lw=.8, ls=':', label='plain copy')
     ax.set(xscale='log', yscale='log', title='rate of reading')
@@ -69,10 +72,12 @@ def _where_it_pays(ax, speed):
         ax.plot(tokens, [r['value'] for r in rows], KERNELS[method][2], color=KERNELS[method][1])
     ax.axhspan(ax.get_ylim()[0], 1, color='#EEEEEE', zorder=0)
     ax.annotate(
-        'slower than bfloat16', (.97, .03), xycoords='axes fraction', ha='right', fontsize=6.5, color='#555555')
+        'slower than bfloat16', (.97, .03), xycoords='axes fraction', ha='right',
+        fontsize=6.5, color='#555555')
     ax.set(xscale='log', title='where it pays', ylim=(ax.get_ylim()[0], None))
     ax.set(xlabel='tokens of all sequences (thousands)', ylabel='times as fast as bfloat16')
 
+# %% ../nbs/91_speed_figures.ipynb #70f0b0f4
 @figure('roofline')
 def roofline_figure(book, plt):
     "Achieved bytes a second against bytes, and speed-up against tokens in the cache."
@@ -101,6 +106,7 @@ CONTESTANTS = { # Name in the rows -> label, colour, marker, line
     'packed2': ('packed, 2 bits', '#D55E00', 's', '-'),
 }
 
+# %% ../nbs/91_speed_figures.ipynb #0d247748
 def latest_lengths(book, **where) -> dict: # Length -> latest run at that length
     "Runs at every length, on the device of the latest run of all."
     rows = book.find(**where)
@@ -142,6 +148,7 @@ MIXES = { # Policy, method -> label, colour, marker, line
 }
 ELSE = 'other policies, exact', '#CC79A7', 'x', ''
 
+# %% ../nbs/91_speed_figures.ipynb #c960ffca
 def eviction_panel(ax, book, model):
     "Lines of one model; codes that have frames are counted with them."
     where = dict(file='eviction', model=model)

@@ -27,9 +27,12 @@ EXACT = 'bf16', None, None, () # The setting of the exact cache
 
 def task_cells(found, task, settings) -> dict: # Setting -> model -> row
     "Rows of a task."
-    mine = lambda s: {m: c['accuracy', task] for (m, t), c in found.items() if t == s and ('accuracy', task) in c}
-    return {s: mine(s) for s in settings}
+    rows = {s: {} for s in settings}
+    for (model, s), c in found.items():
+        if ('accuracy', task) in c: rows[s][model] = c['accuracy', task]
+    return rows
 
+# %% ../nbs/92_studies.ipynb #983b2a96
 def on_all(cells) -> dict: # Setting -> model -> row
     "Rows of the models that every setting with any rows was measured on."
     full = set.intersection(*(set(rows) for rows in cells.values() if rows))
@@ -48,6 +51,7 @@ def complete_tasks(found, settings) -> list: # (Task, length)
     names = {w for w, _ in complete}
     return [t for t in tasks if t in complete or t[0] not in names]
 
+# %% ../nbs/92_studies.ipynb #3582656d
 def largest_loss(cells, names) -> str:
     "The largest loss against the exact cache, with its error, setting and model."
     exact = cells.get(EXACT, {})
@@ -70,11 +74,13 @@ def task_line(book, task, cells, names) -> str|None:
     means = [f'{mean_accuracy(rows):.1f}' if rows else NOT_RUN for rows in cells.values()]
     return tex_line([f'{tex_escape(task[0])} {task[1]}', models, *means, largest_loss(cells, names)])
 
+# %% ../nbs/92_studies.ipynb #dc1b6ed8
 @table('tasks')
 def tasks_table(book):
-    "Mean accuracy of every setting in every task, over the models that have all of them, and the largest loss."
+    "Mean accuracy of every setting in every task, over models that have all of them, and the largest loss."
     found = swept(book, 'tasks', None, PROTOCOL[1:])
-    for key, cell in swept(book, 'questions', None, PROTOCOL[1:]).items(): found.setdefault(key, {}).update(cell)
+    questions = swept(book, 'questions', None, PROTOCOL[1:])
+    for key, cell in questions.items(): found.setdefault(key, {}).update(cell)
     settings = in_order({s for _, s in found})
     names = ['exact' if s[1] is None else setting_name(s) for s in settings]
     head = [tex_line(['task', 'models', *map(tex_escape, names), 'largest loss'])]
@@ -98,11 +104,13 @@ def text_cells(book, cells:list, text:str) -> list:
     mean = tex_number(significant(sum(r['value'] for r in rows)/len(rows)))
     return [mean, res(rows[-1]), rows[-1]['model']]
 
+# %% ../nbs/92_studies.ipynb #8814762f
 def text_line(book, s, cells:list) -> str:
     "One setting: its bits in both ways of counting, then every text."
     stored = [(all_in(book, c, d), whole(book, c, d)) for c in cells for d in TEXTS if ('bits', d) in c]
     bits = [f'{max(x[i] for x in stored):.2f}' for i in (0, 1)]
-    return tex_line([tex_escape(setting_name(s)), *bits, *(x for d in TEXTS for x in text_cells(book, cells, d))])
+    kl = [x for d in TEXTS for x in text_cells(book, cells, d)]
+    return tex_line([tex_escape(setting_name(s)), *bits, *kl])
 
 # %% ../nbs/92_studies.ipynb #d416a48a
 @table('texts')
@@ -120,7 +128,7 @@ def texts_table(book):
 
 # %% ../nbs/92_studies.ipynb #211dd508
 def share_of_bits(book, found, model, bits) -> float|None:
-    "Effective bits of the smallest spectral setting whose mean KL is at most the rotation's, over the rotation's."
+    "Effective bits of the smallest spectral setting that is as good as the rotation, over the rotation's."
     cells = {s: c for (m, s), c in found.items() if m == model and KL in c}
     goal = cells.get(('rotation', bits, bits, ()))
     if goal is None: return None
@@ -166,6 +174,7 @@ CHOICES = dict( # What a row says of each choice -> the default
 PLACES = dict(post='keys after RoPE', pre='keys before RoPE')
 PRICES = dict(reading='prices of queries and output projection', none='no prices')
 
+# %% ../nbs/92_studies.ipynb #ecde9a0f
 def choice_name(row) -> str:
     "What of a cell differs from the default, in words."
     words = dict(
@@ -189,6 +198,7 @@ def ablation_rows(book) -> dict: # (model, budget, *choices, metric) -> latest r
         latest[r['model'], r['k_bits'], *(r[k] for k in CHOICES), r['metric']] = r
     return latest
 
+# %% ../nbs/92_studies.ipynb #d3711760
 def ablation_line(book, latest, models, cell) -> str:
     "One budget and its choices: most bits, mean KL of every model, worst tail."
     row = lambda m, metric: use(book, latest.get((m, *cell, metric)))
@@ -199,9 +209,10 @@ def ablation_line(book, latest, models, cell) -> str:
     kl = [res(r) for r in got['kl_mean']]
     return tex_line([name, f'{cell[0]:g}', res(most('bits')), *kl, res(tail), tail['model'] if tail else ''])
 
+# %% ../nbs/92_studies.ipynb #7d2cfb26
 @table('ablation')
 def ablation_table(book):
-    "Mean KL of spectral codes with one choice changed at a time, model by model; most bits and worst tail of them."
+    "Mean KL of spectral codes with one choice changed at a time, model by model; most bits and worst tail."
     latest = ablation_rows(book)
     models = sorted({k[0] for k in latest})
     group = rf'\multicolumn{{{len(models)}}}{{c}}{{mean KL}} & \multicolumn{{2}}{{c}}{{worst p99.9}}'

@@ -48,6 +48,7 @@ def quality_part(book, window, title) -> list:
         lines.append(quality_line(book, rf'\quad {bits} bits', stored, where))
     return lines
 
+# %% ../nbs/91_tables.ipynb #8b571fe8
 @table('quality')
 def quality(book):
     "KL, flips, loss and perplexity of the rotation, with and without exact tokens."
@@ -64,6 +65,7 @@ def _heads_cells(rows):
     if not rows: return [NOT_RUN] * 3
     return [res(rows[len(rows)//2]), res(rows[0]), f"{rows[0]['layer']}.{rows[0]['head']}"]
 
+# %% ../nbs/91_tables.ipynb #f49ca04f
 @table('heads')
 def heads_table(book):
     "Relative errors of attention logits and outputs: the median head and the worst."
@@ -74,7 +76,8 @@ def heads_table(book):
     lines = []
     for bits in reversed(BITS):
         where = rotation_at(bits, WINDOWED)
-        logits,output = (_heads_cells(book.heads(metric=m, **where)) for m in ('logits_error', 'output_error'))
+        logits = _heads_cells(book.heads(metric='logits_error', **where))
+        output = _heads_cells(book.heads(metric='output_error', **where))
         lines.append(tex_line([str(bits), *logits, *output]))
     return tabular('lrrrrrr', head, lines)
 
@@ -93,6 +96,7 @@ BITS_COLUMNS = { # Metric -> how it is printed
 }
 BITS_METRICS = [*(m for m in BITS_COLUMNS if m != 'total'), 'bits_total']
 
+# %% ../nbs/91_tables.ipynb #b67ee15b
 def bits_line(
     name:str, # A setting
     got:dict, # Metric -> row
@@ -109,6 +113,7 @@ def exact_line(book, model) -> list:
     cells = [res(book.cell(metric=m, **where), **BITS_COLUMNS[m]) for m in quality]
     return ['exact again', '16', '', '16', *cells]
 
+# %% ../nbs/91_tables.ipynb #30937599
 def rotation_lines(book, model) -> list:
     "Cells of the rotation, bits by bits."
     lines = []
@@ -119,6 +124,7 @@ def rotation_lines(book, model) -> list:
         lines.append(bits_line(f"rotation, {r['k_bits']} bits", got))
     return lines
 
+# %% ../nbs/91_tables.ipynb #c743622e
 def spectral_lines(book, model) -> list:
     "Cells of spectral codes at the printed budgets."
     rows = {m: {r['k_bits']: r for r in spectral_line(book, m, model)} for m in BITS_METRICS}
@@ -157,6 +163,7 @@ def speed_line(book, r) -> str:
     cells = [res(book.cell(metric=m, **where), d) for m, d in SPEED_COLUMNS.items()]
     return tex_line([name, bits, str(r['batch']), f"{r['length']//1024}k", *cells])
 
+# %% ../nbs/91_tables.ipynb #631eb0db
 @table('speed')
 def speed_table(book):
     "Time of decode attention on packed codes and on bfloat16."
@@ -180,6 +187,7 @@ def page_speed_line(book, r) -> str:
     cells = [res(book.cell(metric=m, **where), d) for m, d in PAGE_SPEED_COLUMNS.items()]
     return tex_line([bits, str(r['batch']), f"{r['length']//1024}k", kinds, *cells])
 
+# %% ../nbs/91_tables.ipynb #d57c7d48
 @table('pagespeed')
 def page_speed_table(book):
     "Time of decode attention on tiered pages and on bfloat16."

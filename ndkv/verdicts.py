@@ -31,8 +31,10 @@ def verdict(
     target = (c.target.__doc__ or c.target.__name__) if callable(c.target) else c.target
     rows = [f'results/{at}' for at in used] if value is not None else []
     return dict(
-        id=c.id, sentence=c.sentence, value=value, unit=c.unit, target=target, met=met(value, c.target), rows=rows)
+        id=c.id, sentence=c.sentence, value=value, unit=c.unit, target=target,
+        met=met(value, c.target), rows=rows)
 
+# %% ../nbs/93_verdicts.ipynb #09a22648
 def claims(
     source=None, # A Book, a results folder, or None for the one of this repository
 ) -> list: # One dict a claim
@@ -70,12 +72,16 @@ def architecture_line(r) -> str:
     ]
     return f"| {' | '.join(cells)} |"
 
+# %% ../nbs/93_verdicts.ipynb #fe5fde10
 def architectures_markdown(book) -> str:
     "Families of models, as the latest run of their tests found them."
     rows = latest(book, 'architectures')
-    lines = ['| family | class | layers quantized | bits of keys, values | same tokens | |', '|---|---|---|---|---|---|']
+    lines = [
+        '| family | class | layers quantized | bits of keys, values | same tokens | |',
+        '|---|---|---|---|---|---|']
     return '\n'.join([*lines, *map(architecture_line, rows)]) if rows else 'not run'
 
+# %% ../nbs/93_verdicts.ipynb #175e6349
 def modes_markdown(book) -> str:
     "Ways to generate, and the models on which the latest run of their tests tried them."
     rows = latest(book, 'modes')
@@ -87,8 +93,10 @@ def modes_markdown(book) -> str:
     return '\n'.join(lines) if rows else 'not run'
 
 # %% ../nbs/93_verdicts.ipynb #d6fe83c9
-MARKED = dict(claims=claims_markdown, architectures=architectures_markdown, modes=modes_markdown) # By their markers
+MARKED = dict( # Name in the markers -> table
+    claims=claims_markdown, architectures=architectures_markdown, modes=modes_markdown)
 
+# %% ../nbs/93_verdicts.ipynb #9c894a9b
 def marked(
     text:str, # Markdown
     name:str, # Of a table in `MARKED`
@@ -120,6 +128,7 @@ def tex_target(text:str) -> str:
     "A target as LaTeX."
     return re.sub('[<>]=?', lambda m: SIGNS[m[0]], tex_escape(text))
 
+# %% ../nbs/93_verdicts.ipynb #dedc5059
 @table('claims')
 def claims_table(book):
     "Every claim with value, target and verdict."
@@ -127,7 +136,8 @@ def claims_table(book):
     for c in claims(book):
         met = 'yes' if c['met'] else 'no'
         name = rf"\texttt{{{tex_escape(c['id'])}}}"
-        lines.append(tex_line([name, rf"\{macro_name(c['id'])}", tex_escape(c['unit']), tex_target(c['target']), met]))
+        value = rf"\{macro_name(c['id'])}"
+        lines.append(tex_line([name, value, tex_escape(c['unit']), tex_target(c['target']), met]))
     return tabular('lrlll', [r'claim & value & unit & target & met \\'], lines)
 
 # %% ../nbs/93_verdicts.ipynb #295abb42
@@ -150,6 +160,7 @@ MISSED = re.compile( # A line of the README's table that says no
     r' \| \*\*no\*\* \| (?P<rows>.*) \|$', re.M)
 MISS = 'claim', 'value', 'unit', 'target' # What tells entries of the history apart
 
+# %% ../nbs/93_verdicts.ipynb #02987702
 def missed_before(
     root, # Repository
 ) -> list: # In order of time, every value once
@@ -180,6 +191,7 @@ def missed_now(
             commit=run['commit'][:7], day=run['start'][:10], device=run['device']))
     return out
 
+# %% ../nbs/93_verdicts.ipynb #28bca9bd
 def with_missed(
     history:list, # From `results/history.json`
     more:list, # Entries that may be new
@@ -203,6 +215,7 @@ def history_line(h:dict) -> str:
     ]
     return tex_line(cells)
 
+# %% ../nbs/93_verdicts.ipynb #1e2dae2a
 @table('history')
 def history_table(book):
     "Every value that missed its target, where and when, and the value of today."
