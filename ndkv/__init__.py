@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-_FACE = dict(NDCache="cache", prompt_cache="cache", encoder_decoder="cache", PagedCache="attention", Server="serving",
+_FACE = dict(NDCache="cache", prompt_cache="prompt", encoder_decoder="cache", PagedCache="attention", Server="serving",
              calibrate="fisher", mix_profiles="fisher", own_text="fisher", Profile="profile", save_cache="store", load_cache="store", fork="store")
 __all__ = [*_FACE] # each is imported when it is first asked for
 

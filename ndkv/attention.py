@@ -15,7 +15,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from .cache import READERS, NDCache, model_modules
+from .cache import READERS, NDCache
+from .masks import model_modules
 from .equalised_pages import EqualisedPageCodec
 from .pages import PAGE, PageCodec
 from .tiles import attend_exact, attend_past

@@ -15,10 +15,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .cache import method
+from .methods import Place, method
 from .codebooks import Codebook, lloyd_max
 from .codec import pack, unpack
-from .frames import Frame, hadamard, rotation
+from .frames import Frame, hadamard
 from .profile import Rope
 from .spectral import BitRow
 
@@ -161,39 +161,30 @@ def _clipped(x, quantile):
     return x.clamp(-top, top)
 
 # %% ../nbs/60_baselines.ipynb #3e8dc060
-def _seed(layer, kind, seed): return 2 * (4096 * seed + layer) + (kind == "v")
 def _divisor(d, most): return max(n for n in range(1, most + 1) if d % n == 0)  # groups of equal size for head_dim 80 or 96, too
 
 # %% ../nbs/60_baselines.ipynb #0f3043a3
 @method("int")
 def int_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # 1 to 8
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotation
     span: int | None = None,  # Channels that share a scale, at most; head_dim if None
     rotate: bool = False,  # Randomised Hadamard rotation first (QuaRot-style)?
 ) -> Codec:
     "Asymmetric integers with a scale and an offset a token and head."
-    return MinMax(d, bits, _divisor(d, span or d), heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
+    return MinMax(place.head_dim, bits, _divisor(place.head_dim, span or place.head_dim), heads=place.heads, frame=place.rotation if rotate else None)
 
 # %% ../nbs/60_baselines.ipynb #93c7c6cc
 @method("kivi")
 def kivi_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # 2 or 4 in the paper
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     span: int = 64,  # Group size G: tokens of keys, channels of values
 ) -> Codec:
     "Keys per channel in groups of tokens, values per token in groups of channels."
-    return MinMax(d, bits, span, "tokens", heads=heads) if kind == "k" else MinMax(d, bits, _divisor(d, span), heads=heads)
+    return MinMax(place.head_dim, bits, span, "tokens", heads=place.heads) if place.kind == "k" else MinMax(place.head_dim, bits, _divisor(place.head_dim, span), heads=place.heads)
 
 # %% ../nbs/60_baselines.ipynb #3d0888d9
 class Float8(Codec):
@@ -235,18 +226,14 @@ def from_e4m3(codes: Tensor) -> Tensor:  # uint8 -> float32
 
 @method("fp8")
 def fp8_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int = 8,  # 8
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     scale: str = "head",  # "unit", "tensor" or "head"
 ) -> Codec:
     "8-bit floats, e4m3."
     _whole(bits, 8, 8)
-    return Float8(d, scale, heads=heads)
+    return Float8(place.head_dim, scale, heads=place.heads)
 
 # %% ../nbs/60_baselines.ipynb #d34c26df
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -322,35 +309,27 @@ class NVFP4(Codec):
 # %% ../nbs/60_baselines.ipynb #d7bb0782
 @method("mxfp4")
 def mxfp4_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int = 4,  # 4
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotation or the projections
     block: int = 32,  # Channels that share a power of two; 16 where this does not divide head_dim
     rotate: bool = False,  # Randomised Hadamard rotation first?
 ) -> Codec:
     "OCP MXFP4; `block` channels share a power of two."
     _whole(bits, 4, 4)
-    return MXFP4(d, block if d % block == 0 else 16, heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
+    return MXFP4(place.head_dim, block if place.head_dim % block == 0 else 16, heads=place.heads, frame=place.rotation if rotate else None)
 
 
 @method("nvfp4")
 def nvfp4_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int = 4,  # 4
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotation or the projections
     rotate: bool = False,  # Randomised Hadamard rotation first?
 ) -> Codec:
     "NVFP4: 16 channels share an e4m3 scale."
     _whole(bits, 4, 4)
-    return NVFP4(d, heads=heads, frame=rotation(d, _seed(layer, kind, seed)) if rotate else None)
+    return NVFP4(place.head_dim, heads=place.heads, frame=place.rotation if rotate else None)
 
 # %% ../nbs/60_baselines.ipynb #2c978171
 class LengthDirection(Codec):
@@ -386,13 +365,9 @@ class Sixteen(Codec):
 # %% ../nbs/60_baselines.ipynb #65d08ccc
 @method("turboquant")
 def turboquant_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # Keys: 8 (e4m3), 4 or 3; values: 4 or 3
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used: the rotation is the plain Hadamard matrix
     layers: int | None = None,  # Layers of the model, needed for the boundary
     boundary: int = 2,  # First and last layers in 16 bits
     correct: bool = True,  # Norm correction
@@ -401,12 +376,12 @@ def turboquant_method(
     "vLLM's presets: bits (8, 4) is k8v4, (4, 4) 4bit_nc, (3, 4) k3v4_nc, (3, 3) 3bit_nc."
     if boundary and layers is None: raise ValueError("turboquant: give layers=config.num_hidden_layers, or boundary=0 to pack every layer")
     n = min(boundary, (layers or 0) // 2)
-    if n and not n <= layer < layers - n: return Sixteen(d, heads=heads)
+    if n and not n <= place.layer < layers - n: return Sixteen(place.head_dim, heads=place.heads)
     if scales not in ("float16", "model"): raise ValueError(f"turboquant: scales={scales!r} is unknown; choose 'float16' or 'model'")
-    kw = dict(heads=heads, scales=torch.float16 if scales == "float16" else None)
-    if kind == "v": return MinMax(d, bits, **kw)
-    if bits == 8: return Float8(d, "unit", heads=heads)
-    return LengthDirection(d, bits, correct, frame=Frame(hadamard(d), hadamard(d)), **kw)
+    kw = dict(heads=place.heads, scales=torch.float16 if scales == "float16" else None)
+    if place.kind == "v": return MinMax(place.head_dim, bits, **kw)
+    if bits == 8: return Float8(place.head_dim, "unit", heads=place.heads)
+    return LengthDirection(place.head_dim, bits, correct, frame=Frame(hadamard(place.head_dim), hadamard(place.head_dim)), **kw)
 
 # %% ../nbs/60_baselines.ipynb #453aaaa6
 class QJL(Codec):
@@ -453,19 +428,15 @@ class QJL(Codec):
 
 @method("qjl")
 def qjl_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # Bits a channel
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotation or the projections
     outliers: int = 8,  # Channels sketched apart
     first: int = 0,  # First layers, with twice the projections
 ) -> Codec:
     "Keys: signs of `bits · d` projections; values: integers in groups of 32 channels."
-    if kind == "k" and layer < first: bits = 2 * bits
-    return QJL(d, bits, outliers, seed=_seed(layer, kind, seed), heads=heads) if kind == "k" else MinMax(d, bits, _divisor(d, 32), heads=heads)
+    if place.kind == "k" and place.layer < first: bits = 2 * bits
+    return QJL(place.head_dim, bits, outliers, seed=place.own_seed, heads=place.heads) if place.kind == "k" else MinMax(place.head_dim, bits, _divisor(place.head_dim, 32), heads=place.heads)
 
 # %% ../nbs/60_baselines.ipynb #5133f918
 def angle_density(
@@ -532,13 +503,8 @@ POLAR = {4: (4, 2, 2, 2), 3: (4, 3, 2, 2, 2, 2, 2), 2: (3, 2, 1, 1, 1, 1, 1)}  #
 
 @method("polarquant")
 def polarquant_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # Bits a channel
-    *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotation or the projections
 ) -> Codec:
     "Recursive polar coordinates of the rotated vector; the paper's 3.875 bits at bits=4, and as many levels as head_dim allows below."
-    return Polar(d, POLAR[_whole(bits, 2, 4)][: (d & -d).bit_length() - 1], heads=heads, frame=rotation(d, _seed(layer, kind, seed)))
+    return Polar(place.head_dim, POLAR[_whole(bits, 2, 4)][: (place.head_dim & -place.head_dim).bit_length() - 1], heads=place.heads, frame=place.rotation)

@@ -34,7 +34,9 @@ from . import report as reporting, verdicts
 from .answers import find_taskset, get_taskset, taskset_recipes
 from .attention import PagedCache
 from .book import repository, significant
-from .cache import METHODS, PLANNED, NDCache, _nbytes, _tensors_in, make_plan
+from .accounts import storage_bytes, tensors_in
+from .cache import NDCache
+from .methods import METHODS, PLANNED, make_plan
 from .drawing import theme
 from .more_baselines import CACHES, baseline_grid
 from .evaluate import NOISE, ROTATIONS, Cell, ablation_grid, adaptive_grid, bits_grid, compare, evaluate as measure, first_grid, rates, spectra as spectra_rows, text_windows
@@ -124,8 +126,8 @@ def bytes_per_token(
 ) -> float:
     "Allocated bytes for each token that the cache holds."
     if isinstance(cache, NDCache): return cache.bytes_per_token
-    held = [t for layer in cache.layers for t in _tensors_in(layer) if t.is_floating_point()]
-    return _nbytes(held) / cache.get_seq_length()
+    held = [t for layer in cache.layers for t in tensors_in(layer) if t.is_floating_point()]
+    return storage_bytes(held) / cache.get_seq_length()
 
 # %% ../nbs/95_cli.ipynb #b308d3cf
 def divergence(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from .cache import page_codecs
+from .methods import page_codecs
 from .pages import PAGE, PageCodec
 from .parallel import own_heads, rank_heads
 from .profile import layer_reach

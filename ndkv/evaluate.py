@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .more_baselines import CACHES
-from .cache import NDCache, prompt_cache
+from .cache import NDCache
+from .prompt import prompt_cache
 from .data import read_documents, windows
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
 from .models import load_model

@@ -20,7 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .baselines import Sixteen
-from .cache import NDCache, NDLayer, Packed
+from .cache import NDCache
+from .padding import NDLayer
+from .past import Packed, count_entries
 from .codec import pack, packed_size, unpack
 from .evaluate import Cell, evaluate, spectral_cell, text_windows
 from .models import load_model
@@ -184,7 +186,7 @@ def _covers(self:Kept, entries, x, n):
     "As `Packed.covers`; the map of the keys is compared with what is there."
     data = {name: t for name, t in entries.items() if name != "map"}
     like = self._by_head(self.codec.encode(x.new_ones(*x.shape[:2], 1, x.shape[3]), 0), x.shape[1]) if data else {}
-    held, kept = self._count(data, like), entries.get("map")
+    held, kept = count_entries(data, like), entries.get("map")
     if self.index is not self: return n if kept is None and (self.index.n, self.index.held) == (n, held) else -1
     if kept is None: return held and -1
     fits = held >= 0 and kept.dtype == torch.uint8 and n > 0 and list(kept.shape) == [*x.shape[:2], packed_size(n, 1)]

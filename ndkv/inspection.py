@@ -10,7 +10,7 @@ __all__ = ['BUDGETS', 'sink_norms', 'outlier_ratio', 'anatomy', 'head_bits', 'co
 import torch
 from torch import Tensor
 
-from .cache import make_plan
+from .methods import make_plan
 from .evaluate import Cell, account, compare
 from .metrics import mean_stderr, quantile
 from .pages import PAGE, PageCodec

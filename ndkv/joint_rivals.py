@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from .baselines import _seed, _whole
+from .baselines import _whole
+from .methods import own_seed
 from .more_baselines import CACHES
 from .codec import NormDirectionCodec
 from .frames import rotation
@@ -75,7 +76,7 @@ def fit_predictors(
             flat = x.transpose(0, 1).flatten(1)
             inputs = _inputs(kind, flat, read[0] if read else None, before) if predict else flat[:, :0]
             out.maps[layer, kind] = W, c = linear_map(inputs, flat)
-            out.codecs[layer, kind] = NormDirectionCodec(d, bits, rotation(d, _seed(layer, kind, 0)))
+            out.codecs[layer, kind] = NormDirectionCodec(d, bits, rotation(d, own_seed(layer, kind)))
             out.left[layer, kind] = ((flat - inputs @ W - c).var(0).sum() / flat.var(0).sum()).item()
             read.append(out.rebuild(layer, kind, flat, inputs)[0])
         before = read

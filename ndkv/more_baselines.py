@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import QuantizedCache
 
-from .baselines import Codec, MinMax, _seed, _whole, affine, half
-from .cache import method
+from .baselines import Codec, MinMax, _whole, affine, half
+from .methods import Place, method
 from .codebooks import lloyd_max
 from .codec import NormDirectionCodec, pack, unpack
-from .frames import Frame, hadamard, rotation
+from .frames import Frame, hadamard
 from .profile import Profile, allocate
 from .spectral import BitRow
 
@@ -68,34 +68,30 @@ class DenseSparse(Codec):
         return x.scatter(-1, enc["position"].long() & 0xFFFF, enc["value"].float()).unflatten(3, (self.group, self.d)).flatten(2, 3)
 
 # %% ../nbs/60_more_baselines.ipynb #a940a779
-def _stats(profile, layer, kind, heads, d, name):
+def _stats(profile, place, name):
     "A layer's statistics, with a one-line error when they are not there."
     if not isinstance(profile, Profile): raise ValueError(f"{name} is calibrated: give profile=, from ndkv.profile.collect")
-    s = profile.layers.get(layer)
-    if s is None or tuple((s.k_mean if kind == "k" else s.v_mean).shape) != (heads, d): raise ValueError(f"{name}: the profile has no layer {layer} of {heads} heads and head_dim {d}; collect one of this model")
+    s = profile.layers.get(place.layer)
+    if s is None or tuple((s.k_mean if place.kind == "k" else s.v_mean).shape) != (place.heads, place.head_dim): raise ValueError(f"{name}: the profile has no layer {place.layer} of {place.heads} heads and head_dim {place.head_dim}; collect one of this model")
     return s
 
 
 @method("kvquant")
 def kvquant_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # 1 to 8
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     profile: Profile | None = None,  # Channels' means and variances before RoPE, for keys
     share: float = 0.01,  # Outliers
     spread: float = 1.15,  # Factor on the keys' deviations, for tails heavier than a Gaussian's
 ) -> Codec:
     "KVQuant-style: pre-RoPE keys per channel, values per token, 1 % outliers."
-    span = 64 if d <= 1024 else 2**16 // d
-    if kind == "v": return DenseSparse(d, bits, share, span=span, heads=heads)
-    s = _stats(profile, layer, kind, heads, d, "kvquant")
+    span = 64 if place.head_dim <= 1024 else 2**16 // place.head_dim
+    if place.kind == "v": return DenseSparse(place.head_dim, bits, share, span=span, heads=place.heads)
+    s = _stats(profile, place, "kvquant")
     std = s.k_cov.diagonal(dim1=-2, dim2=-1).sqrt()
     std = torch.where(std > 0, spread * std, 1).float()  # no smallest size: models have keys of any
-    return DenseSparse(d, bits, share, s.k_mean.float(), std, span, heads=heads, rope=s.rope)
+    return DenseSparse(place.head_dim, bits, share, s.k_mean.float(), std, span, heads=place.heads, rope=s.rope)
 
 # %% ../nbs/60_more_baselines.ipynb #36996678
 @cache
@@ -182,18 +178,14 @@ def _uneight(name, enc):
 
 @method("nsnquant")
 def nsnquant_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # 1 or 2
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     profile: Profile | None = None,  # Says how to take keys before RoPE; None = as the cache holds them
 ) -> Codec:
     "NSNQuant-style."
-    rope = _stats(profile, layer, kind, heads, d, "nsnquant").rope if profile and kind == "k" else None
-    return NSN(d, bits, heads=heads, rope=rope)
+    rope = _stats(profile, place, "nsnquant").rope if profile and place.kind == "k" else None
+    return NSN(place.head_dim, bits, heads=place.heads, rope=rope)
 
 # %% ../nbs/60_more_baselines.ipynb #ddd98820
 def balance(
@@ -256,17 +248,13 @@ class VarN(Codec):
 
 @method("kvarn")
 def kvarn_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # 4 for keys and 2 for values in the shipped preset
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     span: int = 64,  # Tokens of a tile
 ) -> Codec:
     "Variance-normalised tiles of rotated keys and values."
-    return VarN(d, bits, "channels" if kind == "k" else "tokens", span, heads=heads)
+    return VarN(place.head_dim, bits, "channels" if place.kind == "k" else "tokens", span, heads=place.heads)
 
 # %% ../nbs/60_more_baselines.ipynb #e769c814
 def spectral_rotation(
@@ -280,21 +268,17 @@ def spectral_rotation(
 
 @method("oscar")
 def oscar_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: int,  # 2 in the paper
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     profile: Profile | None = None,  # Second moments
     clip: float | None = None,  # Quantile of a vector's magnitudes to cut at, 0 = none; None = the paper's at two bits, else none
 ) -> Codec:
     "OSCAR-style: integers in a rotation that the queries chose, with clipping."
-    s = _stats(profile, layer, kind, heads, d, "oscar")
-    moment = s.q_post_moment if kind == "k" else s.v_cov + s.v_mean[..., :, None] * s.v_mean[..., None, :]
-    if clip is None: clip = 0.0 if bits > 2 else 0.96 if kind == "k" else 0.92
-    return MinMax(d, bits, clip=clip, heads=heads, frame=spectral_rotation(moment))
+    s = _stats(profile, place, "oscar")
+    moment = s.q_post_moment if place.kind == "k" else s.v_cov + s.v_mean[..., :, None] * s.v_mean[..., None, :]
+    if clip is None: clip = 0.0 if bits > 2 else 0.96 if place.kind == "k" else 0.92
+    return MinMax(place.head_dim, bits, clip=clip, heads=place.heads, frame=spectral_rotation(moment))
 
 # %% ../nbs/60_more_baselines.ipynb #1b6475f6
 def pair_widths(
@@ -360,22 +344,18 @@ class GroupedRates(Codec):
 # %% ../nbs/60_more_baselines.ipynb #f0d84b17
 @method("blockgtq")
 def blockgtq_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: float,  # Mean bits a channel of keys; whole for values
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotations
     profile: Profile | None = None,  # Energies of the pairs
 ) -> Codec:
     "Block-GTQ-style: bits for each RoPE pair by the energy of queries and keys; values uniform."
-    if kind == "v": return NormDirectionCodec(d, _whole(bits), rotation(d, _seed(layer, kind, seed)), norm="plain")
-    s = _stats(profile, layer, kind, heads, d, "blockgtq")
-    energy = (d * s.q_moment + s.k_cov + s.k_mean[..., :, None] * s.k_mean[..., None, :]).diagonal(dim1=-2, dim2=-1) / 2  # queries are stored scaled by d^-1/2
-    order = _pair_order(s.rope, d)
+    if place.kind == "v": return NormDirectionCodec(place.head_dim, _whole(bits), place.rotation, norm="plain")
+    s = _stats(profile, place, "blockgtq")
+    energy = (place.head_dim * s.q_moment + s.k_cov + s.k_mean[..., :, None] * s.k_mean[..., None, :]).diagonal(dim1=-2, dim2=-1) / 2  # queries are stored scaled by d^-1/2
+    order = _pair_order(s.rope, place.head_dim)
     score = energy[:, order].unflatten(-1, (2, -1)).sum(1)
-    return GroupedRates(pair_widths(score, bits, order), _seed(layer, kind, seed))
+    return GroupedRates(pair_widths(score, bits, order), place.own_seed)
 
 
 def _pair_order(rope, d):

@@ -11,9 +11,10 @@ from dataclasses import replace
 from collections import Counter
 import torch
 from transformers import PreTrainedConfig
-from .cache import NDCache, _calibrated
+from .cache import NDCache
+from .methods import DEFAULT, calibrated, find_method
 from .frames import Frame
-from .pages import PAGE, PageCodec
+from .pages import PageCodec
 from .spectral import SpectralCodec
 
 # %% ../nbs/44_parallel.ipynb #98709f07
@@ -75,8 +76,8 @@ def local_cache(
     "`NDCache` for one rank of a tensor-parallel model."
     if profile is None: return NDCache(config, bits, method, window=window, sinks=sinks, block=block, **kw)
     if rank is None: rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    method = method or "pages"
-    if block is None: block = PAGE if method == "pages" else 64
-    codecs = _calibrated(config, profile, bits, method, window, block, sinks, length, kw)["codecs"]
+    method = method or DEFAULT
+    held = dict(window=window, sinks=sinks, block=find_method(method).block if block is None else block)
+    codecs = calibrated(config, profile, bits, method, kw, length=length, **held)["codecs"]
     codecs = {key: own_heads(c, rank_heads(len(c.widths), rank, world)) for key, c in codecs.items()}
-    return NDCache(config, method=method, codecs=codecs, window=window, sinks=sinks, block=block, **kw)
+    return NDCache(config, method=method, codecs=codecs, **held, **kw)

@@ -9,9 +9,9 @@ __all__ = ['COUPLED', 'Samples', 'sample', 'weighted_kmeans', 'Coupled', 'cq_pla
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .baselines import Codec, _seed, _whole
+from .baselines import Codec, _whole
 from .more_baselines import GroupedRates, _stats
-from .cache import method
+from .methods import Place, method
 from .fisher import check_measurable, fisher
 from .probe import private_copy
 from .profile import Profile, Rope, find_rope
@@ -66,13 +66,13 @@ def _samples(samples, name):
     raise ValueError(f"{name} is calibrated on vectors: give samples=, from ndkv.rivals.sample")
 
 
-def _planned(codecs, name, layer, kind, heads, d):
+def _planned(codecs, name, place):
     "The codec of a plan, with a one-line error when it is not there."
     make = f"give codecs=, from ndkv.joint_rivals.plan_rival({name!r}, samples, bits)"
     if codecs is None: raise ValueError(f"{name} is calibrated on vectors: {make}")
-    c = codecs.get((layer, kind))
-    if c is not None and (c.heads, c.d) == (heads, d): return c
-    what = f"layer {layer} of {heads} heads and head_dim {d}"
+    c = codecs.get((place.layer, place.kind))
+    if c is not None and (c.heads, c.d) == (place.heads, place.head_dim): return c
+    what = f"layer {place.layer} of {place.heads} heads and head_dim {place.head_dim}"
     raise ValueError(f"{name}: the plan has no {what}; sample this model")
 
 # %% ../nbs/61_calibrated_rivals.ipynb #93b6ad9b
@@ -189,38 +189,30 @@ def cq_plan(
 
 @method("cq")
 def cq_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits=None,  # Not used: the plan has them
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     codecs: dict | None = None,  # From `cq_plan`
 ) -> Coupled:
     "CQ-like: coupled channels."
-    return _planned(codecs, "cq", layer, kind, heads, d)
+    return _planned(codecs, "cq", place)
 
 # %% ../nbs/61_calibrated_rivals.ipynb #a3cf2470
 @method("turboquant_outliers")
 def turboquant_outliers_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: float,  # 1.5, 2.5, 3.5 ...: whole bits below for most channels, one more for the outliers
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Of the rotations
     profile: Profile | None = None,  # Energies of the channels
     share: float = 0.25,  # Of channels that are outliers
 ) -> GroupedRates:
     "TurboQuant-style: one more bit for the channels with most energy."
     if bits % 1 != 0.5:
         raise ValueError(f"turboquant_outliers: bits={bits!r}; give a number and a half, such as 2.5")
-    s, n = _stats(profile, layer, kind, heads, d, "turboquant_outliers"), round(share * d)
-    cov, mean = (s.k_post_cov, s.k_post_mean) if kind == "k" else (s.v_cov, s.v_mean)
-    if not 2 <= n <= d - 2:
-        raise ValueError(f"turboquant_outliers: share={share} of {d} is {n} channels; give from 2 to {d - 2}")
+    s, n = _stats(profile, place, "turboquant_outliers"), round(share * place.head_dim)
+    cov, mean = (s.k_post_cov, s.k_post_mean) if place.kind == "k" else (s.v_cov, s.v_mean)
+    if not 2 <= n <= place.head_dim - 2:
+        raise ValueError(f"turboquant_outliers: share={share} of {place.head_dim} is {n} channels; give from 2 to {place.head_dim - 2}")
     top = (cov.diagonal(dim1=-2, dim2=-1) + mean.square()).topk(n, -1).indices
-    widths = torch.full((heads, d), _whole(bits - 0.5, 1, 7)).scatter(-1, top, int(bits + 0.5))
-    return GroupedRates(widths, _seed(layer, kind, seed))
+    widths = torch.full((place.heads, place.head_dim), _whole(bits - 0.5, 1, 7)).scatter(-1, top, int(bits + 0.5))
+    return GroupedRates(widths, place.own_seed)

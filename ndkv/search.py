@@ -24,7 +24,8 @@ from .answers import ASKED, PROTOCOL, TASKSETS, Answers, agent_windows, answer_r
 from .more_baselines import _GRID, CACHES
 from .more_baselines import CALIBRATED as BASELINES
 from .more_baselines import VERSIONS
-from .cache import METHODS, PLANNED, NDCache, make_codec, make_plan
+from .cache import NDCache
+from .methods import METHODS, PLANNED, Place, make_codec, make_plan
 from .codebooks import distortion, lloyd_max
 from .data import read_documents
 from .equalised import VERSION as EQUALISED
@@ -587,7 +588,7 @@ def _prices(model, tokens, method, choices, options, held, block=64):
     shapes, out = {}, {}
     probe(model, tokens[:1, :8], lambda m, q, k, v, kw: shapes.update({(m.layer_idx, 0): k.shape, (m.layer_idx, 1): v.shape}))
     for (l, x), (_, H, _, d) in sorted(shapes.items()):
-        for b in choices if l in held else (): out[(l, x), b] = make_codec(method, d, b, block, layer=l, kind="kv"[x], heads=H, seed=0, **options).bits_per_element * H * d * held[l]
+        for b in choices if l in held else (): out[(l, x), b] = make_codec(method, Place(l, "kv"[x], H, d, block), b, **options).bits_per_element * H * d * held[l]
     return out, {p: s[1] * s[3] * held[p[0]] for p, s in shapes.items() if p[0] in held}
 
 

@@ -18,7 +18,8 @@ from transformers import (EosTokenCriteria, GenerationConfig, LogitsProcessorLis
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from torch import Tensor
 from .attention import Call, _check_reader, _why_not, exactly, kernels_pages
-from .cache import NDCache, _Minded
+from .accounts import Minded
+from .cache import NDCache
 from .equalised import variation_lost
 from .pages import PAGE
 from .fisher import refuse_prompt_learning
@@ -147,7 +148,7 @@ def _attend(self:PoolLayer, q, scale=None, **how):
 PoolLayer.reads, PoolLayer.attend = _reads, _attend
 
 # %% ../nbs/59_serving.ipynb #c9e326d4
-class PagePool(_Minded, DynamicCache):
+class PagePool(Minded, DynamicCache):
     "A cache for requests of different lengths: the codes of an `NDCache`, pages in common."
     def __init__(self,
         config,      # `model.config`, with `_attn_implementation` "ndkv_packed"

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .baselines import Sixteen
 from .codebooks import Codebook, lloyd_max
-from .cache import METHODS, MemoPacked, NDCache, method
+from .cache import NDCache
+from .methods import METHODS, Place, method
+from .past import MemoPacked
 from .codec import NormDirectionCodec, pack, unpack
-from .frames import rotation
 from .models import load_model
 from .evaluate import text_windows
 from .profile import Profile
@@ -117,18 +118,14 @@ class Nested(NormDirectionCodec):
 # %% ../nbs/78_speculation.ipynb #34677097
 @method("nested")
 def nested_method(
-    d:int,           # head_dim
+    place:Place,     # Layer, kind and shape
     bits:int,        # Read to verify
     *,
-    layer:int,       # Index in the model
-    kind:str,        # "k" or "v"
-    heads:int,       # KV heads
-    seed:int=0,      # Of the rotations
     reading:Reading, # Who reads
     draft:int=2,     # Upper bits, read to draft
 ) -> Nested:
     "The rotation's codes, upper bits first."
-    return Nested(d, bits, draft, reading, frame=rotation(d, seed=2*(4096*seed + layer) + (kind == "v")))
+    return Nested(place.head_dim, bits, draft, reading, frame=place.rotation)
 
 # %% ../nbs/78_speculation.ipynb #5ec7a102
 class Upper:
@@ -210,19 +207,15 @@ class NestedSpectral:
 
 @method("nested spectral")
 def nested_spectral_method(
-    d:int,           # head_dim
+    place:Place,     # Layer, kind and shape
     bits=None,       # Ignored: the plans have spent their budgets
     *,
-    layer:int,       # Index in the model
-    kind:str,        # "k" or "v"
-    heads:int,       # KV heads
-    seed:int=0,      # Ignored
     reading:Reading, # Who reads
     codecs:dict,     # From `plan`, without a trellis
     draft:dict,      # From `plan` with fewer bits
 ) -> NestedSpectral:
     "Spectral codes, upper bits first."
-    return NestedSpectral(METHODS["spectral"](d, layer=layer, kind=kind, heads=heads, codecs=codecs), draft[layer, kind], reading)
+    return NestedSpectral(METHODS["spectral"](place, codecs=codecs), draft[place.layer, place.kind], reading)
 
 # %% ../nbs/78_speculation.ipynb #32011896
 class Twin:
@@ -249,13 +242,9 @@ class Twin:
 # %% ../nbs/78_speculation.ipynb #f0a3f015
 @method("twin")
 def twin_method(
-    d:int,           # head_dim
+    place:Place,     # Layer, kind and shape
     bits:int,        # Of the verifying method
     *,
-    layer:int,       # Index in the model
-    kind:str,        # "k" or "v"
-    heads:int,       # KV heads
-    seed:int=0,      # Of the rotations
     reading:Reading, # Who reads
     verify:str="exact", # A method, or "exact" for bfloat16
     draft:str="rotation", # A method
@@ -264,8 +253,7 @@ def twin_method(
     draft_kw:dict={},    # More for the other
 ) -> Twin:
     "Codes of two methods."
-    where = dict(layer=layer, kind=kind, heads=heads, seed=seed)
-    return Twin(METHODS[verify](d, bits, **where, **verify_kw) or Sixteen(d), METHODS[draft](d, draft_bits, **where, **draft_kw), reading)
+    return Twin(METHODS[verify](place, bits, **verify_kw) or Sixteen(place.head_dim), METHODS[draft](place, draft_bits, **draft_kw), reading)
 
 # %% ../nbs/78_speculation.ipynb #3292ef4c
 def next_packing(

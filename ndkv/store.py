@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
-from .cache import NDCache, NDLayer, Part, rope_of, shift_codec
+from .cache import NDCache
+from .padding import NDLayer, Part, rope_of, shift_codec
 from .profile import _alike_field, describe
 
 # %% ../nbs/42_store.ipynb #3492b016

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, cache_utils, ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from .attention import PagedCache
-from .cache import NDCache, _nbytes, _tensors_in, page_codecs
+from .accounts import storage_bytes, tensors_in
+from .cache import NDCache
+from .methods import page_codecs
 from .pages import PAGE
 from .profile import LayerStats, Profile, Rope, describe
 from .results import Run
@@ -69,7 +71,7 @@ def _stepper(model, cache, batch, length):
 def _fill(model, cache, batch, length, attention="sdpa"):
     model.set_attn_implementation(attention)
     for i, k, v in random_tokens(model, batch, length): cache.update(k, v, i)
-    return Filled(_stepper(model, cache, batch, length), cache, _nbytes(_tensors_in(cache.layers)))
+    return Filled(_stepper(model, cache, batch, length), cache, storage_bytes(tensors_in(cache.layers)))
 
 def dynamic(model, batch, length): return _fill(model, DynamicCache(config=model.config), batch, length)
 def static(model, batch, length): return _fill(model, StaticCache(config=model.config, max_cache_len=length + 64), batch, length)
@@ -335,7 +337,7 @@ def cpu_bench(
             t = time.perf_counter(); step()
             if r: times[name].append(time.perf_counter() - t) # the first round codes what has left the window
     slow = {name: statistics.median(a/b for a, b in zip(t, times["dynamic"])) for name, t in times.items()}
-    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else _nbytes(_tensors_in(c.layers))
+    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else storage_bytes(tensors_in(c.layers))
     for name, t in times.items():
         for metric, value in dict(slowdown=slow[name], tokens_per_s=1/statistics.median(t), cache_bytes=size(make[name][1])).items():
             run.row(method=name, metric=metric, model=folder.name, batch=1, length=length, value=value, n=rounds, dtype=str(dtype)[6:], threads=torch.get_num_threads())
@@ -417,7 +419,7 @@ def pool_size(
     empty = torch.empty(1, config.num_key_value_heads, 0, config.head_dim, dtype=dtype)
     pool.layers[0].lazy_initialization(empty, empty)
     page = len(pool.layers) * sum(c.nbytes for c in pool.layers[0].codecs)
-    slot = pool.nbytes + (len(pool.layers) - 1) * _nbytes(pool.layers[0].exact)
+    slot = pool.nbytes + (len(pool.layers) - 1) * storage_bytes(pool.layers[0].exact)
     need = [pool.whole_pages(len(ids) + n) for ids, n in queue]
     slots = min(most, len(queue), int(memory / (slot + page*statistics.mean(need))))
     pages = min((memory - slots*slot) // page, slots*pool.most)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from .baselines import Codec, half
 from .more_baselines import _eight, _stats, _uneight
-from .cache import MemoPacked, method
+from .methods import Place, method
+from .past import MemoPacked
 from .codebooks import Codebook, distortion
 from .codec import pack, unpack
 from .frames import Frame, hadamard
@@ -342,17 +343,13 @@ def _plan_kind(vectors, ropes, weights, bits, span, tries, test):
 # %% ../nbs/62_transform_rivals.ipynb #34fae3f6
 @method("kvtc")
 def kvtc_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits=None,  # Not used: the plan has spent them
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     codecs: dict | None = None,  # From `kvtc_plan`, with the block of this cache
 ) -> Transform:
     "KVTC-like: components of all heads, bits by dynamic programming, DEFLATE."
-    return _planned(codecs, "kvtc", layer, kind, heads, d)
+    return _planned(codecs, "kvtc", place)
 
 # %% ../nbs/62_transform_rivals.ipynb #80332004
 def _cells(n, step):
@@ -541,16 +538,12 @@ Container._fill, Container._decode = _fill, _decode
 # %% ../nbs/62_transform_rivals.ipynb #2474f381
 @method("dquant")
 def dquant_method(
-    d: int,  # head_dim
+    place: Place,  # Layer, kind and shape
     bits: float,  # An element, all-in
     *,
-    layer: int,  # Index in the model
-    kind: str,  # "k" or "v"
-    heads: int,  # KV heads
-    seed: int = 0,  # Not used
     span: int = 64,  # Tokens that share means; the block of the cache, or a divisor
     profile: Profile | None = None,  # Says how to take keys before RoPE; None = as the cache holds them
 ) -> Container:
     "D-Quant-like: entropy-coded uniform levels in containers of fixed size."
-    rope = _stats(profile, layer, kind, heads, d, "dquant").rope if profile and kind == "k" else None
-    return Container(d, bits, heads, span, rope)
+    rope = _stats(profile, place, "dquant").rope if profile and place.kind == "k" else None
+    return Container(place.head_dim, bits, place.heads, span, rope)

@@ -5,7 +5,9 @@ import torch
 from transformers import LlamaConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from ndkv.cache import METHODS, NDCache, NDHybridLayer, NDLayer, NDSlidingLayer, method
+from ndkv.cache import NDCache
+from ndkv.methods import METHODS, Place, method
+from ndkv.padding import NDHybridLayer, NDLayer, NDSlidingLayer
 from ndkv.codec import NormDirectionCodec, unpack
 
 CONFIG = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -26,7 +28,7 @@ class Absmax:
 
 
 @method("test-absmax")
-def absmax(d, bits, *, layer, kind, heads, seed, group): return Absmax(group)
+def absmax(place, bits, group): return Absmax(group)
 
 
 # --- what may be compared to the last bit, and what may not --------------------------------------------------------------------------
@@ -53,8 +55,8 @@ class Steady(NormDirectionCodec):
 
 
 @method("test-rotation")
-def steady_rotation(d, bits, *, layer, kind, heads, seed):
-    return Steady(d, bits, frame=METHODS["rotation"](d, bits, layer=layer, kind=kind, heads=heads, seed=seed).frame)
+def steady_rotation(place, bits):
+    return Steady(place.head_dim, bits, frame=METHODS["rotation"](place, bits).frame)
 
 
 class InPieces:
@@ -157,7 +159,7 @@ class _InModel:
 
     def _new_row(self, k, v):
         m = self.mine
-        codecs = [b and METHODS[m.method](x.shape[-1], b, layer=m.layer, kind=kind, heads=x.shape[1], seed=m.seed, **m.method_kw) for x, kind, b in zip((k, v), "kv", m.bits)]
+        codecs = [b and METHODS[m.method](Place(m.layer, kind, x.shape[1], x.shape[-1], m.block, m.seed), b, **m.method_kw) for x, kind, b in zip((k, v), "kv", m.bits)]
         return PlainLayer(codecs, m.window, m.sinks, m.block, m.exact_new, getattr(m, "sliding_window", 10**6)), []
 
     def update(self, k, v, *args, told=None, **kwargs):

@@ -9,7 +9,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ndkv.more_baselines as B
 from ndkv.more_baselines import CACHES, CALIBRATED, LibraryCache, baseline_grid
-from ndkv.cache import METHODS, NDCache
+from ndkv.cache import NDCache
+from ndkv.methods import METHODS, Place
 from ndkv.evaluate import Cell, account, chunk_edges, compare, evaluate, step
 from ndkv.profile import LayerStats, Profile, Rope
 from ndkv.results import Run, load_rows
@@ -45,7 +46,7 @@ all_methods = pytest.mark.parametrize('case', CASES, ids=label)
 def make(case, d, layer=0, heads=HEADS):
     name, bits, kind, options = case
     more = dict(profile=PROFILES[d]) if name in CALIBRATED else {}
-    return METHODS[name](d, bits, layer=layer, kind=kind, heads=heads, seed=0, **options, **more)
+    return METHODS[name](Place(layer, kind, heads, d), bits, **options, **more)
 
 
 def same(codec, a, b, pos):
@@ -198,7 +199,7 @@ def test_what_does_not_fit_a_model_in_float16_is_refused():
     ('oscar', 2, dict(profile=PROFILES[128]), 'no layer 0'), ('turboquant', 3, {}, 'give layers='), ('nsnquant', 3, {}, '1 to 2 whole bits'),
     ('fp8', 4, {}, '8 to 8'), ('fp8', 8, dict(scale='row'), "choose 'unit'"), ('int', 2.5, {}, '1 to 8 whole bits'), ('polarquant', 8, {}, '2 to 4')])
 def test_wrong_options_get_one_line(name, bits, kw, says):
-    with pytest.raises(ValueError) as e: METHODS[name](64, bits, layer=0, kind='k', heads=HEADS, **kw)
+    with pytest.raises(ValueError) as e: METHODS[name](Place(0, 'k', HEADS, 64), bits, **kw)
     assert says in str(e.value) and '\n' not in str(e.value)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache, EncoderDecoderCache
 
 from reference import Absmax, Follow, PlainLayer
-from ndkv.cache import METHODS, NDCache, NDLayer, NDSlidingLayer, Packed, encoder_decoder, method
+from ndkv.cache import METHODS, NDCache, Place, NDLayer, NDSlidingLayer, Packed, encoder_decoder, method
 from ndkv.codec import NormDirectionCodec, packed_size
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -139,7 +139,7 @@ def test_any_order(steps, window, sinks, block, group, exact_new, sliding, memo,
     layer = NDLayer(0, (3, 3), **kw) if sliding == 10**6 else NDSlidingLayer(sliding, 0, (3, 3), **kw)
     if rollback: layer.activate_past_recording()
     method_kw = {} if group is None else dict(group=group)
-    codecs = [METHODS[kw["method"]](D, 3, layer=0, kind=kind, heads=H, seed=0, **method_kw) for kind in "kv"]
+    codecs = [METHODS[kw["method"]](Place(0, kind, H, D, kw["block"]), 3, **method_kw) for kind in "kv"]
     plain, g = PlainLayer(codecs, window, sinks, block, exact_new, sliding), torch.Generator().manual_seed(0)
     plain.recording = rollback
     fresh = 0 # tokens that came after the last crop
@@ -171,7 +171,7 @@ def test_any_order(steps, window, sinks, block, group, exact_new, sliding, memo,
 @given(sliding=st.integers(2, 60), window=st.integers(0, 20), sinks=st.integers(0, 4), block=st.sampled_from([1, 4, 8]), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12))
 def test_sliding_stays_small(sliding, window, sinks, block, sizes):
     "A sliding layer holds no more than its window, one call's tokens up to a block, and a block of leftovers."
-    layer = NDSlidingLayer(sliding, 0, window=window, sinks=sinks, block=block)
+    layer = NDSlidingLayer(sliding, 0, method="equalised", window=window, sinks=sinks, block=block)
     for q in sizes:
         layer.update(*torch.randn(2, 1, 1, q, D))
         held = layer.get_seq_length() - layer.stores[0].starts[0]
@@ -285,7 +285,7 @@ def test_no_token_twice(steps, window, sinks, block, exact_new, announced):
         def encode(self, x, pos=0):
             done.extend(range(pos, pos + x.shape[2]))
             return super().encode(x, pos)
-    method("test-spy")(lambda d, bits, *, layer, kind, heads, seed: Spy(1))
+    method("test-spy")(lambda place, bits: Spy(1))
     layer = NDLayer(0, (3, None), "test-spy", window=window, sinks=sinks, block=block, exact_new=exact_new)
     if announced: layer.activate_past_recording()
     for name, n in steps:
@@ -315,7 +315,7 @@ def test_encoded_once():
         def encode(self, x, pos=0):
             log.extend(range(pos, pos + x.shape[2]))
             return super().encode(x, pos)
-    method("test-spy")(lambda d, bits, *, layer, kind, heads, seed: Spy(d, bits))
+    method("test-spy")(lambda place, bits: Spy(place.head_dim, bits))
     for sizes in ([1]*200, [200], [50, 1, 1, 1, 9, 100, 38]):
         log.clear()
         layer, x = NDLayer(0, (2, None), "test-spy", window=16, block=8), torch.randn(2, 1, 1, 200, 16)
@@ -463,9 +463,9 @@ def test_out_of_memory(fails):
             return super().encode(x, pos)
 
     @method("test-tight")
-    def tight(d, bits, *, layer, kind, heads, seed):
-        codec = Tight(d, bits)
-        codec.kind = kind
+    def tight(place, bits):
+        codec = Tight(place.head_dim, bits)
+        codec.kind = place.kind
         return codec
     layer, plain, x = (*(NDLayer(3, (4, 4), "test-tight", window=8, block=8) for _ in range(2)), torch.randn(2, 1, H, 40, D))
     for a in (layer, plain): a.update(*x[:, :, :, :20]), a.update(*x[:, :, :, 20:28])
@@ -483,7 +483,8 @@ def test_late_refusals():
     with pytest.raises(ValueError, match="int64 can't be cached"): NDLayer(0).update(k.long(), v.long())
     with pytest.raises(AttributeError, match="update"): cache.layers[0].keys = k
     with pytest.raises(ValueError, match="multiple of 3"): NDLayer(0, method="test-absmax", group=3, block=8).update(k, v)
-    with pytest.raises(ValueError, match="head_dim"): NDLayer(0).update(k[..., :15], v)
-    sliding = NDSlidingLayer(10, 0, window=2, block=2)
+    with pytest.raises(ValueError, match="head_dim"): NDLayer(0, method="equalised").update(k[..., :15], v)
+    sliding = NDSlidingLayer(10, 0, method="equalised", window=2, block=2)
+    with pytest.raises(ValueError, match="multiple of 128"): NDLayer(0, block=64).update(k, v)
     sliding.update(k, v)
     with pytest.raises(RuntimeError, match="activate_past_recording"): sliding.crop(-5)

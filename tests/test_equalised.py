@@ -7,7 +7,9 @@ import torch
 import transformers as tf
 from hypothesis import given, settings, strategies as st
 
-from ndkv.cache import NDCache, encoder_decoder, make_codec, prompt_cache
+from ndkv.cache import NDCache, encoder_decoder
+from ndkv.methods import Place, make_codec
+from ndkv.prompt import prompt_cache
 from ndkv.codec import NormDirectionCodec
 from ndkv.codebooks import distortion, lloyd_max
 from ndkv.equalised import KNEE, OCTAVE, SLOPES, EqualisedCodec, _weight, variation_lost
@@ -142,7 +144,7 @@ def test_default():
     assert {c.layers[0].method for c in (both.self_attention_cache, both.cross_attention_cache)} == {'pages'}
     model = tf.LlamaForCausalLM(config).eval()
     assert prompt_cache(model, torch.zeros(1, 20, dtype=torch.long), 2.5).layers[0].method == 'pages'
-    assert [make_codec('equalised', 16, 4, b, layer=0, kind='k', heads=2).group for b in (1, 7, 16, 64, 96, 100, 128)] == [1, 7, 16, 64, 48, 50, 64]
+    assert [make_codec('equalised', Place(0, 'k', 2, 16, b), 4).group for b in (1, 7, 16, 64, 96, 100, 128)] == [1, 7, 16, 64, 48, 50, 64]
 
 
 @few
@@ -173,7 +175,7 @@ def test_in_the_cache(sizes, crop, block, sliding, memo, offload, dtype, tmp_pat
         twins.append(load_cache(path, NDCache(config, **kw), model))
     got = feed(cache, new)
     for twin in twins: torch.testing.assert_close(feed(twin, new), got, rtol=0, atol=0)
-    assert cache.report()['bits_packed'] == pytest.approx(make_codec('equalised', 16, 8, block, layer=0, kind='k', heads=2).bits_per_element) or not cache.report()['packed_tokens']
+    assert cache.report()['bits_packed'] == pytest.approx(make_codec('equalised', Place(0, 'k', 2, 16, block), 8).bits_per_element) or not cache.report()['packed_tokens']
 
 
 @pytest.fixture(scope='module')

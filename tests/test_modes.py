@@ -98,13 +98,13 @@ def test_mode(models, name, mode, note):
 # --- proposals that are taken back ---------------------------------------------------------------------------------------------------------
 
 @method("test-log")
-def log_method(d, bits, *, layer, kind, heads, seed, log):
+def log_method(place, bits, log):
     class Log(NormDirectionCodec):
         def encode(self, x, pos=0):
-            if (layer, kind) == (0, "k"): log.append((pos, x.clone()))
+            if (place.layer, place.kind) == (0, "k"): log.append((pos, x.clone()))
             return super().encode(x, pos)
         def __deepcopy__(self, memo): return self
-    return Log(d, bits)
+    return Log(place.head_dim, bits)
 
 
 @pytest.mark.parametrize("propose", [3, 6, 15])

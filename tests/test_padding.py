@@ -8,7 +8,8 @@ import transformers as tf
 from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache
 
-from ndkv.cache import NDCache, NDLayer, NDSlidingLayer, Told, refresh
+from ndkv.cache import NDCache, NDLayer, NDSlidingLayer, Told
+from ndkv.prompt import refresh
 from ndkv.eviction import EvictingCache
 from ndkv.fisher import calibrate
 from ndkv.store import fork, load_cache, save_cache

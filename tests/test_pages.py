@@ -11,8 +11,11 @@ import transformers as tf
 from hypothesis import given, settings, strategies as st
 
 from ndkv.attention import PagedCache, PageReader
-from ndkv.cache import NDCache, NDLayer, Past, make_codec, refresh
 from ndkv import pages as P
+from ndkv.cache import NDCache, NDLayer
+from ndkv.methods import Place, make_codec
+from ndkv.past import Past
+from ndkv.prompt import refresh
 from ndkv.fisher import calibrate
 from ndkv.kernels_encode_pages import encode_pair
 from ndkv.pages import PAGE, FIXED, PageCodec, Strips, allocate_strips, plan_pages, record, runs, strip_bytes
@@ -103,7 +106,7 @@ def drawn(q, g, B=2):
 def test_random_operations(measured, steps, window, sinks, kind, seed, turns):
     "Every storage and both readers hold and give what the plain list does."
     rope = Rope(10000. ** -(torch.arange(0, D, 2).float() / D)) if turns else None
-    plan = codecs(rope=rope, first=sinks) if measured else {(0, k): make_codec("pages", d, 3, PAGE, layer=0, kind=k, heads=H) for k, d in zip("kv", (D, DV))}
+    plan = codecs(rope=rope, first=sinks) if measured else {(0, k): make_codec("pages", Place(0, k, H, d, PAGE), 3) for k, d in zip("kv", (D, DV))}
     kw = dict(memo=kind == "memo", offload=kind == "offload", reader=(lambda layer, *past: tuple(p.read() for p in past)) if kind == "reader" else None)
     layer, plain, g = NDLayer(0, (3, 3), "pages", window, sinks, PAGE, codecs=plan if measured else None, **kw), Plain([plan[0, k] for k in "kv"], window, sinks), torch.Generator().manual_seed(seed)
     for what, n in [("feed", 200), *steps]:

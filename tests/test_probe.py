@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 
-from ndkv.cache import NDCache, prompt_cache, refresh
+from ndkv.cache import NDCache
+from ndkv.prompt import prompt_cache, refresh
 from ndkv.eviction import EvictingCache, observed
 from ndkv.evaluate import Cell, compare
 from ndkv.fisher import _Reader, calibrate, fisher, own_text, packed_mask, prompt_profile
@@ -348,7 +349,7 @@ def test_a_saved_cache_belongs_to_its_adapter(tmp_path):
 
 
 def test_frames_of_a_prompt_are_refreshed_by_its_own_model(monkeypatch):
-    monkeypatch.setattr('ndkv.cache._partings', lambda *args: (0., 1.))  # frames of the prompt, whatever they are worth to a random model
+    monkeypatch.setattr('ndkv.prompt.divergences', lambda *args: (0., 1.))  # frames of the prompt, whatever they are worth to a random model
     (m, layers), ids = with_adapters(), words(1, 200)
     cache = prompt_cache(m, ids, 2, least=64, trellis=0, window=16, block=16)
     with torch.no_grad(): m(ids, past_key_values=cache)

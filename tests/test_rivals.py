@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, PreTraine
 import ndkv.joint_rivals as J
 import ndkv.rivals as R
 import ndkv.transform_rivals as X
-from ndkv.cache import METHODS, NDCache
+from ndkv.cache import NDCache
+from ndkv.methods import METHODS, Place
 from ndkv.data import EOT, train_tokenizer
 from ndkv.evaluate import Cell, compare
 from ndkv.models import save_model
@@ -58,9 +59,9 @@ KVTC = {(bits, equal): X.kvtc_plan(FOUND, bits, SPAN, equal=equal) for bits in (
 CODECS = {
     'cq-1': PLANS['cq', 1][1, 'k'], 'cq-2-v': PLANS['cq', 2][0, 'v'], 'cq-1.25': PLANS['cq', 1.25],
     **{f'kvtc-{b}-{kind}{"-equal" if e else ""}': plan[1, kind] for (b, e), plan in KVTC.items() for kind in 'kv'},
-    **{f'dquant-{b}-{kind}': METHODS['dquant'](D, b, layer=0, kind=kind, heads=HEADS, span=SPAN, profile=PROFILE) for b in (3, 4) for kind in 'kv'},
-    'dquant-post': METHODS['dquant'](D, 3, layer=0, kind='k', heads=HEADS, span=SPAN),
-    'turboquant_outliers': METHODS['turboquant_outliers'](D, 2.5, layer=0, kind='k', heads=HEADS, profile=PROFILE),
+    **{f'dquant-{b}-{kind}': METHODS['dquant'](Place(0, kind, HEADS, D), b, span=SPAN, profile=PROFILE) for b in (3, 4) for kind in 'kv'},
+    'dquant-post': METHODS['dquant'](Place(0, 'k', HEADS, D), 3, span=SPAN),
+    'turboquant_outliers': METHODS['turboquant_outliers'](Place(0, 'k', HEADS, D), 2.5, profile=PROFILE),
 }
 all_codecs = pytest.mark.parametrize('name', CODECS)
 
@@ -129,19 +130,19 @@ def test_zeros_and_constants_are_harmless(name):
 
 def test_wrong_options_get_one_line():
     made = METHODS['dquant'], METHODS['turboquant_outliers'], METHODS['cq'], METHODS['kvtc']
-    at = dict(layer=0, kind='k', heads=HEADS)
+    at = lambda d=D, layer=0: Place(layer, 'k', HEADS, d)
     cases = [
-        ('give codecs=', lambda: made[2](D, 1, **at)), ('give codecs=', lambda: made[3](D, 1, **at)),
-        ('no layer 5', lambda: made[2](D, 1, **at | dict(layer=5), codecs=PLANS['cq', 1])), ('no layer 0', lambda: made[3](2 * D, 1, **at, codecs=KVTC[2, False])),
-        ('give profile=', lambda: made[1](D, 2.5, **at)), ('no layer 0', lambda: made[1](2 * D, 2.5, **at, profile=PROFILE)), ('number and a half', lambda: made[1](D, 2, **at, profile=PROFILE)),
-        ('1 to 7 whole bits', lambda: made[1](D, .5, **at, profile=PROFILE)), ('is 1 channels', lambda: made[1](D, 2.5, **at, profile=PROFILE, share=.05)),
-        ('give more bits', lambda: made[0](D, .5, **at)), ('choose among 1, 1.25', lambda: R.cq_plan(FOUND, 1.5)),
+        ('give codecs=', lambda: made[2](at(), 1)), ('give codecs=', lambda: made[3](at(), 1)),
+        ('no layer 5', lambda: made[2](at(layer=5), 1, codecs=PLANS['cq', 1])), ('no layer 0', lambda: made[3](at(2 * D), 1, codecs=KVTC[2, False])),
+        ('give profile=', lambda: made[1](at(), 2.5)), ('no layer 0', lambda: made[1](at(2 * D), 2.5, profile=PROFILE)), ('number and a half', lambda: made[1](at(), 2, profile=PROFILE)),
+        ('1 to 7 whole bits', lambda: made[1](at(), .5, profile=PROFILE)), ('is 1 channels', lambda: made[1](at(), 2.5, profile=PROFILE, share=.05)),
+        ('give more bits', lambda: made[0](at(), .5)), ('choose among 1, 1.25', lambda: R.cq_plan(FOUND, 1.5)),
         ('do not divide head_dim 12', lambda: R.cq_plan(samples_of(12), 1)), ('give samples=', lambda: R.cq_plan(PROFILE, 1)), ('give samples=', lambda: X.kvtc_plan(None, 1)),
         ('calibrate on more text', lambda: R.cq_plan(samples_of(D, n=100), 1)), ('calibrate on more', lambda: X.kvtc_plan(samples_of(D, n=20), 1, SPAN)),
         ('positive number', lambda: X.kvtc_plan(FOUND, 0)), ('multiple of 8', lambda: X.kvtc_plan(FOUND, 1, 12)), ('larger block or more bits', lambda: X.kvtc_plan(FOUND, .01, SPAN)),
         ("no option 'rotate'", lambda: J.plan_rival('kvtc', FOUND, 1, rotate=True)), ('choose among kvtc, cq', lambda: J.plan_rival('oscar', FOUND, 1)),
         ('give samples=', lambda: J.fit_predictors(None, 1)),
-        ('choose among predict', lambda: J.plan_rival('aqua', FOUND, 1, steps=3)), ('at most 4.5', lambda: made[0](D, 8, **at)),
+        ('choose among predict', lambda: J.plan_rival('aqua', FOUND, 1, steps=3)), ('at most 4.5', lambda: made[0](at(), 8)),
         ('takes back no tokens', lambda: J.WholeCache(CONFIG, None).crop(-1))]
     for says, f in cases:
         with pytest.raises(ValueError) as e: f()

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ndkv.cache import NDCache, _partings, prompt_cache, refresh
+from ndkv.cache import NDCache
+from ndkv.prompt import divergences, prompt_cache, refresh
 from ndkv.evaluate import Cell, compare
 from ndkv.fisher import _towards_isotropic, calibrate, prompt_profile
 from ndkv.frames import Frame
@@ -360,13 +361,13 @@ def test_frames_that_do_worse_leave_the_rotation(model, monkeypatch):
     def bad(*args, **kw):  # frames that forget all but the last channels
         p = prompt_profile(*args, **kw)
         return replace(p, layers={i: replace(s, k_cov=torch.linalg.inv(s.k_cov), v_cov=torch.linalg.inv(s.v_cov), k_mean=100 + s.k_mean) for i, s in p.layers.items()})
-    monkeypatch.setattr('ndkv.cache.prompt_profile', bad)
+    monkeypatch.setattr('ndkv.prompt.prompt_profile', bad)
     assert prompt_cache(model, ids, 2.5, least=400, **SHAPE).layers[0].method == 'equalised'
 
 
 def test_partings_grow_as_bits_fall(model):
     ids = torch.randint(1, 61, (1, 300), generator=generator(6))
-    one, four, exact = _partings(model, ids, 225, [NDCache(CONFIG, bits=b, window=16) for b in (1, 4, None)])
+    one, four, exact = divergences(model, ids, 225, [NDCache(CONFIG, bits=b, window=16) for b in (1, 4, None)])
     assert one > 4 * four > 0 and abs(exact) < 1e-4 * four + 1e-7
 
 

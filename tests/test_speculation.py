@@ -58,7 +58,7 @@ def test_text_and_cache_of_the_verifying_reading(model, kind, T, new, length, wi
 @given(window=st.integers(0, 12), sinks=st.integers(0, 5), block=st.sampled_from([4, 8, 12]), L=st.integers(0, 80))
 def test_next_packing(window, sinks, block, L):
     "By trying: a layer fed token by token packs its next block on the call after that many tokens."
-    layer, x = NDLayer(0, (2, 2), window=window, sinks=sinks, block=block), torch.randn(2, 1, 1, 1, 8)
+    layer, x = NDLayer(0, (2, 2), "equalised", window=window, sinks=sinks, block=block), torch.randn(2, 1, 1, 1, 8)
     for _ in range(L + 1): layer.update(*x)                      # the last call found L tokens
     packed, now = layer.stores[0].packed.n, L
     while layer.stores[0].packed.n == packed: layer.update(*x); now += 1
