@@ -51,7 +51,7 @@ class Method:
     plan_options:tuple=()   # Options of a cache that are for the plan
     paged:bool=False        # Are tokens stored in pages?
 
-    def __call__(self, place, bits=None, **options): return self.make(place, bits, **options)
+    def __call__(self, place, bits=None, /, **options): return self.make(place, bits, **options)
 
     @property
     def block(self): return PAGE if self.paged else 64 # tokens that a cache encodes together, if nobody says
@@ -126,7 +126,8 @@ def make_codec(
     name:str,    # One of `METHODS`
     place:Place, # Layer, kind, shape and block
     bits,        # As the method wants them
-    **options    # Of the method
+    /,
+    **options    # Of the method, of any name
 ):
     "The codec of a method; None to keep tensors exact."
     codec = METHODS[name](place, bits, **options)
