@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConf
 
 import test_architectures as architectures
 from conftest import ROOT
-from ndkv import cli
+from ndkv import assess, benches, cli
 from ndkv.cache import NDCache
 from ndkv.cli import app, main
 from ndkv.equalised_pages import EqualisedPageCodec
@@ -31,6 +31,14 @@ from ndkv.results import load_rows, validate
 
 BODY = dict(vocab_size=8192, hidden_size=64, num_hidden_layers=2)
 WORDS = 'The river runs past the old mill and under the bridge to the sea. ' * 20
+
+
+def forbid(monkeypatch, *names):
+    "Work that must not begin, wherever a command would begin it."
+    for name in names:
+        places = [m for m in (assess, benches, cli) if hasattr(m, name)]
+        assert places, name
+        for m in places: monkeypatch.setattr(m, name, lambda *a, **kw: pytest.fail('worked first'))
 
 
 def run(*args):
@@ -139,7 +147,7 @@ def test_a_model_that_no_profile_describes_is_refused_before_the_work(tmp_path, 
     "DeepSeek: calibrate and inspect measure nothing, recommend searches nothing, evaluate takes the bits that it can."
     family('DeepSeek-V3', tmp_path)
     (tmp_path / 'text.txt').write_text(WORDS * 15)
-    for name in ('measure_profile', 'search_bits', 'frontier', 'own_text'): monkeypatch.setattr(cli, name, lambda *a, **kw: pytest.fail('worked first'))
+    forbid(monkeypatch, 'measure_profile', 'search_bits', 'frontier', 'own_text')
     for args in (('calibrate',), ('calibrate', '--data', 'text.txt'), ('inspect',), ('recommend', '--budget', 3, '--data', 'text.txt'), ('evaluate', '--data', 'text.txt')):
         code, out, err = here(args[0], '.', *args[1:], cwd=tmp_path)
         assert code == 1 and out == '' and re.search('latents', err) and err.splitlines()[-1].startswith('ndkv: '), (args, err)
@@ -158,7 +166,7 @@ def test_what_cannot_end_well_does_not_begin(place, args, says, monkeypatch, tmp
     (tmp_path / 'grid.yaml').write_text('{models: [tiny], methods: [rotation], bits: [2], tasks: [text.txt], length: [256], n: 2}')
     args = [tmp_path / a if a == 'grid.yaml' else a for a in args]
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    for name in ('measure_profile', 'measure', 'own_text', 'search_bits', 'run_sweep', 'generate'): monkeypatch.setattr(cli, name, lambda *a, **kw: pytest.fail('worked first'))
+    forbid(monkeypatch, 'measure_profile', 'measure', 'own_text', 'search_bits', 'run_sweep', 'generate')
     before = sorted(place.rglob('*'))
     model = () if args[0] in ('sweep', 'bench') else ('--model', 'tiny')
     data = () if args[0] in ('demo', 'bench', 'inspect') else ('--data', '.') if args[0] == 'sweep' else ('--data', 'text.txt')
@@ -180,7 +188,7 @@ def test_spectra_are_whole(place, profile, tmp_path, monkeypatch):
     assert code == 0, err
     assert load_rows(tmp_path / 'rows' / 'spectra.jsonl') and {r['k_bits'] for r in load_rows(tmp_path / 'rows' / 'ratedistortion.jsonl')} == {1., 1.5, 2., 3., 4.}
     def fails(*a, **kw): raise ValueError('no more')
-    monkeypatch.setattr(cli, 'rates', fails)
+    monkeypatch.setattr(assess, 'rates', fails)
     code, out, err = here(*args[:-1], tmp_path / 'none', cwd=place)
     assert code == 1 and not (tmp_path / 'none').exists()
 
@@ -335,7 +343,7 @@ def test_calibration_on_several_kinds_of_text(place):
 
 def test_bench_calibrate(place, monkeypatch):
     from functools import partial
-    monkeypatch.setattr(cli, 'calibrate_bench', partial(cli.calibrate_bench, windows=4, length=256))
+    monkeypatch.setattr(benches, 'calibrate_bench', partial(benches.calibrate_bench, windows=4, length=256))
     code, out, err = here('bench', 'calibrate', '--model', 'tiny', '--data', 'text.txt', '--out', 'timed', '--json', cwd=place)
     assert code == 0, err
     row, = (r for r in json.loads(out) if r['metric'] == 'calibrate_seconds')
@@ -374,7 +382,7 @@ def test_rows_name_the_device_that_computed(place, tmp_path, monkeypatch, what, 
     from ndkv import results, throughput
     for name, found in dict(is_available=True, get_device_name='a card', reset_peak_memory_stats=None, max_memory_allocated=7).items(): monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
     monkeypatch.setattr(results, '_cpu_name', lambda: 'a processor')
-    monkeypatch.setattr('ndkv.cli.text_windows', lambda *args: torch.zeros(1, 6000))
+    monkeypatch.setattr('ndkv.benches.text_windows', lambda *args: torch.zeros(1, 6000))
     (tmp_path / 'wiki_val.txt.xz').touch()
     def stand_in(plain):
         def bench(run, *args, **kw):
