@@ -34,7 +34,8 @@ from .more_baselines import CACHES, baseline_grid
 from .profile import PAGE, fingerprint
 from .public import find_model
 from .results import Run
-from .search import CALIBRATED, recommend as search_bits
+from .recommend import recommend as search_bits
+from .search import CALIBRATED
 
 # %% ../nbs/95_assess.ipynb #8063840f
 def check_named(

@@ -10,7 +10,7 @@ from ndkv.cache import NDCache, NDLayer
 from ndkv.inspection import anatomy
 from ndkv.parallel import local_cache
 from ndkv.profile import MATRICES, MEANS, LayerStats, Profile, Rope, describe, layer_reach, packed_tokens, probe
-from ndkv.search import recommend
+from ndkv.recommend import recommend
 from ndkv.spectral import effective_bits, frame_bits, held_tokens, plan
 from ndkv.hub import card
 from ndkv.serving import users

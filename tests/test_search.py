@@ -23,7 +23,8 @@ from ndkv.data import EOT, train_tokenizer
 from ndkv.equalised import VERSION as EQUALISED
 from ndkv.models import ZOO, load_model, save_model, zoo_config
 from ndkv.results import load_rows, validate
-from ndkv.search import bit_path, cells_of, read_grid, recommend, sweep
+from ndkv.recommend import bit_path, recommend
+from ndkv.search import cells_of, read_grid, sweep
 from ndkv.tasks import filler
 
 SIZE = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
