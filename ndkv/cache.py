@@ -134,11 +134,12 @@ def swap(
     "What stands for a layer in our cache."
     if type(layer) is DynamicLayer: return NDLayer(i, pair(i), **kw)
     if type(layer) is DynamicSlidingWindowLayer: return NDSlidingLayer(layer.sliding_window, i, pair(i), **kw)
-    if type(layer) is LinearAttentionAndFullAttentionLayer: return NDHybridLayer(layer.number_of_states, i, pair(i), **kw)
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return NDHybridLayer(layer.number_of_states, i, pair(i), **kw)
     return layer
 
 # %% ../nbs/40_cache.ipynb #d383c362
-READERS = {} # attn_implementation -> reader that a cache of pages has by default, made of the configuration; None = decoded tensors
+READERS = {} # attn_implementation -> what makes of a configuration the reader of its pages; None = decoded tensors
 
 def default_reader(config):
     "The reader that the model's attention brings."
@@ -158,7 +159,8 @@ class NDCache(Accounts, Minded, Padded, DynamicCache):
         config:PreTrainedConfig,  # `model.config`
         bits=4,                   # A number, (keys, values), or {layer: one of these}; None = exact
         method:str|None=None,     # One of `METHODS`; None = "pages" ("rotation" for latents)
-        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub): measured bases, and `bits` is a budget over all packed tokens at `length`, in which the bases are not counted
+        profile=None,             # From `calibrate`, or where it is (file, folder, owner/name@revision on the Hub);
+                                  # measured bases, not counted in `bits`, then a budget of all packed tokens
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
         block:int|None=None,      # Tokens encoded together as they leave the window; None = 128 for pages, else 64
@@ -166,8 +168,9 @@ class NDCache(Accounts, Minded, Padded, DynamicCache):
         memo:bool=False,          # Keep decoded copies, for fast evaluation?
         offload:bool=False,       # Keep packed bytes in the CPU's memory?
         seed:int=0,               # Of the rotations
-        length:int=4096,          # With a profile: tokens of text after which at most `bits` are stored, over all layers
-        reader=None,              # Makes of (layer, keys, values), each a `Past`, what attention is given; None = for pages what the model's attention brings (`READERS`), else decoded tensors
+        length:int=4096,          # With a profile: tokens of text after which the budget holds, over all layers
+        reader=None,              # Makes of (layer, keys, values), each a `Past`, what attention is given; None =
+                                  # for pages what the model's attention brings (`READERS`), else decoded tensors
         **method_kw               # Options of the method
     ):
         check_config(config)
@@ -209,8 +212,9 @@ class NDCache(Accounts, Minded, Padded, DynamicCache):
         return list(zip([L, *cuts], [*cuts, L + n]))
 
     def __repr__(self):
-        bits, held = sorted({layer.bits for layer in self._mine}, key=str), f"{self.get_seq_length()} tokens, {self._bytes()} bytes"
-        return f"NDCache({self._mine[0].method}, bits {bits}, {len(self._mine)} of {len(self.layers)} layers, {held})"
+        mine, bits = self._mine, sorted({layer.bits for layer in self._mine}, key=str)
+        held = f"{self.get_seq_length()} tokens, {self._bytes()} bytes"
+        return f"NDCache({mine[0].method}, bits {bits}, {len(mine)} of {len(self.layers)} layers, {held})"
 
 # %% ../nbs/40_cache.ipynb #fd64622d
 def encoder_decoder(
@@ -220,8 +224,11 @@ def encoder_decoder(
     **kw                     # Other arguments of `NDCache`, for both
 ) -> EncoderDecoderCache: # For `past_key_values`
     "Caches for a model with an encoder."
-    if not config.is_encoder_decoder: raise ValueError(f"{type(config).__name__} has no encoder; write NDCache(model.config, ...)")
-    if kw.keys() & {"profile", "codecs"}: raise ValueError("encoder_decoder: a profile describes one cache, here are two; use a method without one, such as 'pages'")
+    if not config.is_encoder_decoder:
+        raise ValueError(f"{type(config).__name__} has no encoder; write NDCache(model.config, ...)")
+    if kw.keys() & {"profile", "codecs"}:
+        raise ValueError("encoder_decoder: a profile describes one cache, here are two; "
+                         "use a method without one, such as 'pages'")
     text = copy.deepcopy(config.get_text_config(decoder=True))
     text.is_encoder_decoder = False
     caches = NDCache(text, bits, **kw), NDCache(text, cross_bits, **kw | dict(window=0))
@@ -230,6 +237,7 @@ def encoder_decoder(
 
 # %% ../nbs/40_cache.ipynb #de53c3da
 def __getattr__(name):
-    if name not in ("prompt_cache", "refresh"): raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in ("prompt_cache", "refresh"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ndkv import prompt
     return getattr(prompt, name)

@@ -75,14 +75,14 @@ class Due(NamedTuple):
     entries:dict # What they become
 
 def _order(codec, n, before):
-    "For values whose pages have the order of their keys: that order, where keys of the same tokens have just been encoded."
+    "For values whose pages follow their keys: the order of those, if they have just been encoded."
     if not getattr(codec, "follows", False): return None
     keys = next((d for d in before if d.kind == "keys" and d.n == n), None)
     return None if keys is None else before[0].store.packed.codec.order(keys.entries)
 
 # %% ../nbs/39_layers.ipynb #3d644eff
 def lost_of_first(due):
-    "What the first tokens of a block lose, in units of what the median channel varies by; 0 if the code knows its data."
+    "Error of a block's first tokens over what the median channel varies by; 0 if the code knows its data."
     codec, group = due.store.packed.codec, due.store.packed.group
     if not getattr(codec, "data_free", False): return 0.
     n = max(min(due.n, 64)//group, 1) # entries

@@ -169,8 +169,9 @@ class NDLayer(PlainLayer):
     def update(self, key_states, value_states, *args, told=None, **kwargs):
         "Take `[B, H, q, D]` keys and values (`told`: by a mask); return those that this call's attention reads."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-        if told is None or not self.differ(told, len(key_states)): return super().update(key_states, value_states)
-        return self.update_parts(key_states, value_states, told)
+        if told is not None and self.differ(told, len(key_states)):
+            return self.update_parts(key_states, value_states, told)
+        return super().update(key_states, value_states)
 
     def update_parts(self, k, v, told):
         "`update` for rows that differ."
@@ -291,7 +292,9 @@ def check_hidden(parts, L, q, shown):
 # %% ../nbs/39_padding.ipynb #c1e523e2
 class Padded(Sees):
     "A cache that notes the padding of a call; its layers are told."
-    told, own_masks, wants_places = None, False, False # of the coming call; does the model make its masks; do codecs ask
+    told = None          # Of the coming call
+    own_masks = False    # Does the model make its masks by itself?
+    wants_places = False # Do codecs ask where a token stands?
 
     @torch.compiler.disable
     def see(self,

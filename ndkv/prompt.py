@@ -70,9 +70,9 @@ def prompt_cache(
     block:int|None=None,  # As in `NDCache`; None = 64 of frames, a page without
     **kw                  # Other arguments of `NDCache`
 ) -> NDCache: # Empty; feed it the prompt
-    "A cache in frames measured on the prompt, or of pages without a profile where the prompt is short or its frames do worse."
+    "A cache in frames measured on the prompt, or of pages where it is short or its frames do worse."
     held = dict(window=window, sinks=sinks, block=64 if block is None else block)
-    NDCache(model.config, method="spectral", codecs={}, **held, **kw) # refuses before the work what it would refuse after it
+    NDCache(model.config, method="spectral", codecs={}, **held, **kw) # what it refuses, it refuses before the work
     pages = lambda: plain_cache(model.config, bits, block, window=window, sinks=sinks, **kw)
     if ids.shape[1] < least: return pages()
     model = private_copy(model)
