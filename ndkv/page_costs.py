@@ -25,7 +25,7 @@ PAGE_CODES = dict(
     pages=dict(method='pages', tokens=0, tiers=None),
     even=dict(method='pages', tokens=0, tiers=False), # widths do not follow importance
     plan=dict(method='spectral', home='64', tokens=0),
-    paid=dict(method='pages', tokens=SHARED_TOKENS, tiers=None),
+    paid=dict(method='pages', tokens=SHARED_TOKENS, tiers=None, version=3), # bases of 3 to 8 bits an entry
     rotation=dict(method='rotation'),
 )
 
