@@ -980,6 +980,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ndkv.kernels_pages.Plan': ('read_pages.html#plan', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan.__init__': ('read_pages.html#plan.__init__', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan._keys': ('read_pages.html#plan._keys', 'ndkv/kernels_pages.py'),
+                                    'ndkv.kernels_pages.Plan._make': ('read_pages.html#plan._make', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan._values': ('read_pages.html#plan._values', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan.key': ('read_pages.html#plan.key', 'ndkv/kernels_pages.py'),
                                     'ndkv.kernels_pages.Plan.plain': ('read_pages.html#plan.plain', 'ndkv/kernels_pages.py'),

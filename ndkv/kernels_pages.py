@@ -163,6 +163,9 @@ class Plan:
         device="cpu",
         warps:int=0,     # Of a block of the fast kernel, whose tables they share: 4, 8 or 16; 0: as many as fit
     ):
+        with torch.device("cpu"): self._make(keys, values, pages, scale, device, warps) # whatever the default device is
+
+    def _make(self, keys, values, pages, scale, device, warps):
         self._warps = warps
         k, v, home = keys.basis, values.basis, keys.home
         self.D, self.Dv, self.H, rope = keys.D, values.D, len(k.mean), home.rope

@@ -11,6 +11,9 @@ __all__ = ['METHODS', 'DEFAULT', 'LATENTS', 'PLANNED', 'own_seed', 'Place', 'Met
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+
 from .codec import NormDirectionCodec
 from .equalised import EqualisedCodec
 from .equalised_pages import EqualisedPageCodec
@@ -51,7 +54,8 @@ class Method:
     plan_options:tuple=()   # Options of a cache that are for the plan
     paged:bool=False        # Are tokens stored in pages?
 
-    def __call__(self, place, bits=None, /, **options): return self.make(place, bits, **options)
+    def __call__(self, place, bits=None, /, **options):
+        with torch.device("cpu"): return self.make(place, bits, **options) # whatever the default device is
 
     @property
     def block(self): return PAGE if self.paged else 64 # tokens that a cache encodes together, if nobody says
@@ -199,7 +203,7 @@ def make_plan(
 ) -> dict: # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget."
     held = dict(tokens=tokens, length=length, window=window, model=model)
-    return METHODS[method].plan(profile, bits, block=block, sinks=sinks, **held, **kw)
+    with torch.device("cpu"): return METHODS[method].plan(profile, bits, block=block, sinks=sinks, **held, **kw) # where profiles are
 
 # %% ../nbs/38_methods.ipynb #2ba2de12
 def _budget(bits):

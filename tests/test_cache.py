@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from reference import Absmax, Follow, PlainLayer
 from ndkv.cache import METHODS, NDCache, Place, NDLayer, NDSlidingLayer, Packed, encoder_decoder, method
 from ndkv.codec import NormDirectionCodec, packed_size
+from ndkv.fisher import calibrate
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None)
@@ -488,3 +489,21 @@ def test_late_refusals():
     with pytest.raises(ValueError, match="multiple of 128"): NDLayer(0, block=64).update(k, v)
     sliding.update(k, v)
     with pytest.raises(RuntimeError, match="activate_past_recording"): sliding.crop(-5)
+
+
+@pytest.mark.parametrize("name, bits, profiled", [
+    ("pages", 2, True), ("spectral", 2, True), ("pages", 3, False), ("rotation", 3, False), ("equalised", 3, False)])
+def test_codecs_are_made_on_the_cpu_whatever_the_default_device_is(name, bits, profiled):
+    "An engine makes its layers under the device they are for; `meta` has no values, so nothing may be made there."
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                               num_key_value_heads=1, head_dim=32)).eval()
+    ids, profile = torch.randint(3, 64, (1, 500)), None
+    if profiled: profile = calibrate(model, torch.randint(3, 64, (4, 512)), batch=2, bar=False)
+    logits = []
+    for device in ("cpu", "meta"):
+        own = copy.deepcopy(profile) # a profile keeps plans
+        if own: own.kept.clear()
+        with torch.device(device): cache = NDCache(model.config, bits=bits, method=name, **dict(profile=own) if own else {})
+        with torch.no_grad(): logits.append(model(ids, past_key_values=cache).logits)
+    assert torch.equal(*logits)

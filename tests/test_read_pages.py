@@ -140,6 +140,15 @@ def test_what_is_known_of_a_layer_is_made_once_and_stays_in_range(monkeypatch):
     assert made == [3]
 
 
+def test_what_is_known_of_a_layer_is_made_on_the_cpu_whatever_the_default_device_is():
+    "As codecs are; on `meta` nothing could be read back."
+    codecs, plans = drawn(32, 4, 0)[0], []
+    for device in ("cpu", "meta"):
+        with torch.device(device): plans.append(kp.Plan(*codecs, 4))
+    for a, b in zip(*(vars(p).items() for p in plans)):
+        if torch.is_tensor(a[1]): assert torch.equal(a[1], b[1]), a[0]
+
+
 @torch.no_grad()
 def test_generation_reads_pages_by_the_kernel(monkeypatch):
     "A model's single tokens go through the kernel, chunks and cropped pasts too, with the predictions of decoded tiles."
