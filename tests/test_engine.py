@@ -333,8 +333,9 @@ def test_entry_point():
 def run(script, *args, **env):
     "A script of tests/ in a process of its own; the JSON that it prints last."
     import os
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     p = subprocess.run([sys.executable, ROOT/"tests"/script, *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-                       env=os.environ | dict(PYTHONPATH=str(ROOT)) | env)
+                       env=os.environ | dict(PYTHONPATH=path) | env)
     assert p.returncode == 0, p.stdout[-3000:] + p.stderr[-3000:]
     return json.loads(p.stdout.strip().splitlines()[-1])
 

@@ -33,7 +33,7 @@ SMALL = ( # beside vLLM, for a machine that has PyTorch 2.11, transformers and t
     "opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai outlines_core==0.2.14 partial-json-parser "
     "prometheus-fastapi-instrumentator pybase64 pycountry pydantic-core==2.46.5 pydantic-extra-types pydantic-settings "
     "pydantic==2.13.5 pyjwt python-dotenv python-json-logger python-multipart pyzmq referencing rpds-py setproctitle "
-    "sniffio sse-starlette starlette truststore typing-inspection uvicorn watchfiles xgrammar<1.0.0 "
+    "sniffio sse-starlette starlette truststore typing-inspection uvicorn watchfiles xgrammar==0.2.3 " # newer ones want a newer tvm-ffi than vLLM
 ).split()
 
 METHODS = { # name -> (options of the engine, environment)
