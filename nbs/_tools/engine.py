@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = "vllm/vllm-rs", "vllm/third_party/fmha_sm100/", "vllm/third_party/deep_gemm/", "vllm/third_party/tml_fa4/"
 LIBRARIES = "_C_stable_libtorch", "_vllm_fa3_C", "cumem_allocator", "spinloop", "fs_io_C"
 SMALL = ( # beside vLLM, for a machine that has PyTorch 2.11, transformers and the usual; versions where vLLM 0.26 or another one asks for them
-    "annotated-types apache-tvm-ffi==0.1.10 astor blake3 cachetools cbor2 compressed-tensors==0.17.0 depyf==0.20.0 dill "
+    "annotated-types apache-tvm-ffi==0.1.12 astor blake3 cachetools cbor2 compressed-tensors==0.17.0 depyf==0.20.0 dill "
     "distro fastapi<0.137.0 googleapis-common-protos httpcore2 httpx-sse httpx2 ijson importlib-metadata interegular jiter "
     "jsonschema jsonschema-specifications lark==1.2.2 llguidance<1.8.0 lm-format-enforcer==0.11.3 loguru mcp mcp-types "
     "mistral_common msgspec openai openai-harmony opentelemetry-api opentelemetry-exporter-http-transport "
@@ -33,7 +33,7 @@ SMALL = ( # beside vLLM, for a machine that has PyTorch 2.11, transformers and t
     "opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai outlines_core==0.2.14 partial-json-parser "
     "prometheus-fastapi-instrumentator pybase64 pycountry pydantic-core==2.46.5 pydantic-extra-types pydantic-settings "
     "pydantic==2.13.5 pyjwt python-dotenv python-json-logger python-multipart pyzmq referencing rpds-py setproctitle "
-    "sniffio sse-starlette starlette truststore typing-inspection uvicorn watchfiles xgrammar==0.2.3 " # newer ones want a newer tvm-ffi than vLLM
+    "sniffio sse-starlette starlette truststore typing-inspection uvicorn watchfiles xgrammar==0.2.9 " # wants a newer tvm-ffi than vLLM names
 ).split()
 
 METHODS = { # name -> (options of the engine, environment)
