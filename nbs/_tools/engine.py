@@ -168,7 +168,8 @@ def run(args):
         subprocess.run([sys.executable, __file__, "run", "--only", "made", f"--shape={args.shape}", f"--folder={args.folder}"], check=True)
     found = {}
     for name in args.methods.split(","):
-        env = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+        env = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
+                                VLLM_USE_FLASHINFER_SAMPLER="0") # it is not brought along
         if name.startswith("ndkv"): env |= dict(NDKV_PROFILE=f"{args.folder}/{args.shape}.safetensors") | METHODS[name][1]
         command = [sys.executable, __file__, "run", "--only", name, *(f"--{k}={getattr(args, k)}" for k in SAME), *["--eager"]*args.eager]
         log = Path(args.folder)/f"{name}.log"
