@@ -10,6 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 ENV := $(VENV)/.ndkv-installed
 TOOL := $(PY) nbs/_tools/nb.py
 MODEL ?= llama
+FILE = $(or $(wildcard nbs/*/$(NB).ipynb),nbs/$(NB).ipynb)
 
 .PHONY: help env reproduce report test test-noise test-cpus check nbtest pytest pytest-first pytest-second verify export readme lint compile demo train evaluate paper docs edit save nb-run test-gpu clean
 
@@ -103,13 +104,13 @@ docs: env ## linked pages of notebooks, modules, rows and figures in _docs/
 
 edit: env ## a notebook as a script: make edit NB=40_cache, edit .cache/40_cache.py, make save NB=40_cache
 	@test -n "$(NB)" || { echo "usage: make edit NB=40_cache"; exit 2; }
-	@mkdir -p .cache && $(BIN)/jupytext --to py:percent -o .cache/$(NB).py nbs/$(NB).ipynb
+	@mkdir -p .cache && $(BIN)/jupytext --to py:percent -o .cache/$(NB).py $(FILE)
 
 save: env ## the script back into its notebook: make save NB=40_cache
 	@test -n "$(NB)" || { echo "usage: make save NB=40_cache"; exit 2; }
-	$(BIN)/jupytext --update --to ipynb -o nbs/$(NB).ipynb .cache/$(NB).py
-	$(BIN)/nbdev_clean --fname nbs/$(NB).ipynb
-	$(BIN)/nbdev_export --path nbs/$(NB).ipynb
+	$(BIN)/jupytext --update --to ipynb -o $(FILE) .cache/$(NB).py
+	$(BIN)/nbdev_clean --fname $(FILE)
+	$(BIN)/nbdev_export --path $(FILE)
 
 nb-run: env ## execute notebooks and keep their outputs (NB=40_cache, or all)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TOOL) run $(NB)

@@ -25,7 +25,7 @@ def test_every_link_leads_somewhere(site):
 
 
 def test_every_notebook_module_and_results_file_has_a_page(site):
-    for notebook in (ROOT / 'nbs').glob('*.ipynb'): assert (site / f'{notebook.stem}.html').exists()
+    for notebook in (ROOT / 'nbs').rglob('*.ipynb'): assert (site / f'{notebook.stem}.html').exists()
     for rows in (ROOT / 'results').glob('*.jsonl'):
         page = (site / 'results' / f'{rows.stem}.html').read_text()
         assert page.count('<tr id="L') == len(rows.read_text().splitlines())
@@ -50,7 +50,7 @@ def test_a_broken_link_is_found(site, tmp_path, old, new):
 
 def test_what_code_font_leads_to():
     places = site_pages.Places()
-    assert places.code('34_spectral') == '34_spectral.html' and places.code('nbs/20_codec.ipynb') == '20_codec.html'
+    assert places.code('34_spectral') == '34_spectral.html' and places.code('nbs/codes/20_codec.ipynb') == '20_codec.html'
     assert places.code('results/frontier.jsonl#L1') == 'results/frontier.html#L1' and places.code('results/frontier.jsonl#L999999') is None
     assert places.code('lloyd_max').startswith('modules/codebooks.html#line-') and places.code('no_such_name') is None
     assert places.link('https://arxiv.org/abs/2402.02750').startswith('https') and places.link('LICENSE') is None

@@ -3,7 +3,7 @@
     python nbs/_tools/nb.py run [NOTEBOOK ...]    execute, keep outputs (skipped cells keep the ones they had)
     python nbs/_tools/nb.py check                 notebooks clean, package and README in sync; nothing is written
     python nbs/_tools/nb.py lint                  numbers that were typed into the paper's prose
-    python nbs/_tools/nb.py readme                write README.md from nbs/index.ipynb
+    python nbs/_tools/nb.py readme                write README.md from nbs/index.ipynb, nbs/README.md from the notebooks' titles
     python nbs/_tools/nb.py docs                  notebooks, modules, rows and figures as linked pages in _docs/
 """
 import os
@@ -13,13 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-NBS = ROOT / 'nbs'
+sys.path.insert(0, str(Path(__file__).parent))
+import wings
+
+ROOT, NBS = wings.ROOT, wings.NBS
 
 
 def notebooks(names=()):
-    "The notebooks called `names` (`40_cache`, `nbs/40_cache.ipynb`), or all of them in reading order."
-    found = sorted(NBS.glob('*.ipynb'))
+    "The notebooks called `names` (`40_cache`, `nbs/cache/40_cache.ipynb`), or all of them in reading order."
+    found = wings.notebooks()
     if not names: return found
     wanted = {Path(n).name.removesuffix('.ipynb') for n in names}
     unknown = wanted - {f.stem for f in found}
@@ -95,6 +97,12 @@ def readme(root=ROOT):
     return readme_with_claims('\n\n'.join([note] + [p for p in parts if p]) + '\n', root / 'results')
 
 
+def atlas():
+    "The text of nbs/README.md."
+    note = '<!-- Written by `make export` from the titles of the notebooks and `nbs/_tools/wings.py`. -->'
+    return f'{note}\n\n# Notebooks\n\nWings, and notebooks in them, stand in reading order.\n\n{wings.atlas()}'
+
+
 def differences(old, new, pattern):
     "Names of files that match `pattern` and differ between two trees, or are in one only."
     names = {p.relative_to(tree) for tree in (old, new) for p in tree.glob(pattern)}
@@ -112,10 +120,12 @@ def check():
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns('__pycache__', '_tools', '.ipynb_checkpoints'))
         for tool in ('nbdev_clean', 'nbdev_export'):
             subprocess.run([Path(sys.executable).with_name(tool)], cwd=copy, check=True, stdout=subprocess.DEVNULL)
-        problems = [f'nbs/{n}: not clean; run `make export`' for n in differences(NBS, copy / 'nbs', '*.ipynb')]
+        problems = [f'nbs/{n}: not clean; run `make export`' for n in differences(NBS, copy / 'nbs', '**/*.ipynb')]
         problems += [f'ndkv/{n}: differs from its notebook; run `make export`' for n in differences(ROOT / 'ndkv', copy / 'ndkv', '**/*.py')]
-    text = (ROOT / 'README.md').read_text(encoding='utf8') if (ROOT / 'README.md').exists() else ''
-    if text != readme(): problems.append('README.md: differs from nbs/index.ipynb and the claims; run `make export`')
+    problems += [f'nbs/{n}: in no wing; move it into a folder of nbs/_tools/wings.py' for n in wings.strays()]
+    for path, made, source in ((ROOT / 'README.md', readme(), 'nbs/index.ipynb and the claims'), (NBS / 'README.md', atlas(), 'the titles of the notebooks')):
+        text = path.read_text(encoding='utf8') if path.exists() else ''
+        if text != made: problems.append(f'{path.relative_to(ROOT)}: differs from {source}; run `make export`')
     print('\n'.join(problems) or f'notebooks clean, package and README in sync ({len(notebooks())} notebooks)')
     return bool(problems)
 
@@ -145,7 +155,10 @@ def main(command='', *args):
     if command == 'run': return run_each(names, ' '.join(flags).split())
     if command == 'check': return check()
     if command == 'lint': return lint()
-    if command == 'readme': return (ROOT / 'README.md').write_text(readme(), encoding='utf8') and None
+    if command == 'readme':
+        (ROOT / 'README.md').write_text(readme(), encoding='utf8')
+        (NBS / 'README.md').write_text(atlas(), encoding='utf8')
+        return
     if command == 'docs': return docs()
     sys.exit(__doc__)
 

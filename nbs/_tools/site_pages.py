@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,7 +21,10 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+from wings import ROOT, WINGS, atlas, notebooks
+
+AT = re.compile(r'# %% \.\./nbs/(?:\w+/)?([\w.]+)\.ipynb #(\w+)') # What an exported cell begins with
 
 STYLE = '''
 :root { --ink: #1a1a1a; --soft: #5b6470; --line: #d9dee3; --link: #00507a; --pale: #f5f7f9; --mark: #d55e00; }
@@ -46,16 +50,11 @@ table { border-collapse: collapse; font-size: 13.5px; margin: .8rem 0; display: 
 '''
 
 
-def notebooks():
-    "Notebooks in reading order, the index first."
-    found = sorted((ROOT / 'nbs').glob('*.ipynb'))
-    return [f for f in found if f.stem == 'index'] + [f for f in found if f.stem != 'index']
-
-
 class Places:
     "What can be linked to: notebooks, public names and cells of modules, rows of results."
     def __init__(self):
         self.notebooks = {f.stem: read_nb(f) for f in notebooks()}
+        self.files = {f.stem: str(f.relative_to(ROOT)) for f in notebooks()}
         self.titles = {n: next((l[2:] for c in nb.cells if c.cell_type == 'markdown' for l in c.source.splitlines() if l.startswith('# ')), n) for n, nb in self.notebooks.items()}
         self.module_of = {n: m for n, nb in self.notebooks.items() if (m := next((w[1] for c in nb.cells for w in [re.match(r'#\| default_exp ([\w.]+)', c.source)] if w), None))}
         self.modules = {m: (ROOT / 'ndkv' / f'{m}.py').read_text(encoding='utf8') for m in self.module_of.values()}
@@ -63,7 +62,7 @@ class Places:
         self.cells, self.names = {}, {}
         for m, source in self.modules.items():
             for i, line in enumerate(source.splitlines(), 1):
-                if w := re.match(r'# %% \.\./nbs/([\w.]+)\.ipynb #(\w+)', line): self.cells[w[1], w[2]] = m, i
+                if w := AT.match(line): self.cells[w[1], w[2]] = m, i
             for node in ast.parse(source).body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'): self.names.setdefault(node.name, (m, node.lineno))
 
@@ -73,7 +72,7 @@ class Places:
 
     def code(self, text):
         "Where a word in code font leads: a notebook, a module, a public name, a row."
-        if w := re.fullmatch(r'(?:nbs/)?(\w+?)(?:\.ipynb)?', text):
+        if w := re.fullmatch(r'(?:nbs/)?(?:\w+/)?(\w+?)(?:\.ipynb)?', text):
             if w[1] in self.notebooks and re.match(r'\d\d_', w[1]): return f'{w[1]}.html'
         if w := re.fullmatch(r'(?:results/)?(\w+)\.jsonl(?:#L(\d+))?', text):
             return self.row(w[1], w[2]) if w[2] else f'results/{w[1]}.html' if w[1] in self.rows else None
@@ -157,7 +156,7 @@ def embedded(kind, data):
 def cells(name, places):
     "The body of a notebook's page and its headings."
     prose, parts = Prose(places), []
-    if name in places.module_of: parts.append(f'<p class="where">notebook <code>nbs/{name}.ipynb</code>, module <a href="modules/{places.module_of[name]}.html"><code>ndkv.{places.module_of[name]}</code></a></p>')
+    if name in places.module_of: parts.append(f'<p class="where">notebook <code>{places.files[name]}</code>, module <a href="modules/{places.module_of[name]}.html"><code>ndkv.{places.module_of[name]}</code></a></p>')
     for cell in places.notebooks[name].cells:
         if re.match(r'#\| (hide|default_exp)', cell.source) or 'nbdev_export' + '(' in cell.source or not cell.source.strip(): continue
         if cell.cell_type == 'markdown': parts.append(MarkdownWithMath(prose).render(cell.source))
@@ -175,10 +174,10 @@ def module(name, places):
     plain = places.modules[name].splitlines()
     out = []
     for i, (line, source) in enumerate(zip(lines, plain), 1):
-        if w := re.match(r'# %% \.\./nbs/([\w.]+)\.ipynb #(\w+)', source): line = f'<a href="../{w[1]}.html#cell-{w[2]}">{line}</a>'
+        if w := AT.match(source): line = f'<a href="../{w[1]}.html#cell-{w[2]}">{line}</a>'
         out.append(f'<span id="line-{i}"><span class="linenos">{i:4}</span>{line}</span>')
     home = next(n for n, m in places.module_of.items() if m == name)
-    return f'<h1>ndkv.{name}</h1><p class="where">exported from <a href="../{home}.html">nbs/{home}.ipynb</a>; edit the notebook, not the module</p><div class="highlight"><pre>' + '\n'.join(out) + '</pre></div>'
+    return f'<h1>ndkv.{name}</h1><p class="where">exported from <a href="../{home}.html">{places.files[home]}</a>; edit the notebook, not the module</p><div class="highlight"><pre>' + '\n'.join(out) + '</pre></div>'
 
 
 def rows(name, places):
@@ -230,11 +229,12 @@ def sidebar(places, here, headings, up):
         inner = ''.join(f'<li><a href="#{a}">{html.escape(t)}</a></li>' for level, a, t in headings if level == 2) if page == here else ''
         return f'<li{" class=here" if page == here else ""}><a href="{up}{page}">{text}</a>{"<ul>" + inner + "</ul>" if inner else ""}</li>'
     numbered = lambda n: f'<small>{n[:2]}</small> {html.escape(places.titles[n])}'
-    reading = ''.join(item(f'{n}.html', numbered(n)) for n in places.notebooks if n != 'index')
+    wing = lambda w: ''.join(item(f'{n}.html', numbered(n)) for n, file in places.files.items() if file.startswith(f'nbs/{w}/'))
+    reading = ''.join(f'<h2>{w}</h2><ul>{wing(w)}</ul>' for w in WINGS)
     files = ''.join(item(f'results/{n}.html', n) for n in places.rows)
     sources = ''.join(item(f'modules/{m}.html', m) for m in places.modules)
     paper = f'<li><a href="{up}paper.pdf">Paper (PDF)</a></li>' if (ROOT / 'paper' / 'main.pdf').exists() else ''
-    return (f'<nav><a class="name" href="{up}index.html">ndkv</a><h2>Notebooks</h2><ul>{reading}</ul><h2>Evidence</h2><ul>{item("claims.html", "Claims")}{item("figures.html", "Figures")}{paper}</ul>'
+    return (f'<nav><a class="name" href="{up}index.html">ndkv</a>{reading}<h2>Evidence</h2><ul>{item("claims.html", "Claims")}{item("figures.html", "Figures")}{paper}</ul>'
             f'<h2>Rows</h2><ul>{files}</ul><h2>Modules</h2><ul>{sources}</ul></nav>')
 
 
@@ -268,9 +268,11 @@ def build(out):
 
 
 def readme(places):
-    "The first page: README.md, which has the claims filled in."
+    "The first page: README.md, which has the claims filled in, with the map of the notebooks before its first section."
     prose = Prose(places)
     text = re.sub(r'<!--.*?-->', '', (ROOT / 'README.md').read_text(encoding='utf8'), flags=re.S)
+    top, section, rest = text.partition('\n## ')
+    text = f'{top}\n## Notebooks\n\n{atlas("{stem}.ipynb")}{section}{rest}'
     return MarkdownWithMath(prose).render(text), prose.headings
 
 
