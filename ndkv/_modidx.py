@@ -2218,6 +2218,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ndkv.tasks.choice_scores': ('lab/tasks.html#choice_scores', 'ndkv/tasks.py'),
                             'ndkv.tasks.choices': ('lab/tasks.html#choices', 'ndkv/tasks.py'),
                             'ndkv.tasks.common_prefix': ('lab/tasks.html#common_prefix', 'ndkv/tasks.py'),
+                            'ndkv.tasks.earned': ('lab/tasks.html#earned', 'ndkv/tasks.py'),
                             'ndkv.tasks.filler': ('lab/tasks.html#filler', 'ndkv/tasks.py'),
                             'ndkv.tasks.greedy': ('lab/tasks.html#greedy', 'ndkv/tasks.py'),
                             'ndkv.tasks.greedy_batch': ('lab/tasks.html#greedy_batch', 'ndkv/tasks.py'),

@@ -89,7 +89,7 @@ def _watch(self:Book):
 Book.watch = _watch
 
 # %% ../nbs/paper/91_book.ipynb #7cf580a7
-MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at', 'requests'} # requests that were finished
+MEASURED = {'value', 'stderr', 'n', 'ci', 'run', 'at', 'requests', 'outcomes'} # requests that were finished
 
 # %% ../nbs/paper/91_book.ipynb #ea4b9662
 def _cell(self:Book, **where):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOUNS', 'ADJECTIVES', 'RETRIEVAL', 'QA_FILES', 'TASKS', 'plain_cell', 'common_prefix', 'by_rows', 'repeated', 'begun',
            'shared_prefix', 'answer_scores', 'filler', 'split_tokens', 'retrieval_items', 'parse_question', 'choices',
-           'choice_items', 'retrieval_scores', 'choice_scores', 'cell_fields', 'task_scores', 'greedy', 'greedy_batch',
-           'QuantizedLM', 'register_lm_eval', 'lm_eval_main']
+           'choice_items', 'earned', 'retrieval_scores', 'choice_scores', 'cell_fields', 'task_scores', 'greedy',
+           'greedy_batch', 'QuantizedLM', 'register_lm_eval', 'lm_eval_main']
 
 # %% ../nbs/lab/74_tasks.ipynb #d492ac4a
 import copy, json, math, random, re
@@ -270,15 +270,22 @@ def _mean(values):
     return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None), len(x)
 
 
+def earned(
+    values: list[float],  # Of each question: 1 if right, 0 if wrong, or a share
+) -> str | list[float]:  # Digits where there is nothing between
+    "What each question earned, as a row keeps it, so that two caches can be compared question by question."
+    return "".join(f"{v:.0f}" for v in values) if set(values) <= {0.0, 1.0} else [round(v, 4) for v in values]
+
+
 def retrieval_scores(model, tokenizer, cell, name, length, n=50, seed=0, texts=(), **kw) -> dict[str, tuple]:
-    "metric -> (value, standard error, questions) of one retrieval task."
+    "metric -> (value, standard error, questions), and for the accuracy what each question earned, of one retrieval task."
     found = answer_scores(model, retrieval_items(name, tokenizer, length, n, seed, texts), cell, **kw)
     right = [w / m if name == "copy" else float(w == m) for _, w, m in found]
-    return {"accuracy": _mean(right), "answer_nll": _mean([-p / m for p, _, m in found])}
+    return {"accuracy": (*_mean(right), earned(right)), "answer_nll": _mean([-p / m for p, _, m in found])}
 
 
 def choice_scores(model, tokenizer, cell, path, length=512, n=200, **kw) -> dict[str, tuple]:
-    "metric -> (value, standard error, questions) of one question file."
+    "metric -> (value, standard error, questions), and for the accuracy what each question earned, of one question file."
     asked = choice_items(path, tokenizer, length, n)
     found = iter(answer_scores(model, [i for items, *_ in asked for i in items], cell, **kw))
     right, nll = [], []
@@ -287,7 +294,7 @@ def choice_scores(model, tokenizer, cell, path, length=512, n=200, **kw) -> dict
         best = max(range(len(items)), key=lambda j: scores[j][0] / chars[j])
         right.append(float(best == answer))
         nll.append(-scores[answer][0] / scores[answer][2])
-    return {"accuracy": _mean(right), "answer_nll": _mean(nll)}
+    return {"accuracy": (*_mean(right), earned(right)), "answer_nll": _mean(nll)}
 
 # %% ../nbs/lab/74_tasks.ipynb #81b86d64
 def cell_fields(
@@ -312,14 +319,15 @@ def task_scores(
     batch: int = 16,  # Sequences at a time
     bar: bool = True,  # Show progress
 ) -> list[dict]:  # Rows of the results schema, for `run.row(model=..., **row)`
-    "Accuracies in decode mode, with standard errors."
+    "Accuracies in decode mode, with standard errors and what each question earned."
     rows, kw = [], dict(n=n, batch=batch, bar=bar)
     for name in tasks:
         if name not in TASKS: raise ValueError(f"no task named {name!r}: choose one of {', '.join(TASKS)}")
         score = partial(retrieval_scores, name=name, seed=seed, texts=texts) if name in RETRIEVAL else partial(choice_scores, path=Path(qa) / f"{QA_FILES[name]}.test.json")
         for length in lengths:
-            for metric, (value, stderr, count) in score(model, tokenizer, cell, length=length, **kw).items():
-                rows.append(cell_fields(cell) | dict(data=name, length=length, metric=metric, value=value, n=count) | ({} if stderr is None else dict(stderr=stderr)))
+            for metric, (value, stderr, count, *each) in score(model, tokenizer, cell, length=length, **kw).items():
+                known = dict(stderr=stderr, outcomes=each[0] if each else None)
+                rows.append(cell_fields(cell) | dict(data=name, length=length, metric=metric, value=value, n=count) | {k: v for k, v in known.items() if v is not None})
     return rows
 
 # %% ../nbs/lab/74_tasks.ipynb #c53094d4
