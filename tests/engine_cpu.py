@@ -1,8 +1,9 @@
-"""vLLM on a CPU with pages in its blocks, against the same rule computed by `transformers` along the engine's own schedule.
+"""vLLM on a CPU or a GPU with pages in its blocks, against the same rule computed by `transformers` along the engine's own schedule.
 
-    NDKV_PROFILE=FILE python tests/engine_cpu.py FOLDER mixed|prefix|preempt ['{"max_num_batched_tokens": 96}']
+    python tests/engine_cpu.py FOLDER make                  # a small model in FOLDER/model and its profile
+    NDKV_PROFILE=FILE python tests/engine_cpu.py FOLDER mixed|prefix|preempt|texts ['{"max_num_batched_tokens": 96}']
 
-Needs vLLM 0.26 built for CPUs. Where its binary does not load (another PyTorch than it was built for), the operations that a small Llama needs
+Needs vLLM 0.26, on a CPU one that is built for CPUs. Where its binary does not load (another PyTorch than it was built for), the operations that a small Llama needs
 are replaced by PyTorch; the scheduler, the memory manager, block tables and the model runner are the engine's in any case.
 """
 import copy
@@ -12,11 +13,22 @@ import os
 import sys
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_OMP_THREADS_BIND="nobind",
-                  HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_V2_MODEL_RUNNER="0")
+                  HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+def make(folder):
+    "A model and its profile, which lies beside it: the engine reads every .safetensors of a model's folder as weights."
+    from ndkv.fisher import calibrate
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2)).eval()
+    for p in model.parameters(): p.data *= 4 if p.dim() > 1 else 1
+    model.save_pretrained(f"{folder}/model")
+    calibrate(model, torch.randint(3, 512, (8, 512)), bar=False).save(f"{folder}/profile.safetensors")
 
 
 def stand_ins():
@@ -86,8 +98,8 @@ def noted(scheduler):
 
 @torch.no_grad()
 def compare(model, cache, prompt, output, steps):
-    "Largest difference of log-probabilities along a request; tokens that are not the likeliest by more than that."
-    ids, worst, other = prompt + list(output.token_ids), 0., 0
+    "Along a request: largest difference of log-probabilities, tokens that are not the likeliest by more than .001, by how much at most."
+    ids, worst, other, widest = prompt + list(output.token_ids), 0., 0, 0.
     for a, n in steps:
         if a + n >= len(ids): break
         if cache.get_seq_length() != a: [layer.crop(a) for layer in cache.layers]
@@ -97,17 +109,26 @@ def compare(model, cache, prompt, output, steps):
             want = logits.log_softmax(-1)
             off = [abs(x.logprob - want[t].item()) for t, x in output.logprobs[i].items()]
             worst = max(worst, *(math.inf if math.isnan(x) else x for x in off))
-            other += (want.max() - want[output.token_ids[i]]).item() > 1e-3
-    return worst, other
+            gap = (want.max() - want[output.token_ids[i]]).item()
+            other, widest = other + (gap > 1e-3), max(widest, gap)
+    return worst, other, widest
 
 
 def main(folder, case, more="{}"):
-    lib = stand_ins() # kept, or they are gone
+    if case == "make": return make(folder)
+    gpu = torch.cuda.is_available()
+    lib = None if gpu else stand_ins() # kept, or they are gone
     from ndkv import engine
     engine.register() # as the entry point does, where ndkv is installed
+    from ndkv.cache import NDCache
     from vllm import LLM, SamplingParams
     options = dict(skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=1536, max_num_seqs=8, max_num_batched_tokens=256,
-                   compilation_config=dict(custom_ops=["none"], mode=0)) | json.loads(more)
+                   compilation_config=dict(custom_ops=["none"], mode=0))
+    if case == "texts": options |= dict(max_num_seqs=20, max_num_batched_tokens=20480, enable_prefix_caching=False)
+    if gpu: # what is replayed is compared, too
+        graphs = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_num_of_warmups=1)
+        options |= dict(enforce_eager=False, compilation_config=graphs, gpu_memory_utilization=.1, kv_cache_memory_bytes=2**30)
+    options |= json.loads(more)
     llm = LLM(folder, **options)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     steps, preempted = noted(scheduler)
@@ -116,6 +137,9 @@ def main(folder, case, more="{}"):
     codecs = engine.block_codecs(model.config, asked["profile"], asked["bits"])
 
     def rule():
+        if case == "texts":
+            flat = {(i, kind): c for i, pair in codecs.items() for kind, c in zip("kv", pair)}
+            return NDCache(model.config, method="pages", codecs=flat, window=asked["window"], sinks=0)
         cache = DynamicCache()
         cache.layers = [Rule(codecs[i], asked["window"]) for i in range(model.config.num_hidden_layers)]
         return cache
@@ -128,13 +152,15 @@ def main(folder, case, more="{}"):
         for i, (p, o, s) in enumerate(zip(prompts, out, mine)):
             if s[0][0] > caches[i].get_seq_length(): caches[i] = copy.deepcopy(caches[i - 1]) # it begins with what the one before has made
             found.append(compare(model, caches[i], p, o.outputs[0], s))
+            lengths.append(len(o.outputs[0].token_ids))
         hits.extend(s[0][0] for s in mine)
         return caches
 
-    found, hits = [], []
+    found, hits, lengths = [], [], []
     draw = torch.Generator().manual_seed(1)
     text = lambda n: torch.randint(3, model.config.vocab_size, (n,), generator=draw).tolist()
     if case == "mixed": serve([text(n) for n in (500, 45, 130, 397, 128, 129)], 150)
+    elif case == "texts": serve([text(n) for n in torch.linspace(100, 900, 20).int().tolist()], 64)
     elif case == "preempt": serve([text(n) for n in (100, 90, 140, 60)], 400)
     else: # a prefix of the request before, and one of the same batch
         base = text(600)
@@ -144,8 +170,10 @@ def main(folder, case, more="{}"):
         serve([again, again], 20)
     groups = [(type(g.kv_cache_spec).__name__, g.kv_cache_spec.block_size, g.kv_cache_spec.page_size_bytes, len(g.layer_names))
               for g in scheduler.kv_cache_config.kv_cache_groups]
-    print(json.dumps(dict(worst=max(w for w, _ in found), other=sum(n for _, n in found), hits=hits, preempted=len(preempted), groups=groups,
-                          chunks=max(sum(n > 1 for _, n in s) for s in steps.values()), stand_ins=bool(lib._op_defs))))
+    worst, other, widest = zip(*found)
+    print(json.dumps(dict(worst=max(worst), other=sum(other), widest=max(widest), prompts=len(found), tokens=sum(lengths), hits=hits,
+                          same_prompts=sum(not n for n in other), graphs=not options["enforce_eager"], preempted=len(preempted), groups=groups,
+                          chunks=max(sum(n > 1 for _, n in s) for s in steps.values()), stand_ins=bool(lib and lib._op_defs))))
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

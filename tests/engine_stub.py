@@ -29,7 +29,7 @@ SIGNATURES = { # class or function -> parameters, as vLLM 0.26.0 has them
     "vllm.model_executor.layers.attention.mla_attention.MLAAttention.__init__": None, # any
     "vllm.v1.attention.backends.registry.register_backend": "backend class_path is_mamba",
     "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase.get_kv_cache_spec": "self vllm_config",
-    "vllm.forward_context.get_forward_context": "",
+    "vllm.v1.attention.backend.AttentionMetadataBuilder.get_cudagraph_support": "vllm_config kv_cache_spec",
 }
 META = "query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound block_table_tensor slot_mapping".split() # of `CommonAttentionMetadata`
 FULL = "block_size num_kv_heads head_size dtype".split()                  # of `FullAttentionSpec`
@@ -71,7 +71,7 @@ class Builder(ABC):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device): self.kv_cache_spec = kv_cache_spec
 
 
-CONFIG, CONTEXT, REGISTERED = Space(), Space(), []
+CONFIG, REGISTERED = Space(), []
 
 
 def install():
@@ -80,7 +80,6 @@ def install():
     modules = {
         "vllm": {}, "vllm.v1": {}, "vllm.v1.attention": {}, "vllm.v1.attention.backends": {}, "vllm.model_executor": {},
         "vllm.model_executor.layers": {}, "vllm.model_executor.layers.attention": {}, "vllm.model_executor.models": {},
-        "vllm.forward_context": dict(get_forward_context=lambda: CONTEXT),
         "vllm.config": dict(get_current_vllm_config=lambda: CONFIG),
         "vllm.distributed": dict(get_tensor_model_parallel_rank=lambda: 0, get_tensor_model_parallel_world_size=lambda: 1),
         "vllm.model_executor.layers.attention_layer_base": dict(AttentionLayerBase=plain("AttentionLayerBase")),
@@ -147,7 +146,6 @@ def main(folder):
                            block_table_tensor=table.int(), slot_mapping=slots)
             assert set(vars(common)) == set(META)
             meta[x] = builders[x].build(0, common)
-        CONTEXT.attn_metadata = meta
         pad = lambda x: torch.cat([x[a:b], x.new_zeros(2, *x.shape[1:])])
         for layer in (layers[name(1)], layers[name(0)]): # others write the same blocks
             layer.impl.forward(layer, pad(q), pad(k), pad(v), layer.kv_cache, meta[name(0)], out)

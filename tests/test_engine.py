@@ -89,7 +89,7 @@ class Memory:
     """The memory manager of an engine, as little of it as there is: one pool for both groups, blocks with users, block 0 for padding; recent
     tokens leave as they do behind a sliding window. What is free holds noise, so that who reads it is found."""
     def __init__(self, layout, blocks=900, seed=0):
-        self.layout, self.random, self.users = layout, random.Random(seed), {}
+        self.layout, self.random, self.users, self.steps = layout, random.Random(seed), {}, engine.Steps(layout, 6)
         self.bytes = torch.randint(0, 256, (blocks, layout.nbytes), dtype=torch.uint8)
         self.free = self.random.sample(range(1, blocks), blocks - 1)
 
@@ -137,7 +137,9 @@ class Memory:
         for _, n in news: starts.append(starts[-1] + n)
         width = lambda rows: torch.tensor([row + [0]*(max(map(len, rows)) - len(row)) for row in rows], dtype=torch.int32)
         slots = [r.recent[p // L.recent]*L.recent + p % L.recent for r, n in news for p in range(r.done, r.done + n)]
-        step = engine.Step(starts, [r.done + n for r, n in news], L, width([r.pages for r, _ in news]), width([r.recent for r, _ in news]))
+        lens = [r.done + n for r, n in news]
+        self.steps.code([layer], self.bytes, self.bytes)
+        step = self.steps.make(starts, lens, width([r.pages for r, _ in news]), width([r.recent for r, _ in news]), torch.tensor(lens))
         q, k, v = (torch.cat([getattr(r, x)[r.done:r.done + n] for r, n in news] + [torch.zeros(3, h, 32)]) for x, h in zip("qkv", (4, 2, 2)))
         out = torch.full_like(q, math.nan)
         if plan is not None: layer.reads = lambda device: plan
@@ -220,6 +222,37 @@ def test_who_reads_a_block_need_not_have_written_it(profile, n):
     for x in (*b.pages, *b.recent): memory.users[x] += 1
     _, out = memory.step(layer, [(a, 28), (b, n)])
     check(out, alone(codecs, 0, b, 128, n))
+
+
+@pytest.mark.parametrize("window", [1, 37, 128])
+def test_steps_of_single_tokens_are_alike(profile, window):
+    "Shapes that depend on the batch alone, by the kernel and without; pages coded before the next step read as if coded at once."
+    kp = pytest.importorskip("ndkv.kernels_pages")
+    codecs = codecs_of(profile)
+    layout = engine.plan_blocks(codecs, torch.float32, window)
+    memory, layer, late, shapes = Memory(layout), engine.BlockLayer(*codecs[1], layout, 32**-.5, 6, 1), 0, set()
+    rs, plan = [Request(n, n) for n in (420, 290, 170)], kp.Plan(*codecs[1], 6, 32**-.5, torch.device("cpu"))
+    make = memory.steps.make
+
+    def made(*args): # of tables as wide as the engine's
+        wide = [torch.nn.functional.pad(t, (0, n - t.shape[1])) for t, n in zip(args[2:4], (6, 6*PAGE // layout.recent))]
+        step = make(*args[:2], *wide, args[4])
+        if isinstance(step, engine.Alike): shapes.add(tuple(x.shape for x in step.singles[1:]))
+        return step
+
+    memory.steps.make = made
+    memory.step(layer, [(r, len(r.k) - 135) for r in rs])
+    for i in range(134):
+        before = [r.done for r in rs]
+        out = memory.step(layer, [(r, 1) for r in rs], plan if i % 20 == 7 else None)
+        if i % 20 == 7: del layer.reads
+        late += memory.steps.due is not None
+        for r in rs: memory.slide(r)
+        if i % 9 == 7 or memory.steps.due is not None:
+            for r, c, x in zip(rs, before, out): check(x, alone(codecs, window, r, c, 1))
+    assert late == 3 and len(shapes) == 1
+    assert isinstance(make([0, 1, 2, 2], [5, 6, 0], *[torch.zeros(3, 6).int()]*2, torch.tensor([5, 6, 0])), engine.Alike) # padding
+    assert not isinstance(make([0, 2, 3], [5, 6], *[torch.zeros(2, 6).int()]*2, torch.tensor([5, 6])), engine.Alike)
 
 
 def test_a_step_of_nobody(profile):

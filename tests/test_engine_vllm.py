@@ -6,10 +6,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
+from engine_cpu import make # noqa: E402
 from engine_stub import FULL, META, SIGNATURES, SLIDING # noqa: E402
 from ndkv.fisher import calibrate # noqa: E402
 from test_engine import run # noqa: E402
@@ -43,12 +44,7 @@ def test_fields():
 def folder(tmp_path_factory):
     "A model and its profile."
     path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                                         num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2)).eval()
-    for p in model.parameters(): p.data *= 4 if p.dim() > 1 else 1
-    model.save_pretrained(path/"model") # the profile lies beside it: the engine reads every .safetensors of a model's folder as weights
-    calibrate(model, torch.randint(3, 512, (8, 512)), bar=False).save(path/"profile.safetensors")
+    make(path)
     return path
 
 
@@ -76,3 +72,9 @@ def test_the_engine_serves_what_a_request_gets_alone(folder, case, bits, window,
     if case == "prefix": assert got["hits"][:2] == [0, 512] and got["hits"][3] == 384
     if case == "preempt": assert got["preempted"] > 0
     if case == "mixed": assert got["chunks"] > 1
+
+
+def test_the_same_text(folder):
+    "20 prompts, greedily, through the engine and through `NDCache`."
+    got = run("engine_cpu.py", folder/"model", "texts", NDKV_PROFILE=str(folder/"profile.safetensors"), NDKV_BITS="3")
+    assert got["prompts"] == 20 and got["tokens"] == 20*64 and got["widest"] < 2e-2, got # a code at a tie

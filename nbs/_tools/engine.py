@@ -1,18 +1,21 @@
 """vLLM on a machine that has a GPU and no way to install: bring it in pieces, and measure pages in its blocks.
 
     python nbs/_tools/engine.py fetch WHEELS                            # here: vLLM's wheel (304 MB) and 67 small ones (38 MB)
-    python nbs/_tools/engine.py pieces WHEELS OUT                       # here: OUT/engine.00, engine.01, ... of at most 24 MB
+    python nbs/_tools/engine.py pieces WHEELS OUT                       # here: OUT/engine.00, engine.01, ... of at most 24 MB, 60 in all
     python nbs/_tools/engine.py install OUT FOLDER                      # there: joined, unpacked; nothing is installed
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py run --out results   # there: rows of requests held, tokens/s, first token
+    PYTHONPATH=FOLDER:. python nbs/_tools/engine.py same --out results  # there: rows of 20 texts through the engine and through NDCache
 
-Of vLLM come Python, `_C_stable_libtorch` and FlashAttention 3 (for Hopper): what a Llama in bf16 needs.
+Of vLLM come Python, `_C_stable_libtorch` and FlashAttention 3: what a Llama in bf16 needs. Of device code only what Hopper runs.
 """
 import argparse
 import copy
+import io
 import json
 import lzma
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -36,6 +39,8 @@ SMALL = ( # beside vLLM, for a machine that has PyTorch 2.11, transformers and t
     "sniffio sse-starlette starlette truststore typing-inspection uvicorn watchfiles xgrammar==0.2.9 " # wants a newer tvm-ffi than vLLM names
 ).split()
 
+TEXTS = "20 prompts of 100 to 900 tokens, 64 tokens each"
+
 METHODS = { # name -> (options of the engine, environment)
     "bf16": ({}, {}),
     "fp8": (dict(kv_cache_dtype="fp8"), {}),
@@ -53,20 +58,39 @@ def fetch(folder):
     for name in ("vllm==0.26.0", *SMALL): subprocess.run([*get, name], check=True)
 
 
+def for_hopper(library):
+    "A library with zeros for the device code of other GPUs, which nobody loads: where there is a cubin of compute capability 9.0 it is the only one kept."
+    data, at = bytearray(library), 0
+    while (at := data.find(struct.pack("<IHH", 0xba55ed50, 1, 16), at)) >= 0: # magic number, version and bytes of the header of a fat binary
+        start, end, entries = at + 16, at + 16 + struct.unpack_from("<Q", data, at + 8)[0], []
+        while start < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, start)
+            entries.append((kind == 2, struct.unpack_from("<I", data, start + 28)[0], start + header, size)) # is it a cubin, and for which GPU?
+            start += header + size
+        if start != end: raise ValueError("a fat binary whose entries do not fill it; bring the whole library")
+        native = any(cubin and gpu == 90 for cubin, gpu, *_ in entries)
+        for cubin, gpu, first, size in entries:
+            if cubin and gpu != 90 or native and not cubin: data[first:first + size] = bytes(size)
+        at = end
+    return bytes(data)
+
+
 def pieces(wheels, out, size=24 << 20):
     "One compressed archive of what is needed, cut into files."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     wanted = lambda name: (name.rpartition("/")[2].startswith(LIBRARIES) if name.endswith(".so") else not name.startswith(LEFT_OUT))
     whole = out/"engine.tar.xz"
-    with lzma.open(whole, "wb", preset=4) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
+    with lzma.open(whole, "wb", preset=6) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
         for path in sorted(Path(wheels).glob("*.whl")):
             with zipfile.ZipFile(path) as z:
                 for i in z.infolist():
                     if i.is_dir() or path.name.startswith("vllm-") and not wanted(i.filename): continue
                     entry = tarfile.TarInfo(i.filename)
-                    entry.size, entry.mode = i.file_size, 0o755
-                    with z.open(i) as f: tar.addfile(entry, f)
+                    data = z.read(i)
+                    if path.name.startswith("vllm-") and i.filename.endswith(".so"): data = for_hopper(data)
+                    entry.size, entry.mode = len(data), 0o755
+                    tar.addfile(entry, io.BytesIO(data))
     parts = []
     with open(whole, "rb") as f:
         while block := f.read(size):
@@ -126,67 +150,111 @@ def serve(args):
         engine.register() # where no entry point is found
     from vllm import LLM, SamplingParams
     options, _ = METHODS[args.only]
-    cpu = {} if torch.cuda.is_available() else dict(compilation_config=dict(custom_ops=["none"], mode=0), dtype="float32")
+    gpu = torch.cuda.is_available()
+    how = dict(compilation_config=dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_num_of_warmups=1), gpu_memory_utilization=.2) if gpu else dict(
+        compilation_config=dict(custom_ops=["none"], mode=0), dtype="float32") # steps of single tokens as CUDA graphs, without the compiler
     llm = LLM(f"{args.folder}/{args.shape}", load_format="dummy", skip_tokenizer_init=True, max_model_len=args.length + args.new,
               kv_cache_memory_bytes=int(args.memory * 1e9), max_num_seqs=args.requests, max_num_batched_tokens=max(args.chunk, args.requests),
-              enable_prefix_caching=False, enforce_eager=args.eager or bool(cpu), **options, **cpu)
+              enable_prefix_caching=False, enforce_eager=args.eager or not gpu, **options, **how)
     scheduler, g = llm.llm_engine.engine_core.engine_core.scheduler, torch.Generator().manual_seed(0)
-    vocab, wait = llm.model_config.get_vocab_size(), torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    vocab, memory, L = llm.model_config.get_vocab_size(), scheduler.kv_cache_config, args.length + args.new
+    specs = [x.kv_cache_spec for x in memory.kv_cache_groups]
+    one = sum(-(-min(L, getattr(x, "sliding_window", None) or L) // x.block_size) + 1 for x in specs) # blocks of a request, nearly
+    sent = min(args.requests, int(1.05*memory.num_blocks / one) + 2) # some more than fit
 
-    def load(n, name):
-        "Seconds to the first token, most requests that ran, seconds of the whole, seconds of steps without prompts."
+    def load(n, name, new=args.new):
+        "Seconds to the first token of each, of the whole; (requests, seconds) of each step without prompts."
         for i in range(n):
             ids = torch.randint(3, vocab, (args.length,), generator=g).tolist()
             llm.llm_engine.add_request(f"{name}{i}", dict(prompt_token_ids=ids),
-                                       SamplingParams(temperature=0, max_tokens=args.new, ignore_eos=True, detokenize=False))
-        start, first, most, decode = time.perf_counter(), {}, 0, []
+                                       SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False))
+        start, first, decode = time.perf_counter(), {}, []
         while llm.llm_engine.has_unfinished_requests():
-            before, fresh = time.perf_counter(), len(first)
+            before, running = time.perf_counter(), list(scheduler.running)
             outputs = llm.llm_engine.step()
-            wait()
             now = time.perf_counter()
             for o in outputs:
                 if o.outputs and o.outputs[0].token_ids: first.setdefault(o.request_id, now - start)
-            running = len(scheduler.running)
-            most = max(most, running)
-            if len(first) == fresh and running == most and all(r.num_computed_tokens >= args.length for r in scheduler.running): decode.append((running, now - before))
-        return first, most, time.perf_counter() - start, [(n, s) for n, s in decode if n == most]
+            same = [r.request_id for r in running] == [r.request_id for r in scheduler.running]
+            if same and all(r.num_computed_tokens > args.length + 1 for r in running): decode.append((len(running), now - before))
+        return list(first.values()), time.perf_counter() - start, decode
 
-    load(1, "warm")
-    alone, _, _, one = load(1, "alone")
-    first, most, seconds, decode = load(args.requests, "all")
-    out = dict(first_token_alone=alone["alone0"], step_alone=statistics.median(s for _, s in one[1:] or one or [(0, 0)]), requests=most,
-               tokens_per_second=args.requests*args.new / seconds, first_token_of_all=statistics.median(first.values()),
-               decode_tokens_per_second=most / statistics.median(s for _, s in decode) if decode else 0.,
-               blocks=scheduler.kv_cache_config.num_blocks)
+    load(1, "warm", 8)
+    print("READY", flush=True)
+    if args.wait: sys.stdin.readline() # others start beside this one, and none measures while another does
+    alone, _, steps = load(1, "alone", 16)
+    first, seconds, decode = load(sent, "all")
+    most = max((n for n, _ in decode), default=0)
+    times = [t for n, t in decode if n == most]
+    out = dict(first_token_alone=alone[0], step_alone=statistics.median(t for _, t in steps), requests=most, step=statistics.median(times),
+               decode_tokens_per_second=most / statistics.median(times), steps=len(times), sent=sent, tokens_per_second=sent*args.new / seconds,
+               first_token_of_all=statistics.median(first), blocks=memory.num_blocks, block_bytes=specs[0].page_size_bytes)
     print("ROW " + json.dumps(out), flush=True)
+
+
+def start(name, args):
+    "A process that serves one method, and its log."
+    env = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
+                            VLLM_USE_FLASHINFER_SAMPLER="0") # it is not brought along
+    if name.startswith("ndkv"): env |= dict(NDKV_PROFILE=f"{args.folder}/{args.shape}.safetensors") | METHODS[name][1]
+    command = [sys.executable, __file__, "run", "--wait", "--only", name, *(f"--{k}={getattr(args, k)}" for k in SAME), *["--eager"]*args.eager]
+    log = Path(args.folder)/f"{name}.log"
+    with open(log, "w") as f: return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=f, stderr=subprocess.STDOUT, env=env), log
+
+
+def lines(log, mark): return [l for l in log.read_text(errors="replace").splitlines() if l.startswith(mark)]
+
+
+def finish(process, log, args, mark):
+    "Wait until a process has printed `mark`, or is over."
+    end = time.monotonic() + args.seconds
+    while process.poll() is None and not lines(log, mark) and time.monotonic() < end: time.sleep(.2)
+    if mark == "ROW" and process.poll() is None: process.kill()
+    if mark == "ROW": process.wait()
+
+
+def same_text(args):
+    "Greedy texts of a small model through the engine, and how much likelier NDCache finds another token where it does."
+    folder, here = Path(args.folder)/"small", str(ROOT/"tests/engine_cpu.py")
+    env = os.environ | dict(NDKV_PROFILE=str(folder/"profile.safetensors"), NDKV_BITS=str(args.bits), NDKV_WINDOW="128")
+    if not folder.exists(): subprocess.run([sys.executable, here, str(folder), "make"], check=True)
+    done = subprocess.run([sys.executable, here, str(folder/"model"), "texts"], env=env, capture_output=True, text=True)
+    if done.returncode: sys.exit(done.stdout[-6000:] + done.stderr[-6000:])
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(row)
+    if not args.out: return
+    from ndkv.results import Run
+    model = "llama, random, 2 layers"
+    with Run(args.out, name="engine", model=model, data=TEXTS, command=f"engine.py same --bits={args.bits:g}") as r:
+        for metric in ("prompts", "tokens", "same_prompts", "other", "widest", "worst"):
+            r.row(method=f"ndkv_{args.bits:g}bit", metric=metric, model=model, value=row[metric], data=TEXTS, window=128, graphs=row["graphs"])
 
 
 def run(args):
     "Every method, then rows."
     if not (Path(args.folder)/f"{args.shape}.safetensors").exists(): # in a process of its own, whose memory is free then
         subprocess.run([sys.executable, __file__, "run", "--only", "made", f"--shape={args.shape}", f"--folder={args.folder}"], check=True)
-    found = {}
-    for name in args.methods.split(","):
-        env = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
-                                VLLM_USE_FLASHINFER_SAMPLER="0") # it is not brought along
-        if name.startswith("ndkv"): env |= dict(NDKV_PROFILE=f"{args.folder}/{args.shape}.safetensors") | METHODS[name][1]
-        command = [sys.executable, __file__, "run", "--only", name, *(f"--{k}={getattr(args, k)}" for k in SAME), *["--eager"]*args.eager]
-        log = Path(args.folder)/f"{name}.log"
-        with open(log, "w") as f: subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=env, timeout=args.seconds, check=False)
-        rows = [json.loads(l[4:]) for l in log.read_text().splitlines() if l.startswith("ROW ")]
-        found[name] = rows[-1] if rows else None
-        print(name, found[name] or "failed: " + " | ".join(log.read_text().splitlines()[-3:]), flush=True)
-    if args.out and any(found.values()):
-        from ndkv.results import Run
-        with Run(args.out, name="engine", model=args.shape) as r:
-            for name, row in found.items():
-                for metric, value in (row or {}).items():
-                    r.row(method=name, metric=metric, model=args.shape, value=value, length=args.length, new=args.new, memory=args.memory)
-    if found.get("bf16"):
-        for name, row in found.items():
-            if row: print(f"{name}: {row['requests'] / found['bf16']['requests']:.2f} times the requests of bf16, "
-                          f"{row['tokens_per_second'] / found['bf16']['tokens_per_second']:.2f} times the tokens/s")
+    names = args.methods.split(",")
+    for i in range(0, len(names), args.together):
+        served = {name: start(name, args) for name in names[i:i + args.together]}
+        for process, log in served.values(): finish(process, log, args, "READY")
+        for name, (process, log) in served.items():
+            try: os.write(process.stdin.fileno(), b"\n")
+            except BrokenPipeError: pass # it is over, and its log says why
+            finish(process, log, args, "ROW")
+            row = json.loads(lines(log, "ROW")[-1][4:]) if lines(log, "ROW") else None
+            print(name, row or "failed: " + " | ".join(log.read_text(errors="replace").splitlines()[-3:]), flush=True)
+            if row and args.out: keep(args, name, row)
+
+
+def keep(args, name, found):
+    "A method's rows."
+    from ndkv.results import Run
+    model = f"{args.shape}, random"
+    command = f"engine.py run --methods={name} " + " ".join(f"--{k}={getattr(args, k)}" for k in SAME if k != "folder") + " --eager"*args.eager
+    same = dict(length=args.length, new=args.new, memory=args.memory, chunk=args.chunk, graphs=not args.eager)
+    with Run(args.out, name="engine", model=model, command=command) as r:
+        for metric, value in found.items(): r.row(method=name, metric=metric, model=model, value=value, **same)
 
 
 SAME = "shape", "length", "new", "requests", "memory", "chunk", "folder"
@@ -200,23 +268,29 @@ def main():
     for name in ("wheels", "out"): p.add_argument(name)
     p = sub.add_parser("install")
     for name in ("parts", "folder"): p.add_argument(name)
+    p = sub.add_parser("same")
+    p.add_argument("--bits", type=float, default=3)
+    p.add_argument("--folder", default="runs/engine")
+    p.add_argument("--out", default="")
     p = sub.add_parser("run")
     p.add_argument("--shape", default="llama8b")
     p.add_argument("--length", type=int, default=16384)
     p.add_argument("--new", type=int, default=128)
-    p.add_argument("--requests", type=int, default=64)
+    p.add_argument("--requests", type=int, default=96, help="at most; a few more are sent than fit")
     p.add_argument("--memory", type=float, default=20, help="GB of blocks, the same for all")
-    p.add_argument("--chunk", type=int, default=16384, help="tokens of a step")
+    p.add_argument("--chunk", type=int, default=16480, help="tokens of a step: a prompt, and one for each request")
     p.add_argument("--methods", default="bf16,fp8,ndkv_2bit,turboquant_3bit")
-    p.add_argument("--seconds", type=int, default=240, help="of one method at most")
+    p.add_argument("--seconds", type=int, default=240, help="of one method, and of its start, at most")
     p.add_argument("--folder", default="runs/engine", help="for configurations, profiles and logs")
+    p.add_argument("--together", type=int, default=1, help="processes that start beside each other; 40 GB each for the 8B shape and 20 GB of blocks")
     p.add_argument("--out", default="")
-    p.add_argument("--only", default="")
+    for name in ("only", "wait"): p.add_argument(f"--{name}", **(dict(action="store_true") if name == "wait" else dict(default="")), help=argparse.SUPPRESS)
     p.add_argument("--eager", action="store_true", help="no CUDA graphs, no compiler: starts sooner")
     args = parser.parse_args()
     if args.what == "fetch": fetch(args.wheels)
     elif args.what == "pieces": pieces(args.wheels, args.out)
     elif args.what == "install": install(args.parts, args.folder)
+    elif args.what == "same": same_text(args)
     elif args.only == "made": made(args.shape, args.folder)
     elif args.only: serve(args)
     else: run(args)
