@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPERATORS', 'claim', 'SPEED', 'CURVED', 'BLOCKREL', 'MIXED', 'ENCODE_PAGES', 'QWEN', 'RATE', 'PAGES_AND_GRAPH',
-           'Claim', 'met', 'Claims', 'reference_ppl', 'kl_claim', 'worst', 'ratio_claim', 'bits_ratio_3_uncalibrated',
-           'p99_kl_ratio_3', 'ppl_increase', 'ppl_claim', 'speed_claim', 'page_claim', 'page_read_error',
-           'encode_pages_step_us', 'encode_prefill_fraction', 'calibration', 'calibrate_seconds_05b',
+           'IN_ENGINE', 'Claim', 'met', 'Claims', 'reference_ppl', 'kl_claim', 'worst', 'ratio_claim',
+           'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'ppl_increase', 'ppl_claim', 'speed_claim', 'page_claim',
+           'page_read_error', 'encode_pages_step_us', 'encode_prefill_fraction', 'calibration', 'calibrate_seconds_05b',
            'calibrate_extra_bytes_05b', 'calibrate_seconds_cpu', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
            'in_one_run', 'end_to_end', 'throughput_ratio_32k', 'throughput_ratio_8x32k', 'batch_ratio_32k',
-           'ttft_ratio_32k', 'prefill_peak_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'architectures_passed',
-           'generation_modes_passed']
+           'ttft_ratio_32k', 'prefill_peak_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'engine_requests_ratio',
+           'engine_throughput_ratio', 'architectures_passed', 'generation_modes_passed']
 
 # %% ../nbs/paper/93_claims.ipynb #36963ad9
 import operator
@@ -287,10 +287,11 @@ def in_one_run(
     methods:tuple, # Two methods
     length:int=32768, # Tokens of context
     batch:int|None=None, # The best one by default
+    file:str='throughput',
 ) -> list|None: # A row of each
     "Best rows of two methods in the latest run of an 8B model that has both."
-    rows = book.find(file='throughput', model='llama8b, random', length=length, metric=metric)
-    rows = [r for r in rows if batch in (None, r['batch'])]
+    rows = book.find(file=file, model='llama8b, random', length=length, metric=metric)
+    rows = [r for r in rows if batch in (None, r.get('batch'))]
     for run in sorted({r['run'] for r in rows}, key=book.age, reverse=True):
         of = lambda m: [r for r in rows if r['run'] == run and r['method'] == m]
         pair = [max(of(m), key=lambda r: r['value'], default=None) for m in methods]
@@ -359,6 +360,23 @@ def cpu_slowdown_4k(book):
     'requests', '>= 6')
 def users_ratio_paged(book):
     return book.value(file='serving', metric='users_ratio', method='paged2', length=8192, window=128)
+
+# %% ../nbs/paper/93_claims.ipynb #c3a1ed34
+IN_ENGINE = dict(methods=('ndkv_2bit', 'bf16'), length=16384, file='engine')
+
+@claim(
+    'engine_requests_ratio',
+    'Requests of 16k tokens that vLLM decodes at once in 20 GB of blocks, 8B model: '
+    'its blocks holding tiered pages of 2 bits over bfloat16.',
+    'times as many', '>= 5')
+def engine_requests_ratio(book): return end_to_end(book, 'requests', **IN_ENGINE)
+
+@claim(
+    'engine_throughput_ratio',
+    'Tokens a second of vLLM while these requests decode, at 16k tokens of context, '
+    'steps of both replayed as CUDA graphs.',
+    'times as many', '>= 2')
+def engine_throughput_ratio(book): return end_to_end(book, 'decode_tokens_per_second', **IN_ENGINE)
 
 # %% ../nbs/paper/93_claims.ipynb #0ecb2b7c
 @claim(

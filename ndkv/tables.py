@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['table', 'QUALITY', 'PRINTED', 'BITS_COLUMNS', 'BITS_METRICS', 'CASES', 'SPEED_COLUMNS', 'TIMED', 'PAGE_SPEED_COLUMNS',
-           'quality_line', 'quality_part', 'quality', 'heads_table', 'bits_line', 'exact_line', 'rotation_lines',
-           'spectral_lines', 'bits_table', 'speed_line', 'speed_table', 'page_speed_line', 'page_speed_table']
+           'ENGINE_METHODS', 'ENGINE_COLUMNS', 'quality_line', 'quality_part', 'quality', 'heads_table', 'bits_line',
+           'exact_line', 'rotation_lines', 'spectral_lines', 'bits_table', 'speed_line', 'speed_table',
+           'page_speed_line', 'page_speed_table', 'engine_table']
 
 # %% ../nbs/paper/91_tables.ipynb #991ae390
 from .book import NOT_RUN, Registry, res, tabular, tex_line
@@ -198,3 +199,24 @@ def page_speed_table(book):
     size = lambda r: (-r['batch']*r['length'], -r['batch'], r['k_bits'] + r['v_bits'], r['data'])
     rows = sorted(book.find(file='page_kernels', metric='speedup'), key=size)
     return tabular('rrrlrrrrrr', head, [page_speed_line(book, r) for r in rows])
+
+# %% ../nbs/paper/91_tables.ipynb #04d18f87
+ENGINE_METHODS = {
+    'bf16': 'bfloat16',
+    'fp8': 'fp8',
+    'turboquant_4bit': 'TurboQuant, 4 bits',
+    'turboquant_3bit': 'TurboQuant, 3 bits',
+    'ndkv_2bit': 'tiered pages, 2 bits',
+}
+ENGINE_COLUMNS = dict( # Metric -> digits
+    requests=3, decode_tokens_per_second=4, tokens_per_second=3, step_alone=2, first_token_alone=2)
+
+@table('engine')
+def engine_table(book):
+    "Requests at once, tokens a second, step and first token, of the latest run."
+    head = [r'blocks hold & requests & tokens/s & with prompts & step alone (s) & first token (s) \\']
+    rows = [r for r in book.find(file='engine', metric='requests') if r['method'] in ENGINE_METHODS]
+    last = max((r['run'] for r in rows), key=book.age, default=None)
+    rows = sorted((r for r in rows if r['run'] == last), key=lambda r: [*ENGINE_METHODS].index(r['method']))
+    cells = lambda r: [res(book.cell(metric=m, file='engine', method=r['method'], run=last), d) for m, d in ENGINE_COLUMNS.items()]
+    return tabular('lrrrrr', head, [tex_line([ENGINE_METHODS[r['method']], *cells(r)]) for r in rows])

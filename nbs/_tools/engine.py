@@ -234,7 +234,7 @@ def run(args):
     "Every method, then rows."
     if not (Path(args.folder)/f"{args.shape}.safetensors").exists(): # in a process of its own, whose memory is free then
         subprocess.run([sys.executable, __file__, "run", "--only", "made", f"--shape={args.shape}", f"--folder={args.folder}"], check=True)
-    names = args.methods.split(",")
+    names, found = args.methods.split(","), {}
     for i in range(0, len(names), args.together):
         served = {name: start(name, args) for name in names[i:i + args.together]}
         for process, log in served.values(): finish(process, log, args, "READY")
@@ -242,19 +242,21 @@ def run(args):
             try: os.write(process.stdin.fileno(), b"\n")
             except BrokenPipeError: pass # it is over, and its log says why
             finish(process, log, args, "ROW")
-            row = json.loads(lines(log, "ROW")[-1][4:]) if lines(log, "ROW") else None
-            print(name, row or "failed: " + " | ".join(log.read_text(errors="replace").splitlines()[-3:]), flush=True)
-            if row and args.out: keep(args, name, row)
+            found[name] = json.loads(lines(log, "ROW")[-1][4:]) if lines(log, "ROW") else {}
+            print(name, found[name] or "failed: " + " | ".join(log.read_text(errors="replace").splitlines()[-3:]), flush=True)
+        if {} in found.values(): break # a comparison needs all
+    if args.out and any(found.values()): keep(args, found)
 
 
-def keep(args, name, found):
-    "A method's rows."
+def keep(args, found):
+    "Rows of one run: only those are compared."
     from ndkv.results import Run
     model = f"{args.shape}, random"
-    command = f"engine.py run --methods={name} " + " ".join(f"--{k}={getattr(args, k)}" for k in SAME if k != "folder") + " --eager"*args.eager
+    command = f"engine.py run --methods={args.methods} " + " ".join(f"--{k}={getattr(args, k)}" for k in SAME if k != "folder") + " --eager"*args.eager
     same = dict(length=args.length, new=args.new, memory=args.memory, chunk=args.chunk, graphs=not args.eager)
     with Run(args.out, name="engine", model=model, command=command) as r:
-        for metric, value in found.items(): r.row(method=name, metric=metric, model=model, value=value, **same)
+        for name, row in found.items():
+            for metric, value in row.items(): r.row(method=name, metric=metric, model=model, value=value, **same)
 
 
 SAME = "shape", "length", "new", "requests", "memory", "chunk", "folder"
