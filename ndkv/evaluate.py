@@ -9,6 +9,8 @@ __all__ = ['NOISE', 'ROTATIONS', 'Cell', 'chunk_edges', 'step', 'compare', 'laye
 
 # %% ../nbs/lab/76_evaluate.ipynb #6a1a367e
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 
@@ -17,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from .more_baselines import CACHES
 from .cache import NDCache
 from .prompt import prompt_cache
 from .data import read_documents, windows
+from .methods import CACHES
 from .metrics import QUANTILES, bootstrap, by_position, divergence_length, head_errors, mean_stderr, quantile, seconds, summarize, token_flips, token_kl, token_nll
 from .models import load_model
 from .probe import Halves, device_of, private_copy, probe
@@ -29,6 +31,8 @@ from .results import Run
 from .spectral import frame_bits, key_frame, klt, plan
 from .tasks import cell_fields, greedy
 from .trellis import Trellis
+
+if find_spec("ndkv.more_baselines"): import_module("ndkv.more_baselines")  # a checkout has other methods, which register themselves
 
 # %% ../nbs/lab/76_evaluate.ipynb #b05f904c
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from .baselines import _whole
-from .methods import own_seed
-from .more_baselines import CACHES
+from .methods import CACHES, own_seed
 from .codec import NormDirectionCodec
 from .frames import rotation
 from .profile import Rope, layer_reach, packed_tokens, water_level

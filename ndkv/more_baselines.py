@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import QuantizedCache
 
 from .baselines import Codec, MinMax, _whole, affine, half
-from .methods import Place, method
+from .methods import CACHES, Place, method
 from .codebooks import lloyd_max
 from .codec import NormDirectionCodec, pack, unpack
 from .frames import Frame, hadamard
@@ -410,7 +410,7 @@ def _allocated(x):
     return [x] if isinstance(x, Tensor) else []
 
 # %% ../nbs/lab/60_more_baselines.ipynb #493f35c6
-CACHES = {backend: lambda config, bits, window, backend=backend, **kw: LibraryCache(config, bits, window, backend, **kw) for backend in ("quanto", "hqq")}
+CACHES |= {backend: lambda config, bits, window, backend=backend, **kw: LibraryCache(config, bits, window, backend, **kw) for backend in ("quanto", "hqq")}
 
 # %% ../nbs/lab/60_more_baselines.ipynb #a1f8f99a
 CALIBRATED = ("kvquant", "nsnquant", "oscar", "blockgtq")  # Methods that read a profile

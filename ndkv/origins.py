@@ -167,7 +167,7 @@ NOTEBOOKS = dict( # Word of a command -> notebook
     sweep='80_search',
     recommend='80_search',
     bench='54_kernels_bench',
-    train='70_models',
+    train='70_training',
     calibrate='32_fisher',
 )
 

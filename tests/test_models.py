@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT
 from ndkv.data import EOT, train_tokenizer
-from ndkv.models import ZOO, load_model, train
+from ndkv.models import ZOO, load_model
+from ndkv.training import train
 
 SIZE = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
 SIZES = {'qwen2': {k: v for k, v in SIZE.items() if k != 'head_dim'}, 'neox': {k: v for k, v in SIZE.items() if k not in ('num_key_value_heads', 'head_dim')}}
@@ -35,7 +36,7 @@ def job(home, name, steps, cache):
     code = f"""
         import torch; torch.set_num_threads(1)
         from pathlib import Path
-        from ndkv.models import train
+        from ndkv.training import train
         home, size = Path({str(home)!r}), {SIZES.get(name, SIZE) | WINDOWS.get(name, {})!r}
         train({name!r}, home / 'tokenizer', [home / 'wiki.txt'], [], home / 'wiki.txt', home / {name!r}, tokens={steps} * 256, length=64, batch=4,
               cache=home / {cache!r}, keep=home / 'runs', every=0, **size)

@@ -121,7 +121,7 @@ def test_recipes_of_an_installed_package(tmp_path, monkeypatch):
     for text in ('[{"name": "x"', '{"a": 1}', '[1]'):
         copy.write_text(text)
         with pytest.raises(ValueError, match='is damaged'): recipes()
-    assert "data_files=[('share/ndkv', ['results/public/models.json', 'results/public/tasks.json'])]" in (ROOT / 'setup.py').read_text()
+    assert "data_files=[('share/ndkv', ['results/public/models.json'])]" in (ROOT / 'setup.py').read_text()
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------------------------------------

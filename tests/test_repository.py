@@ -1,4 +1,5 @@
 "The repository as a whole: what is committed, what is generated, what the command line promises."
+import ast
 import contextlib
 import io
 import json
@@ -17,6 +18,7 @@ from ndkv.cli import main
 
 sys.path.insert(0, str(ROOT / 'nbs' / '_tools'))
 import nb
+import wings
 
 TEXT = {'.py', '.ipynb', '.md', '.tex', '.sty', '.bib', '.txt', '.ini', '.json', '.jsonl', '.sh', '.toml', '.in', ''}
 
@@ -69,6 +71,30 @@ def test_notebooks_start_and_end_as_they_should():
         exports = any(s.startswith(('#| export', '#| exporti')) for s in source)
         assert any(s.startswith('#| default_exp ') for s in source) or not exports, f'{path.name}: no module'
         assert 'nbdev_export()' in source[-1] and source[-1].startswith('#| hide'), f'{path.name}: last cell'
+
+
+def test_the_map_names_every_notebook():
+    assert wings.strays() == [] and (wings.NBS / 'README.md').read_text(encoding='utf8') == nb.atlas()
+    assert all(f'({f.parent.name}/{f.name})' in nb.atlas() for f in wings.notebooks()[1:])
+
+
+def imported(tree):
+    "Modules of this package that are imported when a module is: not those that a function asks for."
+    for node in tree.body:
+        if not isinstance(node, ast.ImportFrom): continue
+        if node.level == 1: yield from [node.module] if node.module else [n.name for n in node.names]
+        elif node.module == 'ndkv': yield from (n.name for n in node.names)
+        elif (node.module or '').startswith('ndkv.'): yield node.module[5:]
+
+
+def test_no_module_needs_one_of_a_later_notebook():
+    place = {}
+    for i, path in enumerate(wings.notebooks()):
+        for c in json.loads(path.read_text(encoding='utf8'))['cells']:
+            if m := re.match(r'#\| default_exp (\w+)', ''.join(c['source'])): place[m[1]] = i
+    assert len(place) > 60
+    trees = {m: ast.parse((ROOT / 'ndkv' / f'{m}.py').read_text(encoding='utf8')) for m in place}
+    assert [f'{m} imports {n}' for m, tree in trees.items() for n in imported(tree) if place.get(n, -1) >= place[m]] == []
 
 
 def test_constraints_are_exact_and_satisfy_the_package():
