@@ -524,6 +524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ndkv.engine.block_spec': ('serve/engine.html#block_spec', 'ndkv/engine.py'),
                              'ndkv.engine.hold': ('serve/engine.html#hold', 'ndkv/engine.py'),
                              'ndkv.engine.make_shared': ('serve/engine.html#make_shared', 'ndkv/engine.py'),
+                             'ndkv.engine.plain_defaults': ('serve/engine.html#plain_defaults', 'ndkv/engine.py'),
                              'ndkv.engine.plan_blocks': ('serve/engine.html#plan_blocks', 'ndkv/engine.py'),
                              'ndkv.engine.refuse': ('serve/engine.html#refuse', 'ndkv/engine.py'),
                              'ndkv.engine.refuse_sharing': ('serve/engine.html#refuse_sharing', 'ndkv/engine.py'),

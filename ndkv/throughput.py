@@ -130,8 +130,8 @@ def packed(model, batch, length, bits=4, **kw):
 
 # %% ../nbs/lab/78_throughput.ipynb #95197965
 def made_profile(model):
-    "A profile of a model with random weights, as a trained one might have."
-    c, g = model.config, torch.Generator().manual_seed(0)
+    "A profile of a model with random weights, or of its configuration alone, as a trained one might have."
+    c, g = getattr(model, "config", model), torch.Generator().manual_seed(0)
     H, D = c.num_key_value_heads, c.head_dim
     falls = torch.linspace(-2.4, -4.4, 4, dtype=torch.float64)[torch.arange(H)*4//H]
     variance = 10**(falls[:, None] * torch.linspace(0, 1, D, dtype=torch.float64))

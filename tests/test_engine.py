@@ -43,7 +43,8 @@ def test_a_block_holds_all_layers(profile, bits):
     layout = engine.plan_blocks(codecs, torch.bfloat16)
     pages = [sum(c.nbytes for c in pair) for pair in codecs.values()]
     assert layout.starts == (0, pages[0]) and not any(x % 16 for x in layout.starts)
-    assert layout.nbytes % 256 == 0 and layout.nbytes - 256 < sum(pages) <= layout.nbytes
+    assert layout.nbytes % 256 == 0 and sum(pages) <= layout.nbytes <= 33/32*(sum(pages) + 256)
+    assert layout.nbytes - 256 < max(sum(pages), layout.recent*layout.token) # no more than one of them asks for
     assert .95 * bits < 8*sum(pages) / (2 * 2*PAGE*2*32) <= bits # the budget is kept, and spent
     assert PAGE % layout.recent == 0 and layout.recent*layout.token <= layout.nbytes < 2*layout.recent*layout.token + 256
     memory = torch.zeros(3, layout.nbytes, dtype=torch.uint8)
@@ -62,6 +63,31 @@ def test_requests_in_equal_memory():
     ratio = lambda n: n*layout.token / (layout.blocks(n) * layout.nbytes)
     assert 5 < ratio(4096) < ratio(16384) < 8 and ratio(16384) > 7
     assert layout.blocks(100) == 1 + 7 + 1 and layout.blocks(16384) == 128 + 16 + 1
+
+
+def test_a_little_more_for_twice_the_recent_tokens():
+    "Pages of 2 bits fall short of 16 tokens by the bytes that a budget leaves; then a block has the bytes of 16 tokens."
+    codec = Space(widths=torch.zeros(8, 128), sizes=[4088]*8)
+    for bytes_, recent in ((4088, 16), (3900, 8), (4096, 16), (4112, 16)):
+        codec.sizes = [bytes_]*8
+        layout = engine.plan_blocks({i: (codec, codec) for i in range(4)}, torch.bfloat16)
+        assert layout.recent == recent and layout.nbytes == max(16*layout.token if recent == 16 else 0, 64*bytes_)
+
+
+def test_codecs_do_not_depend_on_defaults(profile):
+    "An engine makes its model under defaults of its own: another dtype, another device."
+    want = engine.plan_blocks(codecs_of(profile), torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            codecs = engine.block_codecs(CONFIG, copy.copy(profile), 2.5)
+            layer = engine.BlockLayer(*codecs[0], want, 32**-.5, 6)
+            layer.reads(torch.device("cpu"))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally: torch.set_default_dtype(torch.float32)
+    assert engine.plan_blocks(codecs, torch.bfloat16) == want
+    for pair, other in zip(codecs.values(), codecs_of(profile).values()):
+        assert all(torch.equal(a.basis.A, b.basis.A) and a.basis.A.dtype == torch.float32 for a, b in zip(pair, other))
 
 
 def test_ranks_share_one_size(profile):

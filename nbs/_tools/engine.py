@@ -6,10 +6,10 @@
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py run --out results   # there: rows of requests held, tokens/s, first token
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py same --out results  # there: rows of 20 texts through the engine and through NDCache
 
-Of vLLM come Python, `_C_stable_libtorch` and FlashAttention 3: what a Llama in bf16 needs. Of device code only what Hopper runs.
+Of vLLM come Python, `_C_stable_libtorch` and FlashAttention 3: what a Llama in bf16 needs. Of device code only what Hopper runs. The
+engine's TurboQuant asks for FlashAttention 2, which is larger than all of this and not brought.
 """
 import argparse
-import copy
 import io
 import json
 import lzma
@@ -123,19 +123,20 @@ def install(parts, folder):
     print(f"{sum(1 for _ in folder.iterdir())} entries in {folder}; PYTHONPATH={folder}")
 
 
-def made(shape, folder):
-    "Configuration and profile of a shape with random weights, which the engine draws itself."
-    import torch
-    from ndkv.throughput import made_profile, random_model
-    model, folder = random_model(shape, "cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
-    model.config.architectures = ["LlamaForCausalLM"]
-    (folder/shape).mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder/shape)
-    profile = made_profile(model) # its layers share tensors, which a file may not
-    for name in ("layers", "prices", "forecasts", "importance"):
-        part = getattr(profile, name)
-        for i in part: part[i] = copy.deepcopy(part[i])
-    profile.save(folder/f"{shape}.safetensors")
+def configuration(shape, **more):
+    from transformers import LlamaConfig
+    from ndkv.throughput import SHAPES
+    return LlamaConfig(**SHAPES[shape] | more, max_position_embeddings=2**18, rope_theta=5e5, bos_token_id=None, eos_token_id=None,
+                       architectures=["LlamaForCausalLM"])
+
+
+def planned(shape):
+    "In place of the plug-in's own planning: layers of random weights are alike, so the codecs of one are those of all, and need no minute."
+    from ndkv import engine
+    from ndkv.throughput import made_profile
+    one = configuration(shape, num_hidden_layers=1)
+    pair = engine.block_codecs(one, made_profile(one), engine.settings()["bits"])[0]
+    engine.block_codecs = lambda config, profile, bits: {i: pair for i in range(config.num_hidden_layers)}
 
 
 def serve(args):
@@ -148,6 +149,7 @@ def serve(args):
     if os.environ.get("NDKV_PROFILE"):
         from ndkv import engine
         engine.register() # where no entry point is found
+        planned(args.shape)
     from vllm import LLM, SamplingParams
     options, _ = METHODS[args.only]
     gpu = torch.cuda.is_available()
@@ -160,7 +162,8 @@ def serve(args):
     vocab, memory, L = llm.model_config.get_vocab_size(), scheduler.kv_cache_config, args.length + args.new
     specs = [x.kv_cache_spec for x in memory.kv_cache_groups]
     one = sum(-(-min(L, getattr(x, "sliding_window", None) or L) // x.block_size) + 1 for x in specs) # blocks of a request, nearly
-    sent = min(args.requests, int(1.05*memory.num_blocks / one) + 2) # some more than fit
+    spare = sum(args.chunk // x.block_size for x in specs if getattr(x, "sliding_window", None)) # a prompt is in full precision while it is read
+    sent = min(args.requests, int(1.05*(memory.num_blocks - spare) / one) + 2) # some more than fit
 
     def load(n, name, new=args.new):
         "Seconds to the first token of each, of the whole; (requests, seconds) of each step without prompts."
@@ -196,7 +199,7 @@ def start(name, args):
     "A process that serves one method, and its log."
     env = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
                             VLLM_USE_FLASHINFER_SAMPLER="0") # it is not brought along
-    if name.startswith("ndkv"): env |= dict(NDKV_PROFILE=f"{args.folder}/{args.shape}.safetensors") | METHODS[name][1]
+    if name.startswith("ndkv"): env |= dict(NDKV_PROFILE="made") | METHODS[name][1]
     command = [sys.executable, __file__, "run", "--wait", "--only", name, *(f"--{k}={getattr(args, k)}" for k in SAME), *["--eager"]*args.eager]
     log = Path(args.folder)/f"{name}.log"
     with open(log, "w") as f: return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=f, stderr=subprocess.STDOUT, env=env), log
@@ -232,8 +235,7 @@ def same_text(args):
 
 def run(args):
     "Every method, then rows."
-    if not (Path(args.folder)/f"{args.shape}.safetensors").exists(): # in a process of its own, whose memory is free then
-        subprocess.run([sys.executable, __file__, "run", "--only", "made", f"--shape={args.shape}", f"--folder={args.folder}"], check=True)
+    configuration(args.shape).save_pretrained(f"{args.folder}/{args.shape}")
     names, found = args.methods.split(","), {}
     for i in range(0, len(names), args.together):
         served = {name: start(name, args) for name in names[i:i + args.together]}
@@ -281,9 +283,9 @@ def main():
     p.add_argument("--requests", type=int, default=96, help="at most; a few more are sent than fit")
     p.add_argument("--memory", type=float, default=20, help="GB of blocks, the same for all")
     p.add_argument("--chunk", type=int, default=16480, help="tokens of a step: a prompt, and one for each request")
-    p.add_argument("--methods", default="bf16,fp8,ndkv_2bit,turboquant_3bit")
+    p.add_argument("--methods", default="bf16,fp8,ndkv_2bit")
     p.add_argument("--seconds", type=int, default=240, help="of one method, and of its start, at most")
-    p.add_argument("--folder", default="runs/engine", help="for configurations, profiles and logs")
+    p.add_argument("--folder", default="runs/engine", help="for configurations and logs")
     p.add_argument("--together", type=int, default=1, help="processes that start beside each other; 40 GB each for the 8B shape and 20 GB of blocks")
     p.add_argument("--out", default="")
     for name in ("only", "wait"): p.add_argument(f"--{name}", **(dict(action="store_true") if name == "wait" else dict(default="")), help=argparse.SUPPRESS)
@@ -293,7 +295,6 @@ def main():
     elif args.what == "pieces": pieces(args.wheels, args.out)
     elif args.what == "install": install(args.parts, args.folder)
     elif args.what == "same": same_text(args)
-    elif args.only == "made": made(args.shape, args.folder)
     elif args.only: serve(args)
     else: run(args)
 
