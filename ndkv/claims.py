@@ -366,7 +366,7 @@ IN_ENGINE = dict(methods=('ndkv_2bit', 'bf16'), length=16384, file='engine')
 
 @claim(
     'engine_requests_ratio',
-    'Requests of 16k tokens that vLLM decodes at once in 20 GB of blocks, 8B model: '
+    'Requests of 16k tokens that vLLM decodes at once in the same bytes of blocks, 8B model: '
     'its blocks holding tiered pages of 2 bits over bfloat16.',
     'times as many', '>= 5')
 def engine_requests_ratio(book): return end_to_end(book, 'requests', **IN_ENGINE)
