@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OPERATORS', 'claim', 'SPEED', 'CURVED', 'BLOCKREL', 'MIXED', 'ENCODE_PAGES', 'QWEN', 'RATE', 'PAGES_AND_GRAPH',
            'IN_ENGINE', 'Claim', 'met', 'Claims', 'reference_ppl', 'kl_claim', 'worst', 'ratio_claim',
-           'bits_ratio_3_uncalibrated', 'p99_kl_ratio_3', 'ppl_increase', 'ppl_claim', 'speed_claim', 'page_claim',
-           'page_read_error', 'encode_pages_step_us', 'encode_prefill_fraction', 'calibration', 'calibrate_seconds_05b',
-           'calibrate_extra_bytes_05b', 'calibrate_seconds_cpu', 'bandwidth_fraction_4bit', 'encode_bandwidth_fraction',
-           'in_one_run', 'end_to_end', 'throughput_ratio_32k', 'throughput_ratio_8x32k', 'batch_ratio_32k',
-           'ttft_ratio_32k', 'prefill_peak_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged', 'engine_requests_ratio',
-           'engine_throughput_ratio', 'architectures_passed', 'generation_modes_passed']
+           'trellis_bits_ratio_3_uncalibrated', 'trellis_p99_kl_ratio_3', 'ppl_increase', 'ppl_claim', 'speed_claim',
+           'page_claim', 'page_read_error', 'encode_pages_step_us', 'encode_prefill_fraction', 'calibration',
+           'calibrate_seconds_05b', 'calibrate_extra_bytes_05b', 'calibrate_seconds_cpu', 'bandwidth_fraction_4bit',
+           'encode_bandwidth_fraction', 'in_one_run', 'end_to_end', 'throughput_ratio_32k', 'throughput_ratio_8x32k',
+           'batch_ratio_32k', 'ttft_ratio_32k', 'prefill_peak_ratio_32k', 'cpu_slowdown_4k', 'users_ratio_paged',
+           'engine_requests_ratio', 'engine_throughput_ratio', 'architectures_passed', 'generation_modes_passed']
 
 # %% ../nbs/paper/93_claims.ipynb #36963ad9
 import operator
@@ -99,20 +99,20 @@ for _bits, _target in ((2, '<= 0.5'), (3, '<= 0.5'), (4, '<= 0.6')): ratio_claim
 
 # %% ../nbs/paper/93_claims.ipynb #7b3bf32b
 @claim(
-    'bits_ratio_3_uncalibrated',
+    'trellis_bits_ratio_3_uncalibrated',
     'The same at 3 bits without any text to calibrate on (the model writes its own), '
     'frames counted at 32768 tokens; worst model.',
     'of the bits', '<= 0.55')
-def bits_ratio_3_uncalibrated(book):
+def trellis_bits_ratio_3_uncalibrated(book):
     return worst(book, lambda m: bits_ratio(book, m, 3, 'own text', 32768), profile='own text')
 
 # %% ../nbs/paper/93_claims.ipynb #4a3d09c2
 @claim(
-    'p99_kl_ratio_3',
+    'trellis_p99_kl_ratio_3',
     'Tail at that point: 99.9th percentile of the KL of spectral codes over that of the rotation at 3 bits; '
     'worst model.',
     'of the KL', '<= 1')
-def p99_kl_ratio_3(book):
+def trellis_p99_kl_ratio_3(book):
     def ratio(model):
         budget = reached(book, model, 3)
         if not budget: return None
@@ -130,14 +130,14 @@ def ppl_increase(book, model, most) -> float|None:
 def ppl_claim(id, most, target):
     "The increase of the perplexity of the worst model."
     sentence = (
-        f'Increase of the perplexity with at most {most} effective bits an element, '
+        f'Increase of the perplexity with spectral codes of at most {most} effective bits an element, '
         'frames counted at 4096 tokens; worst model.')
     @claim(id, sentence, '%', target)
     def increase(book): return worst(book, lambda m: ppl_increase(book, m, most))
 
 # %% ../nbs/paper/93_claims.ipynb #7e7c163a
-ppl_claim('ppl_increase_2bit', 2.0, '<= 1')
-ppl_claim('ppl_increase_1p5bit', 1.5, '<= 2.5')
+ppl_claim('trellis_ppl_increase_2bit', 2.0, '<= 1')
+ppl_claim('trellis_ppl_increase_1p5bit', 1.5, '<= 2.5')
 
 # %% ../nbs/paper/93_claims.ipynb #f5cad699
 SPEED = dict(file='kernels', metric='speedup', window=132)

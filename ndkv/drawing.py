@@ -25,6 +25,7 @@ STYLES = dict(
     rotation=Style('rotation', '#0072B2', 'o'),
     spectral=Style('spectral', '#D55E00', 's'),
     pages=Style('tiered pages', '#009E73', '^'),
+    equalised=Style('pages without data', '#66C2A5', '>'),
 )
 FALLBACK = ('#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 

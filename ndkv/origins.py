@@ -12,7 +12,7 @@ __all__ = ['table', 'FIRST_ENCODER', 'ENCODERS', 'OF_ENCODERS', 'OWN_FORMAT', 'F
 import re
 from pathlib import Path
 
-from . import comparisons, figures, page_costs, speed_figures, studies, tables
+from . import comparisons, figures, page_costs, public_models, speed_figures, studies, tables
 from .book import NOT_RUN, Book, Registry, joined, macro_name, significant, tabular, tex_escape, tex_line
 from .comparisons import OTHERS
 from .drawing import theme
@@ -75,7 +75,8 @@ def encoder_sentence(found:dict) -> str:
     return 'Spectral codes of several encoders: ' + '; '.join(parts) + '.'
 
 # %% ../nbs/paper/94_origins.ipynb #bcd44bfe
-OWN_FORMAT = 'fp8', 'mxfp4', 'nvfp4', 'turboquant', 'quanto', 'hqq' # Their number format says what scales are
+OWN_FORMAT = ( # Their format says what scales are
+    'fp8', 'mxfp4', 'nvfp4', 'turboquant', 'quanto', 'hqq', 'turboquant_outliers', 'dquant', 'kvtc', 'cq')
 
 def scales_sentence(rows) -> str:
     "What a caption says about the scales of other methods, which were in float16 in version 1."
@@ -100,8 +101,8 @@ def encoders_table(book):
 
 # %% ../nbs/paper/94_origins.ipynb #11b16270
 FIGURES = joined(
-    figures.figure, speed_figures.figure, comparisons.figure, studies.figure, page_costs.figure)
-SHOWN = joined(tables.table, comparisons.table, studies.table, page_costs.table)
+    figures.figure, speed_figures.figure, comparisons.figure, studies.figure, page_costs.figure, public_models.figure)
+SHOWN = joined(tables.table, comparisons.table, studies.table, page_costs.table, public_models.table)
 
 # %% ../nbs/paper/94_origins.ipynb #1b4deb6d
 def caption(
