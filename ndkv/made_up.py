@@ -177,6 +177,7 @@ def made_up_pages(
         for model, (code, how), bits in itertools.product(models, codes.items(), (1, 2, 3, 4)):
             cost = dict(rotation=16., pages=1.25 if model == models[0] else 1.).get(code, 1.)
             cell = dict(kl_mean=cost*4.**-bits, bits=.99*bits if code == 'pages' else bits)
+            cell['bits_total'] = cell['bits'] + 1
             if code != 'rotation': cell |= dict(bits_with_frames=bits + .5)
             for metric, value in cell.items():
                 run.row(metric=metric, value=value, model=model, k_bits=bits, v_bits=bits, **how, **same)

@@ -6,11 +6,12 @@
 __all__ = ['number', 'UNIFORM', 'TIERED', 'EVICTION', 'ADAPTIVE', 'DEBIAS', 'PROMPT', 'QUEUE', 'SLOWDOWN', 'HALF_BIT', 'QUARTER',
            'OVERLAP', 'eval_tokens', 'noise_floor', 'device_of', 'eval_device', 'bits_number', 'among', 'all_rows',
            'row_number', 'kernel_device', 'page_kernel_device', 'rate_number', 'speedup_least', 'speedup_most',
-           'bits_models', 'bits_tokens', 'spectral_number', 'page_cost_number', 'pages_zoo', 'least_number',
-           'needle_number', 'novels', 'mixed', 'over_rotation', 'novels_numbers', 'mixed_models', 'total_ratio',
-           'total_ratio_number', 'half_bit_share', 'key_bias', 'key_bias_least', 'key_bias_most', 'encoder_pairs',
-           'stress_pairs', 'stress_mixed_pairs', 'methods_on', 'methods_tried', 'methods_everywhere', 'library_models',
-           'claims_once_missed', 'derived', 'gap_numbers', 'model_number', 'claim_macro', 'claim_counts', 'numbers_tex']
+           'bits_models', 'bits_tokens', 'spectral_number', 'page_cost_number', 'pages_zoo', 'worst_page_number',
+           'public_number', 'public_models', 'least_number', 'needle_number', 'novels', 'mixed', 'over_rotation',
+           'novels_numbers', 'mixed_models', 'total_ratio', 'total_ratio_number', 'half_bit_share', 'key_bias',
+           'key_bias_least', 'key_bias_most', 'encoder_pairs', 'stress_pairs', 'stress_mixed_pairs', 'methods_on',
+           'methods_tried', 'methods_everywhere', 'library_models', 'claims_once_missed', 'derived', 'gap_numbers',
+           'model_number', 'claim_macro', 'claim_counts', 'numbers_tex']
 
 # %% ../nbs/paper/94_numbers.ipynb #2a56a578
 import json
@@ -19,10 +20,11 @@ from typing import Callable
 from .book import NOT_RUN, Book, Registry
 from .book import in_words, macro_name, res, shown, significant, tex_escape, tex_number
 from .claims import PAGES_AND_GRAPH, in_one_run
-from .comparisons import KL, OTHERS, stressed, swept
+from .comparisons import BEFORE, KL, OTHERS, PAGE, stressed, swept
 from .curves import BARE, BITS, DEFAULTS, PUBLIC, WINDOWED
 from .curves import exact_at, models_of, reached, rotation_at, spectral_line, total_of
 from .page_costs import page_cost, page_line, page_models, page_share
+from .public_models import public_cells, public_row
 from .speed_figures import read_rate
 from .verdicts import claims
 
@@ -183,6 +185,34 @@ for _bits, _word in ((3, 'three'), (4, 'four')):
         shares = [page_share(book, m, bits, asked=True) for m in page_models(book)[0]]
         return NOT_RUN if None in shares else among([row for row, _ in shares])
 
+# %% ../nbs/paper/94_numbers.ipynb #0beca7cd
+def worst_page_number(id, metric, bits, scale=1):
+    "What pages of one budget do to the worst model."
+    @number(id)
+    def worst(book):
+        rows = [c[metric, 'wiki_val'] for (_, s), c in swept(book, 'zoo').items() if s[:2] == ('pages', bits)]
+        book.used.update({r['at']: r for r in rows})
+        return among(rows, scale=scale)
+
+for _name, _budget in (('one', 1), ('two', 2)):
+    for _id, _metric, _scale in (('kl', 'kl_mean', 1), ('tail', 'kl_p999', 1), ('flips', 'flips', 100)):
+        worst_page_number(f'{_id}_pages_{_name}', _metric, _budget, _scale)
+
+# %% ../nbs/paper/94_numbers.ipynb #517cc220
+def public_number(id, model, s):
+    "Mean KL of a setting on a public checkpoint."
+    @number(id)
+    def kl(book): return res(public_row(book, model, s), scale=1000)
+
+for _name, _model in zip(('smollm', 'gemma', 'qwen'), PUBLIC):
+    for _word, _bits in (('one', 1), ('two', 2)):
+        public_number(f'{_name}_pages_{_word}', _model, ('pages', _bits, _bits, ()))
+    public_number(f'{_name}_rotation_four', _model, ('rotation', 4, 4, ()))
+
+@number('public_models')
+def public_models(book): return in_words(len({m for m, _ in public_cells(book)}))
+
+# %% ../nbs/paper/94_numbers.ipynb #618fd0af
 for _word, _code, _bits in (('rotation_qwen_four', 'rotation', 4), ('pages_qwen_one', 'pages', 1)):
     @number(_word)
     def of_qwen(book, code=_code, bits=_bits):
@@ -232,7 +262,8 @@ def needle_number(id, method, bits, length=3072):
     "Needles found, in per cent, as the mean over models."
     @number(id)
     def found(book):
-        rows = all_rows(book, metric='accuracy', data='needle', length=length, method=method)
+        block = PAGE if method == 'pages' else BEFORE
+        rows = all_rows(book, metric='accuracy', data='needle', length=length, method=method, block=block)
         rows = [r for r in rows if r['k_bits'] == bits and r['file'].startswith('sweep_tasks')]
         last = {r['model']: r for r in rows}.values()
         if not rows: return NOT_RUN
@@ -241,6 +272,8 @@ def needle_number(id, method, bits, length=3072):
 needle_number('needle_exact', 'bf16', None)
 needle_number('needle_rotation_two', 'rotation', 2)
 needle_number('needle_spectral_one', 'spectral', 1)
+needle_number('needle_pages_one', 'pages', 1)
+needle_number('needle_pages_two', 'pages', 2)
 
 # %% ../nbs/paper/94_numbers.ipynb #70a3dfa9
 def novels(
@@ -251,7 +284,7 @@ def novels(
     profile:str|None=None, # What the codes were calibrated on, or None for any
 ) -> dict: # Model -> newest row
     "The mean divergence on novels."
-    rows = all_rows(book, metric='kl_mean', data='novels_held_out', method=method, length=4096)
+    rows = all_rows(book, metric='kl_mean', data='novels_held_out', method=method, length=4096, block=BEFORE)
     mine = lambda r: r['k_bits'] == bits and r['file'].startswith(f'sweep_{sweep}_')
     rows = [r for r in rows if mine(r) and profile in (None, r.get('profile'))]
     return {r['model']: r for r in sorted(rows, key=lambda r: book.runs[r['run']]['start'])}
@@ -368,10 +401,10 @@ def stress_pairs(book): return str(len(encoder_pairs(book)))
 def stress_mixed_pairs(book): return in_words(sum(a != b for a, b in encoder_pairs(book)))
 
 # %% ../nbs/paper/94_numbers.ipynb #3257a812
-def methods_on(book) -> dict:
+def methods_on(book, block=PAGE) -> dict:
     "Other method -> models of the zoo on which it was measured."
     found = {}
-    for (model, s), cell in swept(book, 'zoo').items():
+    for (model, s), cell in swept(book, 'zoo', block=block).items():
         if s[0] in OTHERS and KL in cell: found.setdefault(s[0], set()).add(model)
     return found
 
@@ -385,7 +418,7 @@ def methods_everywhere(book):
 
 # %% ../nbs/paper/94_numbers.ipynb #4f005336
 @number('library_models')
-def library_models(book): return in_words(len(methods_on(book).get('quanto', ())))
+def library_models(book): return in_words(len(methods_on(book, BEFORE).get('quanto', ())))
 
 # %% ../nbs/paper/94_numbers.ipynb #d63932f6
 @number('claims_once_missed')

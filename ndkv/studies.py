@@ -106,20 +106,20 @@ TEXTS = { # Name in the rows -> name in the table
     'novels_held_out': 'novels',
 }
 
-def text_cells(book, cells:list, text:str) -> list:
-    "Mean over models, worst model, its name."
+def text_cells(book, cells:list, text:str, models:int) -> list:
+    "Mean over models, worst model, its name; nothing where some of the models were not measured."
     rows = [use(book, c['kl_mean', text]) for c in cells if ('kl_mean', text) in c]
     rows = sorted(rows, key=lambda r: r['value'])
-    if not rows: return [NOT_RUN, '', '']
+    if len(rows) < models: return [NOT_RUN, '', '']
     mean = tex_number(significant(sum(r['value'] for r in rows)/len(rows)))
     return [mean, res(rows[-1]), rows[-1]['model']]
 
 # %% ../nbs/paper/92_studies.ipynb #8814762f
-def text_line(book, s, cells:list) -> str:
+def text_line(book, s, cells:list, models:int) -> str:
     "One setting: its bits in both ways of counting, then every text."
     stored = [(all_in(book, c, d), whole(book, c, d)) for c in cells for d in TEXTS if ('bits', d) in c]
     bits = [f'{max(x[i] for x in stored):.2f}' for i in (0, 1)]
-    kl = [x for d in TEXTS for x in text_cells(book, cells, d)]
+    kl = [x for d in TEXTS for x in text_cells(book, cells, d, models)]
     return tex_line([tex_escape(setting_name(s)), *bits, *kl])
 
 # %% ../nbs/paper/92_studies.ipynb #d416a48a
@@ -146,7 +146,8 @@ def text_table(
     head = [
         rf' & \multicolumn{{2}}{{c}}{{bits}} & {groups} \\',
         'setting & effective & total' + ' & mean & worst & '*len(TEXTS) + r' \\']
-    lines = [text_line(book, s, [c for (_, t), c in found.items() if t == s]) for s in settings]
+    models = len({m for m, _ in found})
+    lines = [text_line(book, s, [c for (_, t), c in found.items() if t == s], models) for s in settings]
     return tabular('lrr' + 'rrl'*len(TEXTS), head, lines)
 
 # %% ../nbs/paper/92_studies.ipynb #211dd508
