@@ -52,9 +52,10 @@ test-cpus: env ## the tests of floats with every instruction set of this machine
 check: env # notebooks clean, package and README in sync with them
 	$(TOOL) check
 
-lint: env ## pyflakes on the exported code, numbers in the paper's prose
+lint: env ## pyflakes on the exported code, numbers in the paper's prose; how dense the notebooks are
 	$(PY) -m pyflakes ndkv/*.py tests/*.py tests/noise/*.py nbs/_tools/*.py setup.py
 	$(TOOL) lint
+	$(PY) nbs/_tools/style.py
 
 compile: env ## import every module with warnings as errors, without Triton's interpreter
 	env -u TRITON_INTERPRET $(PY) nbs/_tools/compile.py
