@@ -404,7 +404,6 @@ def test_full_precision_is_asked_once_for_all_processes(sets, zoo, tmp_path, cle
     asked, plain = [], search.answers
     monkeypatch.setattr(search, 'answers', lambda m, t, c, *a, **kw: (asked.append(c.exact), plain(m, t, c, *a, **kw))[1])
     def go(method, bits, **kw):
-        vars(search._kept).clear()  # as in a process of its own
         del asked[:]
         grid = GRID | dict(tasks=['gsm8k'], methods=[method], bits=bits) | kw
         assert not search.sweep(grid, tmp_path / 'out', 'rows', sets, zoo, bar=False, profiles=tmp_path / 'profiles')['failed']

@@ -184,7 +184,6 @@ def test_a_profile_is_measured_once_for_all_that_need_it(home, tmp_path, clean_c
     grid, calls, measure = dict(models=['tiny'], methods=['spectral'], bits=[3], tasks=['prose'], length=[160], n=1, window=[16], sinks=[4], block=[64], calibration='prose', calibration_windows=4), [], search.calibrate
     monkeypatch.setattr(search, 'calibrate', lambda *a, **kw: calls.append(1) or measure(*a, **kw))
     def values(out, grid):
-        vars(search._kept).clear() # as in another process
         go(home, out, grid, profiles=tmp_path/'profiles')
         return [r['value'] for r in load_rows(out) if r['metric'] == 'kl_mean']
     first, again = values(tmp_path/'a', grid), values(tmp_path/'b', grid)
