@@ -46,7 +46,8 @@ def rows_of(layer):
             for s, kind, bits in zip(layer.stores, cycle("kv"), cycle(layer.bits))]
 
 # %% ../nbs/cache/40_accounts.ipynb #0d69e5db
-UNFED = ("nothing was fed to this cache: if a model has run, something around it (PEFT's prefix tuning, say) has put "
+UNFED = ("nothing was fed to this cache: if a model has run, something around it (PEFT's prefix tuning, "
+         "say) has put "
          "another one in its place, and nothing was quantized; a prefix can be put in with "
          "cache.update(keys, values, layer), for model.get_base_model() and an attention mask that counts it")
 
@@ -106,7 +107,8 @@ class Accounts:
             for name, t in parts_of(layer): parts[name] += storage_bytes([t])
         exact = parts["sinks"] + parts["window"]
         most = max(rows, key=lambda r: r["packed"], default=dict(packed=0, exact=0))
-        return dict(tokens=self._mine[0].get_seq_length(), packed_tokens=most["packed"], exact_tokens=most["exact"],
+        return dict(tokens=self._mine[0].get_seq_length(), packed_tokens=most["packed"],
+                    exact_tokens=most["exact"],
                     bytes={name: n for name, n in parts.items() if n}, nbytes=self._bytes(),
                     bytes_per_token=self.bytes_per_token,
                     **beside([s.packed for layer in self._mine for s in layer.stores]),

@@ -80,7 +80,9 @@ def allocate_global(
     "One budget for many spectra: the same water level, weighed by sensitivity, for all."
     table = distortion_table() if table is None else table
     factors = [1.]*len(spectra) if sensitivity is None else sensitivity
-    if len(factors) != len(spectra): raise ValueError(f"allocate: {len(factors)} sensitivities for {len(spectra)} spectra; give one for each")
+    if len(factors) != len(spectra):
+        raise ValueError(f"allocate: {len(factors)} sensitivities for {len(spectra)} spectra; "
+                         "give one for each")
     gains, orders = zip(*[_gains(s*f, table, multiple) for s, f in zip(spectra, factors)])
     steps = _steps(total, multiple, sum(s.numel() for s in spectra) * (len(table) - 1))
     chosen = _spend(torch.cat([g.flatten() for g in gains]), steps).split([g.numel() for g in gains])

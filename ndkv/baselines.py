@@ -53,7 +53,8 @@ class Codec:
         "Code the vectors; NaN, Inf and what does not fit the method's number formats is refused."
         _check(x, self.d, self.group)
         scales = self.scales or sixteen(x.dtype)
-        x = x.float() if self.rope is None else self.rope.undo(x.float(), _positions(x.shape[2], pos, x.device))
+        x = x.float() if self.rope is None else self.rope.undo(x.float(),
+            _positions(x.shape[2], pos, x.device))
         x = x if self.frame is None else self._moved(x.device).forward(x)
         return self._encode(x.contiguous(), scales)
 
@@ -80,11 +81,14 @@ def _positions(n, pos, device): return torch.arange(pos, pos + n, device=device)
 
 def _check(x, d, group):
     "One-line errors for what cannot be coded."
-    if not x.is_floating_point() or x.dim() != 4 or x.shape[-1] != d: raise ValueError(f"encode: input {list(x.shape)} {x.dtype} is no [B, H, n, {d}] of floats")
-    if x.shape[2] % group: raise ValueError(f"encode: {x.shape[2]} tokens are no whole groups of {group}; give a multiple")
+    if not x.is_floating_point() or x.dim() != 4 or x.shape[-1] != d:
+        raise ValueError(f"encode: input {list(x.shape)} {x.dtype} is no [B, H, n, {d}] of floats")
+    if x.shape[2] % group:
+        raise ValueError(f"encode: {x.shape[2]} tokens are no whole groups of {group}; give a multiple")
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).any(-1).sum())
-        raise ValueError(f"encode: {bad} of {x.shape[:3].numel()} vectors hold NaN or Inf; mend the layer that overflows, or run the model in bfloat16 or float32")
+        raise ValueError(f"encode: {bad} of {x.shape[:3].numel()} vectors hold NaN or Inf; "
+                         "mend the layer that overflows, or run the model in bfloat16 or float32")
 
 # %% ../nbs/lab/60_baselines.ipynb #f0caee47
 def sixteen(
@@ -101,8 +105,10 @@ def half(
     "What fits the type is rounded to it, what does not is refused."
     top = t.abs().amax().item() if t.numel() else 0
     if top > torch.finfo(dtype).max:
-        raise ValueError(f"encode: a scale, norm or offset of {top:.3g} does not fit {str(dtype)[6:]}, which this "
-                         "method stores; keep this layer exact, or run the model in bfloat16 with a method that follows it")
+        raise ValueError(f"encode: a scale, norm or offset of {top:.3g} does not fit {str(dtype)[6:]}, "
+                         "which this "
+                         "method stores; keep this layer exact, or run the model in bfloat16 with a method "
+                         "that follows it")
     return t.to(dtype)
 
 # %% ../nbs/lab/60_baselines.ipynb #9e70c9d5
@@ -132,7 +138,8 @@ class MinMax(Codec):
         **kw,  # heads, frame, rope
     ):
         self.span, self.along, self.clip, self.bits = span or d, along, clip, _whole(bits)
-        if along == "channels" and d % self.span: raise ValueError(f"groups of {self.span} channels do not divide head_dim {d}; choose a divisor")
+        if along == "channels" and d % self.span:
+            raise ValueError(f"groups of {self.span} channels do not divide head_dim {d}; choose a divisor")
         super().__init__(d, group=self.span if along == "tokens" else 1, **kw)
 
     def _encode(self, x, scales):
@@ -151,7 +158,8 @@ class MinMax(Codec):
 # %% ../nbs/lab/60_baselines.ipynb #5c96c641
 def _whole(bits, low=1, high=8):
     "Bits that must be a whole number."
-    if bits != int(bits) or not low <= bits <= high: raise ValueError(f"bits={bits!r}: this method codes {low} to {high} whole bits a channel")
+    if bits != int(bits) or not low <= bits <= high:
+        raise ValueError(f"bits={bits!r}: this method codes {low} to {high} whole bits a channel")
     return int(bits)
 
 
@@ -161,7 +169,8 @@ def _clipped(x, quantile):
     return x.clamp(-top, top)
 
 # %% ../nbs/lab/60_baselines.ipynb #3e8dc060
-def _divisor(d, most): return max(n for n in range(1, most + 1) if d % n == 0)  # groups of equal size for head_dim 80 or 96, too
+def _divisor(d, most):
+    return max(n for n in range(1, most + 1) if d % n == 0)  # groups of equal size for head_dim 80 or 96, too
 
 # %% ../nbs/lab/60_baselines.ipynb #0f3043a3
 @method("int")
@@ -173,7 +182,8 @@ def int_method(
     rotate: bool = False,  # Randomised Hadamard rotation first (QuaRot-style)?
 ) -> Codec:
     "Asymmetric integers with a scale and an offset a token and head."
-    return MinMax(place.head_dim, bits, _divisor(place.head_dim, span or place.head_dim), heads=place.heads, frame=place.rotation if rotate else None)
+    return MinMax(place.head_dim, bits, _divisor(place.head_dim, span or place.head_dim), heads=place.heads,
+                  frame=place.rotation if rotate else None)
 
 # %% ../nbs/lab/60_baselines.ipynb #93c7c6cc
 @method("kivi")
@@ -184,7 +194,8 @@ def kivi_method(
     span: int = 64,  # Group size G: tokens of keys, channels of values
 ) -> Codec:
     "Keys per channel in groups of tokens, values per token in groups of channels."
-    return MinMax(place.head_dim, bits, span, "tokens", heads=place.heads) if place.kind == "k" else MinMax(place.head_dim, bits, _divisor(place.head_dim, span), heads=place.heads)
+    return (MinMax(place.head_dim, bits, span, "tokens", heads=place.heads) if place.kind == "k"
+            else MinMax(place.head_dim, bits, _divisor(place.head_dim, span), heads=place.heads))
 
 # %% ../nbs/lab/60_baselines.ipynb #3d0888d9
 class Float8(Codec):
@@ -197,7 +208,8 @@ class Float8(Codec):
         span: int = 64,  # Tokens that share a measured scale
         **kw,  # heads
     ):
-        if scale not in ("unit", "tensor", "head"): raise ValueError(f"scale={scale!r} is unknown; choose 'unit', 'tensor' or 'head'")
+        if scale not in ("unit", "tensor", "head"):
+            raise ValueError(f"scale={scale!r} is unknown; choose 'unit', 'tensor' or 'head'")
         super().__init__(d, group=1 if scale == "unit" else span, **kw)
         self.scale = scale
 
@@ -260,14 +272,18 @@ class MXFP4(Codec):
         block: int = 32,  # Channels a scale; the standard says 32
         **kw,  # heads
     ):
-        if d % block: raise ValueError(f"MXFP4: blocks of {block} do not divide head_dim {d}; choose a divisor such as 16")
+        if d % block:
+            raise ValueError(f"MXFP4: blocks of {block} do not divide head_dim {d}; "
+                             "choose a divisor such as 16")
         super().__init__(d, **kw)
         self.block = block
 
     def _encode(self, x, scales):
         x = x.unflatten(3, (-1, self.block))
-        e = (torch.frexp(x.abs().amax(-1, keepdim=True)).exponent - 3).clamp(-126, 126)  # floor(log2) is frexp's exponent less one
-        return {"codes": pack(to_e2m1(x * _power(-e)).flatten(3), 4), "scale": (e + 127).to(torch.uint8)[..., 0]}
+        # floor(log2) is frexp's exponent less one
+        e = (torch.frexp(x.abs().amax(-1, keepdim=True)).exponent - 3).clamp(-126, 126)
+        return {"codes": pack(to_e2m1(x * _power(-e)).flatten(3), 4),
+                "scale": (e + 127).to(torch.uint8)[..., 0]}
 
     def _decode(self, enc, device):
         x = from_e2m1(unpack(enc["codes"], 4, self.d)).unflatten(3, (-1, self.block))
@@ -287,7 +303,8 @@ class NVFP4(Codec):
         span: int = 64,  # Tokens that share the outer scale
         **kw,  # heads
     ):
-        if d % block: raise ValueError(f"NVFP4: blocks of {block} do not divide head_dim {d}; choose a divisor")
+        if d % block:
+            raise ValueError(f"NVFP4: blocks of {block} do not divide head_dim {d}; choose a divisor")
         super().__init__(d, group=span, **kw)
         self.block = block
 
@@ -299,10 +316,12 @@ class NVFP4(Codec):
         scale = to_e4m3(top / 6 / outer)
         inner = from_e4m3(scale) * outer
         codes = to_e2m1(x / torch.where(inner == 0, 1, inner))
-        return {"codes": pack(codes.flatten(4), 4).flatten(3), "scale": scale.flatten(3), "outer": outer[..., 0, 0, 0]}
+        return {"codes": pack(codes.flatten(4), 4).flatten(3), "scale": scale.flatten(3),
+                "outer": outer[..., 0, 0, 0]}
 
     def _decode(self, enc, device):
-        x = from_e2m1(unpack(enc["codes"].unflatten(3, (self.group, -1)), 4, self.d)).unflatten(4, (-1, self.block))
+        x = from_e2m1(unpack(enc["codes"].unflatten(3, (self.group, -1)), 4, self.d)).unflatten(4,
+            (-1, self.block))
         scale = from_e4m3(enc["scale"]).unflatten(3, (self.group, -1))
         return (x * scale[..., None] * enc["outer"][..., None, None, None]).flatten(4).flatten(2, 3)
 
@@ -317,7 +336,8 @@ def mxfp4_method(
 ) -> Codec:
     "OCP MXFP4; `block` channels share a power of two."
     _whole(bits, 4, 4)
-    return MXFP4(place.head_dim, block if place.head_dim % block == 0 else 16, heads=place.heads, frame=place.rotation if rotate else None)
+    return MXFP4(place.head_dim, block if place.head_dim % block == 0 else 16, heads=place.heads,
+                 frame=place.rotation if rotate else None)
 
 
 @method("nvfp4")
@@ -374,14 +394,18 @@ def turboquant_method(
     scales: str = "float16",  # Lengths, steps and offsets: "float16" as vLLM's kernels, or "model"
 ) -> Codec:
     "vLLM's presets: bits (8, 4) is k8v4, (4, 4) 4bit_nc, (3, 4) k3v4_nc, (3, 3) 3bit_nc."
-    if boundary and layers is None: raise ValueError("turboquant: give layers=config.num_hidden_layers, or boundary=0 to pack every layer")
+    if boundary and layers is None:
+        raise ValueError("turboquant: give layers=config.num_hidden_layers, "
+                         "or boundary=0 to pack every layer")
     n = min(boundary, (layers or 0) // 2)
     if n and not n <= place.layer < layers - n: return Sixteen(place.head_dim, heads=place.heads)
-    if scales not in ("float16", "model"): raise ValueError(f"turboquant: scales={scales!r} is unknown; choose 'float16' or 'model'")
+    if scales not in ("float16", "model"):
+        raise ValueError(f"turboquant: scales={scales!r} is unknown; choose 'float16' or 'model'")
     kw = dict(heads=place.heads, scales=torch.float16 if scales == "float16" else None)
     if place.kind == "v": return MinMax(place.head_dim, bits, **kw)
     if bits == 8: return Float8(place.head_dim, "unit", heads=place.heads)
-    return LengthDirection(place.head_dim, bits, correct, frame=Frame(hadamard(place.head_dim), hadamard(place.head_dim)), **kw)
+    return LengthDirection(place.head_dim, bits, correct,
+                           frame=Frame(hadamard(place.head_dim), hadamard(place.head_dim)), **kw)
 
 # %% ../nbs/lab/60_baselines.ipynb #453aaaa6
 class QJL(Codec):
@@ -399,23 +423,31 @@ class QJL(Codec):
         super().__init__(d, group=span if outliers else 1, **kw)
         self.outliers, self.s = outliers, _whole(bits) * d
         g = torch.Generator().manual_seed(seed)
-        blocks = [torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q for _ in range(_whole(bits))]
+        blocks = [torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
+                  for _ in range(_whole(bits))]
         self.S = torch.cat(blocks, 1) * d**0.5  # [d, s]
-        if self.s % 16: raise ValueError(f"QJL: {self.s} projections fill no whole bytes; use a head_dim that is a multiple of 16")
+        if self.s % 16:
+            raise ValueError(f"QJL: {self.s} projections fill no whole bytes; "
+                             "use a head_dim that is a multiple of 16")
 
     def _encode(self, x, scales):
         if not self.outliers: return self._sketch(x, self.s, "", scales)
         x = x.unflatten(2, (-1, self.group))
         large = x.norm(dim=3).topk(self.outliers, -1).indices  # [B, H, N, outliers]
         mask = torch.zeros_like(x[..., :1, :]).scatter(4, large[..., None, :], 1)
-        enc = self._sketch(x * (1 - mask), self.s, "", scales) | self._sketch(x * mask, self.s // 2, "_large", scales)
-        return {k: t.flatten(3) for k, t in enc.items()} | {"large": large.to(torch.uint8 if self.d <= 256 else torch.int16)}
+        enc = self._sketch(x * (1 - mask), self.s, "", scales) | self._sketch(x * mask, self.s // 2, "_large",
+            scales)
+        return {k: t.flatten(3)
+                for k, t in enc.items()} | {"large": large.to(torch.uint8 if self.d <= 256 else torch.int16)}
 
     def _decode(self, enc, device):
         if not self.outliers: return self._read(enc, self.s, "")
-        signs = {k: enc[k].unflatten(3, (self.group, -1)) for k in ("signs", "signs_large")} | {k: enc[k] for k in ("length", "length_large")}
-        mask = torch.zeros(*enc["large"].shape[:3], 1, self.d, device=device).scatter(4, enc["large"].long()[..., None, :], 1)
-        return ((1 - mask) * self._read(signs, self.s, "") + mask * self._read(signs, self.s // 2, "_large")).flatten(2, 3)
+        signs = {k: enc[k].unflatten(3, (self.group, -1)) for k in ("signs", "signs_large")} | {k: enc[k]
+            for k in ("length", "length_large")}
+        mask = torch.zeros(*enc["large"].shape[:3], 1, self.d, device=device).scatter(4,
+            enc["large"].long()[..., None, :], 1)
+        return ((1 - mask) * self._read(signs, self.s,
+                                        "") + mask * self._read(signs, self.s // 2, "_large")).flatten(2, 3)
 
     def _sketch(self, x, s, name, scales):
         signs = (x.double() @ self.S[:, :s].to(x.device) > 0).to(torch.uint8)
@@ -436,7 +468,8 @@ def qjl_method(
 ) -> Codec:
     "Keys: signs of `bits · d` projections; values: integers in groups of 32 channels."
     if place.kind == "k" and place.layer < first: bits = 2 * bits
-    return QJL(place.head_dim, bits, outliers, seed=place.own_seed, heads=place.heads) if place.kind == "k" else MinMax(place.head_dim, bits, _divisor(place.head_dim, 32), heads=place.heads)
+    return (QJL(place.head_dim, bits, outliers, seed=place.own_seed, heads=place.heads) if place.kind == "k"
+            else MinMax(place.head_dim, bits, _divisor(place.head_dim, 32), heads=place.heads))
 
 # %% ../nbs/lab/60_baselines.ipynb #5133f918
 def angle_density(
@@ -475,7 +508,9 @@ class Polar(Codec):
         **kw,  # heads, frame
     ):
         span = 2 ** len(angle_bits)
-        if d % span: raise ValueError(f"PolarQuant: head_dim {d} is no multiple of {span}; use {(d & -d).bit_length() - 1} levels")
+        if d % span:
+            raise ValueError(f"PolarQuant: head_dim {d} is no multiple of {span}; "
+                             f"use {(d & -d).bit_length() - 1} levels")
         super().__init__(d, **kw)
         self.books = [angle_book(i + 1, b) for i, b in enumerate(angle_bits)]
         self.counts = [d >> i + 1 for i in range(len(angle_bits))]
@@ -507,4 +542,6 @@ def polarquant_method(
     bits: int,  # Bits a channel
 ) -> Codec:
     "Recursive polar coordinates of the rotated vector; the paper's 3.875 bits at bits=4, and as many levels as head_dim allows below."
-    return Polar(place.head_dim, POLAR[_whole(bits, 2, 4)][: (place.head_dim & -place.head_dim).bit_length() - 1], heads=place.heads, frame=place.rotation)
+    return Polar(place.head_dim,
+                 POLAR[_whole(bits, 2, 4)][: (place.head_dim & -place.head_dim).bit_length() - 1],
+                 heads=place.heads, frame=place.rotation)

@@ -28,25 +28,35 @@ from .results import Run
 @command('ndkv sweep grid.yaml --name mine', 'ndkv sweep grid.yaml --ray auto --gpus 1')
 def sweep(
     grid:Annotated[Path, typer.Argument(help='YAML file: models, methods, bits, tasks.')],
-    out:Annotated[Path, typer.Option(help='Results folder; rows are added, cells that are there are not run again.')]=Path('results'),
-    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json; "{model}" in it makes a file for each model.')]='sweep',
+    out:Annotated[Path, typer.Option(help='Results folder; rows are added, cells that are there are not run '
+                                          'again.')]=Path('results'),
+    name:Annotated[str, typer.Option(help='Rows go to NAME.jsonl, failures to NAME.failed.json; '
+                                          '"{model}" in it makes a file for each model.')]='sweep',
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
-    ray:Annotated[Optional[str], typer.Option(help='Address of a Ray cluster (auto, local, HOST:PORT); none = this process.')]=None,
+    ray:Annotated[Optional[str], typer.Option(help='Address of a Ray cluster (auto, local, HOST:PORT); '
+                                                   'none = this process.')]=None,
     gpus:Annotated[float, typer.Option(min=0, help='GPUs that a cell takes on the cluster.')]=0,
     retry:Annotated[bool, typer.Option(help='Try again what failed before.')]=True,
-    workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, over the GPUs of this machine in turn.')]=1,
+    workers:Annotated[int, typer.Option(min=1, help='Processes beside each other, '
+                                                    'over the GPUs of this machine in turn.')]=1,
     models:Annotated[Optional[Path], typer.Option(help='Folder of models, results/zoo by default.')]=None,
-    profiles:Annotated[Optional[Path], typer.Option(help='Folder that keeps measured profiles for other sweeps.')]=None,
-    execute:Annotated[bool, typer.Option('--execute', help='Let the task humaneval run programs that a model has written, on this machine; best in a container.')]=False,
+    profiles:Annotated[Optional[Path], typer.Option(help='Folder that keeps measured profiles for other '
+                                                         'sweeps.')]=None,
+    execute:Annotated[bool, typer.Option('--execute', help='Let the task humaneval run programs that a model '
+                                                           'has written, on this machine; '
+                                                           'best in a container.')]=False,
     as_json:JSON=False,
 ):
     "Measure model x method x bits x task of a YAML grid, such as {models: [llama], methods: [rotation, kivi], bits: [4, 2], tasks: [wiki_val]}; resumable. Needs a checkout."
     run_sweep = checkout('search').sweep
     writable(out/'runs.jsonl')
-    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(), workers=workers, profiles=profiles, execute=execute)
+    done = run_sweep(existing(grid, 'grid'), out, name, data, models or zoo(), ray, gpus, retry, bar=bars(),
+                     workers=workers, profiles=profiles, execute=execute)
     if as_json: show_json(done)
     else: print(', '.join(f'{len(keys)} {what}' for what, keys in done.items()))
-    if done['failed']: raise ValueError(f'{len(done["failed"])} cells failed; {out/name.replace("_{model}", "")}.failed.json says why')
+    if done['failed']:
+        raise ValueError(f'{len(done["failed"])} cells failed; '
+                         f'{out/name.replace("_{model}", "")}.failed.json says why')
 
 # %% ../nbs/lab/95_benches.ipynb #d53cef69
 @dataclass(frozen=True)
@@ -107,7 +117,8 @@ def _generate(run, path, asked):
 
 def _queue(run, path, asked):
     throughput = checkout('throughput')
-    if not throughput.queue_bench(run, memory=int(asked.memory*2**30), seconds=asked.seconds, only=asked.only):
+    if not throughput.queue_bench(run, memory=int(asked.memory*2**30), seconds=asked.seconds,
+                                  only=asked.only):
         raise RuntimeError('no contestant was measured; the lines above say why')
 
 def _prefill(run, path, asked):
@@ -135,7 +146,8 @@ def _serve(run, path, asked):
     throughput.users_bench(run)
 
 BENCHES = dict( # in the order in which they are named
-    kernels=Bench(_kernels, 'kernels', gpu=True), pages=Bench(_pages, 'page_kernels', gpu=True), tune=Bench(None, '', gpu=True),
+    kernels=Bench(_kernels, 'kernels', gpu=True), pages=Bench(_pages, 'page_kernels', gpu=True),
+               tune=Bench(None, '', gpu=True),
     generate=Bench(_generate, 'throughput', gpu=True), cpu=Bench(_cpu, 'throughput', model=True),
     serve=Bench(_serve, 'serving', model=True), queue=Bench(_queue, 'serving', gpu=True),
     calibrate=Bench(_calibrate, 'calibrate', model=True), prefill=Bench(_prefill, 'throughput', gpu=True))
@@ -159,7 +171,8 @@ def check_model(what, path):
     text = config.get_text_config(decoder=True)
     learned = 0 if getattr(text, 'rope_parameters', None) else getattr(text, 'max_position_embeddings', 0)
     if what == 'cpu' and 0 < learned < 4200:
-        raise ValueError(f'bench cpu reads 4096 tokens and some more, and {path.name} has learned {learned} positions; '
+        raise ValueError('bench cpu reads 4096 tokens and some more, '
+                         f'and {path.name} has learned {learned} positions; '
                          'take a model with more')
 
 def said_bench(asked) -> str:
@@ -172,7 +185,8 @@ def said_bench(asked) -> str:
     return ' '.join(said)
 
 # %% ../nbs/lab/95_benches.ipynb #32a948b6
-SHOWN = dict(speedup='times as fast as one by one', tokens_per_s='tokens/s', slowdown='times the time of DynamicCache',
+SHOWN = dict(speedup='times as fast as one by one', tokens_per_s='tokens/s',
+             slowdown='times the time of DynamicCache',
              ttft_ms='ms to the first token', prefill_peak_bytes='bytes at the peak',
              users_ratio='users in the memory of one', same_tokens='of the tokens equal',
              requests_at_once='requests at once', calibrate_seconds='seconds',
@@ -180,10 +194,13 @@ SHOWN = dict(speedup='times as fast as one by one', tokens_per_s='tokens/s', slo
 
 def show_bench(what, rows):
     "The table of `ndkv bench`."
-    out, units = console(), SHOWN | (dict(speedup='times as fast as SDPA') if what in ('kernels', 'pages') else {})
+    out = console()
+    units = SHOWN | (dict(speedup='times as fast as SDPA') if what in ('kernels', 'pages') else {})
     case = lambda r: r['method'] + (f" {r['bits']}" if r['method'] == 'server' else '')
-    line = lambda r: [case(r), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}", units[r['metric']]]
-    out.print(grid(out, ['case', 'batch', 'context', 'value', ''], [line(r) for r in rows if r['metric'] in units]))
+    line = lambda r: [case(r), r.get('batch', r.get('slots', '')), r.get('length', ''), f"{r['value']:.4g}",
+                      units[r['metric']]]
+    out.print(grid(out, ['case', 'batch', 'context', 'value', ''],
+                   [line(r) for r in rows if r['metric'] in units]))
 
 def run_bench(asked, source, path, out, name):
     "The run of one bench."
@@ -194,23 +211,49 @@ def run_bench(asked, source, path, out, name):
         bench.run(run, path, asked)
     return run
 
-@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300', 'ndkv bench kernels --out elsewhere --json')
+@command('ndkv bench', 'ndkv bench tune --only trellis,prerope', 'ndkv bench queue --memory 8 --seconds 300',
+         'ndkv bench kernels --out elsewhere --json')
 def bench(
-    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: the same of tiered pages, and writing them; tune: launch choices of the kernels, into kernel_table.json; generate: decode steps of a whole 8B model, on a GPU; cpu: the same with MODEL on this CPU; serve: a queue of requests, and users in the memory of one; queue: a long queue through a whole 8B model, on a GPU, against continuous batching of transformers; calibrate: a profile of 32 windows of 1024 tokens of --data; prefill: the first token of a prompt of 32k and the memory it takes, on a GPU.')]='kernels',
-    model:Annotated[str, typer.Option(help='For cpu, serve and calibrate: a name in results/zoo or of `ndkv models`, a folder, or a .gguf file.')]='llama',
+    what:Annotated[str, typer.Argument(help='kernels: attention against SDPA, on a GPU; pages: '
+                                            'the same of tiered pages, and writing them; tune: '
+                                            'launch choices of the kernels, into kernel_table.json; '
+                                            'generate: decode steps of a whole 8B model, on a GPU; cpu: '
+                                            'the same with MODEL on this CPU; serve: '
+                                            'a queue of requests, and users in the memory of one; queue: '
+                                            'a long queue through a whole 8B model, on a GPU, '
+                                            'against continuous batching of transformers; calibrate: '
+                                            'a profile of 32 windows of 1024 tokens of --data; prefill: '
+                                            'the first token of a prompt of 32k and the memory it takes, '
+                                            'on a GPU.')]='kernels',
+    model:Annotated[str, typer.Option(help='For cpu, serve and calibrate: '
+                                           'a name in results/zoo or of `ndkv models`, a folder, '
+                                           'or a .gguf file.')]='llama',
     out:Annotated[Path, typer.Option(help='Results folder; rows are added.')]=Path('results'),
-    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; by default kernels, page_kernels, throughput, serving or calibrate.')]=None,
-    data:Annotated[Path, typer.Option(help='Folder of the text files, for serve and calibrate, or one text file.')]=Path('data'),
-    seconds:Annotated[Optional[float], typer.Option(help='For generate, pages, tune and queue: start nothing after so many seconds; by default 420, for queue 150.', show_default=False)]=None,
+    name:Annotated[Optional[str], typer.Option(help='Rows go to NAME.jsonl; '
+                                                    'by default kernels, page_kernels, throughput, '
+                                                    'serving or calibrate.')]=None,
+    data:Annotated[Path, typer.Option(help='Folder of the text files, for serve and calibrate, '
+                                           'or one text file.')]=Path('data'),
+    seconds:Annotated[Optional[float], typer.Option(help='For generate, pages, tune and queue: '
+                                                         'start nothing after so many seconds; '
+                                                         'by default 420, for queue 150.',
+                                                    show_default=False)]=None,
     memory:Annotated[float, typer.Option(min=.01, help='For queue: GiB for keys and values.')]=4,
-    length:Annotated[Optional[int], typer.Option(min=256, help='For generate: tokens of context; by default 32768, then 8192.', show_default=False)]=None,
-    only:Annotated[str, typer.Option(help='For kernels, pages and tune: cases whose names start so, comma-separated; for generate and queue, contestants: fixed, pages2, dynamic, generate2, ...; server4, server2, transformers, static.')]='',
+    length:Annotated[Optional[int], typer.Option(min=256, help='For generate: tokens of context; '
+                                                               'by default 32768, then 8192.',
+                                                 show_default=False)]=None,
+    only:Annotated[str, typer.Option(help='For kernels, pages and tune: '
+                                          'cases whose names start so, comma-separated; '
+                                          'for generate and queue, contestants: '
+                                          'fixed, pages2, dynamic, generate2, ...; '
+                                          'server4, server2, transformers, static.')]='',
     as_json:JSON=False,
 ):
     "Time ndkv on this machine: kernels, whole models, a server; rows with every number. Needs a checkout."
     if what not in BENCHES: raise ValueError(f'bench {what}: unknown; choose one of {", ".join(BENCHES)}')
     if BENCHES[what].gpu and not torch.cuda.is_available():
-        raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; run it where torch.cuda.is_available()')
+        raise RuntimeError(f'bench {what} measures on a GPU, and torch sees none; '
+                           'run it where torch.cuda.is_available()')
     writable(out/'runs.jsonl')
     seconds, cases = seconds or (150 if what == 'queue' else 420), cases_of(what, only)
     if what == 'tune':

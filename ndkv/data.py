@@ -35,7 +35,8 @@ def read_documents(
     if not path.is_file():
         raise FileNotFoundError(f"no text at {path}: name a .txt or .txt.xz file")
     try:
-        text = lzma.open(path, "rt", encoding="utf8").read() if path.suffix == ".xz" else path.read_text("utf8")
+        text = lzma.open(path, "rt",
+                         encoding="utf8").read() if path.suffix == ".xz" else path.read_text("utf8")
     except (EOFError, lzma.LZMAError) as e:
         raise ValueError(f"{path} is truncated or not an xz file ({e}): fetch it again") from None
     docs = text.split(EOT) if EOT in text else text.split("\ufeff")
@@ -71,7 +72,8 @@ def write_calibration(
     "Write the first `characters` of the articles, as they stand in their file."
     opened = lzma.open if Path(wiki).suffix == ".xz" else open
     with opened(wiki, "rt", encoding="utf8") as f: text = f.read(characters)
-    if len(text) < characters: raise ValueError(f"{wiki} has {len(text)} characters, {characters} are wanted; give more text")
+    if len(text) < characters:
+        raise ValueError(f"{wiki} has {len(text)} characters, {characters} are wanted; give more text")
     Path(out).write_text(text, "utf8")
     return Path(out)
 
@@ -87,7 +89,9 @@ def write_mixed(
     articles, books, n = read_documents(wiki), split_novels(read_documents(novels))[0], 0
     end = next((i for i, d in enumerate(articles, 1) if (n := n + len(d)) >= half), len(articles))
     books = [b for b in books if len(b) >= each][: half // each]
-    if len(books) < half // each: raise ValueError(f"{len(books)} novels have {each} characters or more; give more novels, shorter pieces, or a smaller half")
+    if len(books) < half // each:
+        raise ValueError(f"{len(books)} novels have {each} characters or more; "
+                         "give more novels, shorter pieces, or a smaller half")
     pieces = [b[(len(b) - each) // 2 :][:each] for b in books]
     Path(out).write_text(f"\n{EOT}\n".join(articles[:end] + pieces) + "\n", "utf8")
 
@@ -130,7 +134,8 @@ def shared_runs(
 # %% ../nbs/lab/66_data.ipynb #e2f5fbda
 def measure_overlap(
     known: str | Path = "data/wiki_cal.txt",  # Calibrated or trained on
-    new: tuple = ("data/wiki_val.txt.xz", "data/wikitext2_valid.txt", "data/wiki_long_eval.txt.xz", "data/novels_held_out.txt"),
+    new: tuple = ("data/wiki_val.txt.xz", "data/wikitext2_valid.txt", "data/wiki_long_eval.txt.xz",
+                  "data/novels_held_out.txt"),
     runs: tuple = (13, 50),  # Words
     out: str | Path = "results",  # Rows go to `overlap.jsonl` there
 ) -> None:
@@ -143,7 +148,8 @@ def measure_overlap(
             docs, what = read_documents(path), dict(method="overlap", model=name(known), data=name(path))
             run.row(metric="documents", value=len(docs), **what)
             run.row(metric="shared_documents", value=len(set(docs) & set(seen)), n=len(docs), **what)
-            run.row(metric="shared_titles", value=sum(d.split("\n")[0] in titles for d in docs), n=len(docs), **what)
+            run.row(metric="shared_titles", value=sum(d.split("\n")[0] in titles for d in docs), n=len(docs),
+                    **what)
             for words in runs:
                 share, count = shared_runs(seen, docs, words)
                 run.row(metric="shared_runs", value=share, n=count, words=words, **what)
@@ -155,7 +161,8 @@ def train_tokenizer(
 ) -> Tokenizer:  # A fast tokenizer; id 0 is `<|endoftext|>`
     "Byte-level BPE with one token a digit."
     tok = Tokenizer(models.BPE())
-    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
@@ -172,7 +179,8 @@ def encode_documents(
 ) -> np.ndarray:  # uint16 stream [n]
     "One stream of tokens, each document followed by `<|endoftext|>`."
     if tok.get_vocab_size() > 2**16:
-        raise ValueError(f"{tok.get_vocab_size()} tokens do not fit 16 bits: train a tokenizer of at most 65,536")
+        raise ValueError(f"{tok.get_vocab_size()} tokens do not fit 16 bits: "
+                         "train a tokenizer of at most 65,536")
     eot, out = tok.token_to_id(EOT), []
     for i in tqdm(range(0, len(docs), batch), desc=desc, leave=False, disable=len(docs) <= batch):
         for e in tok.encode_batch(docs[i : i + batch]):
@@ -180,7 +188,8 @@ def encode_documents(
     return np.concatenate(out)
 
 # %% ../nbs/lab/66_data.ipynb #cb59abe3
-NAMES = ("baker miller sailor doctor farmer teacher painter singer hunter tailor carpenter lawyer soldier gardener "
+NAMES = ("baker miller sailor doctor farmer teacher painter singer hunter tailor carpenter lawyer soldier "
+         "gardener "
          "dancer writer judge pilot nurse banker butcher printer weaver mason").split()
 PLACES = "Paris London Rome Vienna Madrid Lisbon Dublin Athens Warsaw Prague Berlin Oslo Cairo Delhi Tokyo Lima".split()
 
@@ -202,7 +211,8 @@ def needle(
     facts = [(k, _number(rng)) for k in keys]
     for k, v in facts:
         sentences.insert(rng.randrange(len(sentences) + 1), f"The secret number of the {k} is {v}")
-    questions = [(f"\nWhat is the secret number of the {k}? It is ", v) for k, v in rng.sample(facts, min(asked, n))]
+    questions = [(f"\nWhat is the secret number of the {k}? It is ", v)
+                 for k, v in rng.sample(facts, min(asked, n))]
     return ". ".join(sentences) + ".", questions
 
 
@@ -225,12 +235,15 @@ def variables(
     asked: int = 2,  # Chains asked for, at their last link
 ) -> tuple[str, list[tuple[str, str]]]:  # Context, and (question, answer) pairs
     "Chains of assignments; what does the last variable of a chain hold?"
-    names = rng.sample([a + b for a in "ABCDEFGHKLMNPQRSTUVWXYZ" for b in "ABCDEFGHKLMNPQRSTUVWXYZ"], chains * (hops + 1))
+    names = rng.sample([a + b for a in "ABCDEFGHKLMNPQRSTUVWXYZ" for b in "ABCDEFGHKLMNPQRSTUVWXYZ"],
+                       chains * (hops + 1))
     values = [_number(rng) for _ in range(chains)]
     chain = [names[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(chains)]
     lines = [f"{chain[i][0]} = {values[i]}" for i in range(chains)]
-    lines += [f"{chain[i][h + 1]} = {chain[i][h]}" for h in range(hops) for i in rng.sample(range(chains), chains)]
-    questions = [(f"\nThe value of {chain[i][-1]} is ", values[i]) for i in rng.sample(range(chains), min(asked, chains))]
+    lines += [f"{chain[i][h + 1]} = {chain[i][h]}" for h in range(hops)
+              for i in rng.sample(range(chains), chains)]
+    questions = [(f"\nThe value of {chain[i][-1]} is ", values[i])
+                 for i in rng.sample(range(chains), min(asked, chains))]
     return "Assignments:\n" + "\n".join(lines) + "\nQuestions:", questions
 
 
@@ -256,9 +269,12 @@ def synthetic_documents(
         hay = rng.choice(haystacks)
         start, size = rng.randrange(max(1, len(hay) - 400)), rng.randrange(200, max_chars)
         kind = rng.randrange(4)
-        if kind == 0: context, qa = needle(rng, hay[start : start + size], n=(k := rng.randint(1, 8)), asked=rng.randint(1, k))
-        elif kind == 1: context, qa = pairs(rng, n=(k := rng.randint(4, 80)), asked=rng.randint(2, max(2, k // 3)))
-        elif kind == 2: context, qa = variables(rng, chains=(k := rng.randint(2, 12)), hops=rng.randint(1, 3), asked=rng.randint(1, k))
+        if kind == 0:
+            context, qa = needle(rng, hay[start : start + size], n=(k := rng.randint(1, 8)), asked=rng.randint(1, k))
+        elif kind == 1:
+            context, qa = pairs(rng, n=(k := rng.randint(4, 80)), asked=rng.randint(2, max(2, k // 3)))
+        elif kind == 2:
+            context, qa = variables(rng, chains=(k := rng.randint(2, 12)), hops=rng.randint(1, 3), asked=rng.randint(1, k))
         else: context, qa = copying(rng, hay[start : start + size].split() or ["bee"], n=rng.randint(5, 150))
         docs.append(context + "".join(q + a for q, a in qa))
     return docs
@@ -273,7 +289,8 @@ def windows(
     stream = torch.as_tensor(np.asarray(stream).astype(np.int64))
     n = len(stream) // length
     if n == 0:
-        raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}: give more text or a shorter length")
+        raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}: "
+                         "give more text or a shorter length")
     all_ = stream[: n * length].view(n, length)
     return all_ if count is None or count >= n else all_[torch.linspace(0, n - 1, count).round().long()]
 
@@ -290,7 +307,8 @@ class Mix:
         device: str = "cpu",  # Where the streams live
     ):
         self.names = [n for n in streams if weights.get(n, 0) > 0]
-        self.streams = [torch.from_numpy(np.asarray(streams[n]).astype(np.int32)).to(device) for n in self.names]
+        self.streams = [torch.from_numpy(np.asarray(streams[n]).astype(np.int32)).to(device)
+                        for n in self.names]
         self.p = torch.tensor([weights[n] for n in self.names], dtype=torch.float64)
         self.length, self.rng, self.device = length, torch.Generator().manual_seed(seed), device
 

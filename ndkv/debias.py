@@ -45,7 +45,8 @@ def debiased_logits(
     "Predictions of a text whose past is read from packed keys and values, packed logits corrected."
     T, packed = ids.shape[1], packed_mask(ids.shape[1], window, sinks, block).to(ids.device)
     last, now = int(packed[-1].sum()) + sinks, {}
-    pos, causal = torch.arange(sinks, last, device=ids.device), torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+    pos = torch.arange(sinks, last, device=ids.device)
+    causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
     frames = {i: key_frame(s, profile.prices[i][0], block) for i, s in profile.layers.items()}
     def attend(run, module, q, k, v, mask, **kw):
         i, scale, G = module.layer_idx, kw.get("scaling") or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
@@ -57,8 +58,10 @@ def debiased_logits(
         norms[:, strings.live] = norm_value(strings.row.unpack(enc["codes"][:, 0].split(strings.sizes, -1)[-1])[..., : len(strings.norm)], strings.norm).mT
         up = lambda x: x.repeat_interleave(G, 1)
         exact, rough = (scale * q @ up(x).mT for x in (k, k_hat))
-        if now["share"]: rough = rough - now["share"] / 2 * _logit_variance(ck, frames[i], q, norms, sinks, pos, scale)
-        both = torch.cat([exact.masked_fill(~(causal & ~packed), -torch.inf), rough.masked_fill(~packed[:, sinks:last], -torch.inf)], -1).softmax(-1)
+        if now["share"]:
+            rough = rough - now["share"] / 2 * _logit_variance(ck, frames[i], q, norms, sinks, pos, scale)
+        both = torch.cat([exact.masked_fill(~(causal & ~packed), -torch.inf),
+                          rough.masked_fill(~packed[:, sinks:last], -torch.inf)], -1).softmax(-1)
         return (both @ torch.cat([up(v), up(v_hat)], 2)).transpose(1, 2).contiguous(), None
     copied, out = hooked(model, attend), []
     for now["share"] in shares:
@@ -83,8 +86,11 @@ def debias(
     for ids in tokens.split(1):
         with torch.inference_mode(): reference = model(ids).logits
         for b, codecs in plans.items():
-            for share, logits in zip(shares, debiased_logits(model, ids, profile, codecs, shares)): found.setdefault((b, share), []).append(token_kl(reference, logits)[:, first:])
+            for share, logits in zip(shares, debiased_logits(model, ids, profile, codecs, shares)):
+                found.setdefault((b, share), []).append(token_kl(reference, logits)[:, first:])
     for (b, share), kl in found.items():
         kl = torch.cat(kl)
-        for metric, value in (("kl_mean", kl.mean().item()), ("kl_p99", quantile(kl, 0.99)), ("kl_p999", quantile(kl, 0.999))):
-            run.row(method="spectral", metric=metric, model=model_name, data=data, value=value, k_bits=b, v_bits=b, debias=share, n=kl.numel(), length=tokens.shape[1])
+        for metric, value in (("kl_mean", kl.mean().item()), ("kl_p99", quantile(kl, 0.99)),
+                              ("kl_p999", quantile(kl, 0.999))):
+            run.row(method="spectral", metric=metric, model=model_name, data=data, value=value, k_bits=b,
+                    v_bits=b, debias=share, n=kl.numel(), length=tokens.shape[1])

@@ -62,8 +62,11 @@ class EqualisedCodec:
         group:int=64,          # Tokens of a block
         power:float|None=None, # Of the spread, in the weight of all channels; None = three slopes
     ):
-        if isinstance(group, bool) or not isinstance(group, int) or group < 1: raise ValueError(f"group={group!r} is no number of tokens; give a whole number from 1")
-        if power is not None and not 0 <= power <= 1: raise ValueError(f"power={power!r}; give a number from 0 (no weights) to 1 (all spreads equal), or None")
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+            raise ValueError(f"group={group!r} is no number of tokens; give a whole number from 1")
+        if power is not None and not 0 <= power <= 1:
+            raise ValueError(f"power={power!r}; give a number from 0 (no weights) to 1 (all spreads equal), "
+                             "or None")
         self.power = power
         self.rest, self.d, self.bits, self.group = NormDirectionCodec(d, bits, frame), d, bits, group
 
@@ -90,7 +93,8 @@ class EqualisedCodec:
         codes, norm, top = self._directions(z / w - mean * step.float())
         steps = torch.cat([step[..., 0, :].float(), top.float()], -1) * size[..., 0]
         if not torch.isfinite(steps.bfloat16()).all(): self._refuse(x, steps)
-        return dict(codes=codes, norm=norm, mean=mean[..., 0, :], weight=_pack(spread[..., 0, :], _parts(4)), steps=steps.bfloat16())
+        return dict(codes=codes, norm=norm, mean=mean[..., 0, :], weight=_pack(spread[..., 0, :], _parts(4)),
+                    steps=steps.bfloat16())
 
     @torch.no_grad()
     def decode(self,
@@ -121,12 +125,17 @@ def _check(self:EqualisedCodec, x):
     "Refuse what is no whole number of blocks."
     self.rest._check(x)
     if x.dim() < 2 or x.shape[-2] % self.group:
-        raise ValueError(f"encode: {x.shape[-2] if x.dim() > 1 else 1} tokens are no whole blocks of {self.group}; give [B, H, T, {self.d}] with T a multiple of {self.group}")
+        raise ValueError(f"encode: {x.shape[-2] if x.dim() > 1 else 1} tokens are no whole blocks of "
+                         f"{self.group}; give [B, H, T, {self.d}] with T a multiple of {self.group}")
     bad = (~torch.isfinite(x).all(-1)).sum()
-    if bad: raise ValueError(f"encode: {int(bad)} of {x[..., 0].numel()} vectors hold NaN or Inf; mend the layer that overflows, or run the model in bfloat16 or float32")
+    if bad:
+        raise ValueError(f"encode: {int(bad)} of {x[..., 0].numel()} vectors hold NaN or Inf; "
+                         "mend the layer that overflows, or run the model in bfloat16 or float32")
 
 def _refuse(self:EqualisedCodec, x, steps):
-    raise ValueError(f"encode: {int((~torch.isfinite(steps.bfloat16())).any(-1).sum())} of {steps[..., 0].numel()} blocks hold values too large for a bfloat16 norm; mend the layer that overflows")
+    raise ValueError(f"encode: {int((~torch.isfinite(steps.bfloat16())).any(-1).sum())} of "
+                     f"{steps[..., 0].numel()} blocks hold values too large for a bfloat16 norm; "
+                     "mend the layer that overflows")
 
 EqualisedCodec._directions, EqualisedCodec._check, EqualisedCodec._refuse = _directions, _check, _refuse
 

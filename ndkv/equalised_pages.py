@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from .equalised import _spread_code, _weight, _whole
 from .frames import Frame, rotation
-from .pages import (NORMS, PAGE, STEP, TIERS, UNIT, _all_levels, _magnitudes, _norms_and_codes, _pack_bits, _rows, _table,
+from .pages import (NORMS, PAGE, STEP, TIERS, UNIT, _all_levels, _magnitudes, _norms_and_codes,
+                        _pack_bits, _rows, _table,
                         _unpack_bits, read_record, record, runs, write_record)
 from .spectral import Home
 
@@ -61,7 +62,9 @@ class _OneWidth:
         levels = _magnitudes(self.bits, z.device)
         return (z.abs() - levels[torch.bucketize(z.abs(), (levels[1:] + levels[:-1]) / 2)]).square()
 
-    def values(self, codes): return _all_levels(codes.device)[256*self.bits:].index_select(0, codes.int().flatten()).view(codes.shape)
+    def values(self, codes):
+        return _all_levels(codes.device)[256*self.bits:].index_select(0,
+            codes.int().flatten()).view(codes.shape)
 
 # %% ../nbs/pages/37_equalised_pages.ipynb #c496eb4b
 LARGEST = 2.**31 # Of a number in a page: norms reach no further
@@ -82,15 +85,19 @@ class EqualisedPageCodec:
         frame:Frame|None=None, # Orthogonal change of basis; None = `rotation(D)`
     ):
         if isinstance(bits, bool) or bits not in range(1, 9):
-            raise ValueError(f"bits={bits!r}: pages without a profile have 1 to 8 whole bits a channel; give one of these, or a profile")
+            raise ValueError(f"bits={bits!r}: pages without a profile have 1 to 8 whole bits a channel; "
+                             "give one of these, or a profile")
         widths = ((int(bits),)*len(runs(D)),)*len(TIERS)
         self.kind, self.D, self.heads, self.bits, self._at = kind, D, heads, int(bits), {}
-        self.strips, self.widths = torch.tensor(widths).expand(heads, -1, -1), torch.tensor(self.bits).expand(heads, D)
+        self.strips = torch.tensor(widths).expand(heads, -1, -1)
+        self.widths = torch.tensor(self.bits).expand(heads, D)
         frame = rotation(D) if frame is None else frame
         self.basis = Frame(*(t.expand(heads, D, D) for t in (frame.A, frame.A_inv)),
                            torch.zeros(heads, D), torch.ones(heads, D))
         self.pairs = None # see "Reading without decoding"
-        self.rounding, self.record, self.side = _OneWidth(self.bits, D), record(kind, D, widths), side_bytes(kind, D)
+        self.rounding = _OneWidth(self.bits, D)
+        self.record = record(kind, D, widths)
+        self.side = side_bytes(kind, D)
 
     @property
     def half(self): return self.side + self.record.nbytes # bytes of a head
@@ -103,7 +110,8 @@ class EqualisedPageCodec:
 
     def _on(self, device):
         "Rotation and its inverse on a device, moved there once."
-        if device not in self._at: self._at[device] = self.basis.A[0].to(device), self.basis.A_inv[0].to(device), torch.ones(1, self.D, device=device)
+        if device not in self._at:
+            self._at[device] = self.basis.A[0].to(device), self.basis.A_inv[0].to(device), torch.ones(1, self.D, device=device)
         return self._at[device]
 
     def order(self, enc):
@@ -140,9 +148,11 @@ def _freed(self:EqualisedPageCodec, y):
 def _check(self:EqualisedPageCodec, x):
     "Refuse what no page holds."
     if x.dim() != 4 or x.shape[1] != self.heads or x.shape[3] != self.D or x.shape[2] % PAGE:
-        raise ValueError(f"encode: {list(x.shape)} is not [B, {self.heads}, whole pages of {PAGE} tokens, {self.D}]")
+        raise ValueError(f"encode: {list(x.shape)} is not [B, {self.heads}, whole pages of {PAGE} tokens, "
+                         f"{self.D}]")
     if not (x.abs() < LARGEST).all():
-        raise ValueError("encode: vectors hold NaN, Inf or numbers too large for the norms of a page; fix the layer that overflows, "
+        raise ValueError("encode: vectors hold NaN, Inf or numbers too large for the norms of a page; "
+                         "fix the layer that overflows, "
                          "or run the model in bfloat16 or float32")
 
 
@@ -191,7 +201,8 @@ def _decode(self:EqualisedPageCodec,
     "Read pages."
     pages, A_inv = enc["pages"][:, 0], self._on(enc["pages"].device)[1]
     if pages.shape[-1] != self.nbytes:
-        raise ValueError(f"EqualisedPageCodec: pages of {pages.shape[-1]} bytes, this layout has {self.nbytes}; "
+        raise ValueError(f"EqualisedPageCodec: pages of {pages.shape[-1]} bytes, "
+                         f"this layout has {self.nbytes}; "
                          "use the codec that wrote them")
     half = pages.unflatten(-1, (self.heads, -1))
     norms, mean, w = side_values(self, half)
@@ -211,11 +222,13 @@ class _Pairs:
     def __init__(self, kind, D, bits):
         self.shape, self.planes, self.there = (PAGE, D) if kind == "k" else (D, PAGE), [], {}
         level = (_table(bits, torch.device("cpu"))[2] / UNIT).round().to(torch.int8)
-        both = torch.stack([level.repeat(2**bits), level.repeat_interleave(2**bits)], -1).view(torch.int16)[:, 0]
+        both = torch.stack([level.repeat(2**bits), level.repeat_interleave(2**bits)],
+                           -1).view(torch.int16)[:, 0]
         fields = record(kind, D, ((bits,)*len(runs(D)),)*len(TIERS)).fields
         for f in fields:
             byte, which, index = _lookups(f, kind, D, bits)
-            self.planes.append((byte, 256*which[:, None].int(), both[index.int()] if len(fields) == 1 else index))
+            self.planes.append((byte, 256*which[:, None].int(),
+                                both[index.int()] if len(fields) == 1 else index))
         self.both = both if len(fields) > 1 else None
 
     def read(self, data):
@@ -224,7 +237,8 @@ class _Pairs:
             move = lambda t: None if t is None else t.to(data.device)
             self.there[data.device] = [tuple(map(move, p)) for p in self.planes], move(self.both)
         (planes, both), rows = self.there[data.device], data.mT.contiguous()
-        found = sum(table.index_select(0, (rows.index_select(0, byte).int() + which).flatten()) for byte, which, table in planes)
+        found = sum(table.index_select(0, (rows.index_select(0, byte).int() + which).flatten())
+                    for byte, which, table in planes)
         if both is not None: found = both.index_select(0, found.int())
         return found.view(-1, len(data)).mT.contiguous().view(torch.int8).float().view(-1, *self.shape)
 
@@ -268,6 +282,7 @@ def page_sums(
     "Weighted sum of values that are not decoded."
     norms, mean, _, levels = _sides_and_levels(codec, pages)
     p = p.unflatten(-1, (-1, PAGE)).permute(0, 3, 1, 2, 4) # [B, P, H, rows, PAGE]
-    each = (p * (UNIT*norms)[..., None, :]).unflatten(-1, (-1, 2, 8)).mT.flatten(-3) # tokens n, n + 8 side by side
+    # tokens n, n + 8 side by side
+    each = (p * (UNIT*norms)[..., None, :]).unflatten(-1, (-1, 2, 8)).mT.flatten(-3)
     sums = each @ levels.mT + p.sum(-1, keepdim=True) * mean[..., None, :]
     return sums.sum(1) @ codec._on(p.device)[1].mT

@@ -32,7 +32,8 @@ from .spectral import frame_bits, key_frame, klt, plan
 from .tasks import cell_fields, greedy
 from .trellis import Trellis
 
-if find_spec("ndkv.more_baselines"): import_module("ndkv.more_baselines")  # a checkout has other methods, which register themselves
+# a checkout has other methods, which register themselves
+if find_spec("ndkv.more_baselines"): import_module("ndkv.more_baselines")
 
 # %% ../nbs/lab/76_evaluate.ipynb #b05f904c
 @dataclass(frozen=True, eq=False)
@@ -53,13 +54,16 @@ class Cell:
     def cache_of(self, model, prompt):
         "An empty cache for texts that begin with a prompt [B, T]."
         if self.method != "prompt": return self.cache(model.config)
-        return prompt_cache(model, prompt, self.k_bits, window=self.window, sinks=self.sinks, block=self.block, memo=True, **self.options)
+        return prompt_cache(model, prompt, self.k_bits, window=self.window, sinks=self.sinks,
+                            block=self.block, memo=True, **self.options)
 
     def cache(self, config, memo=True):
         "An empty cache of this kind. Without window and sinks nothing is read exactly, a token's own key and value included."
         if self.exact: return DynamicCache(config=config)
-        if self.method in CACHES: return CACHES[self.method](config, (self.k_bits, self.v_bits), self.window, **self.options)
-        return NDCache(config, bits=(self.k_bits, self.v_bits), method=self.method, window=self.window, sinks=self.sinks, block=self.block,
+        if self.method in CACHES:
+            return CACHES[self.method](config, (self.k_bits, self.v_bits), self.window, **self.options)
+        return NDCache(config, bits=(self.k_bits, self.v_bits), method=self.method, window=self.window,
+                       sinks=self.sinks, block=self.block,
                        exact_new=self.window + self.sinks > 0, memo=memo, **self.options)
 
     def __str__(self):
@@ -105,15 +109,19 @@ def compare(
     cells: list[Cell],  # Caches to measure, all with the same window, sinks and block (`NOISE` apart)
     batch: int = 8,  # Windows at a time
     bar: bool = True,  # Show progress
-    known: dict | None = None,  # Keeps the hidden states behind the exact cache's predictions of these tokens from one call to the next
+    known: dict
+    | None = None,  # Keeps the hidden states behind the exact cache's predictions of these tokens from one call to the next
     prompt: int = 0,  # Tokens that come at once; at least what is exact and one block
 ) -> tuple[dict[Cell, dict[str, Tensor]], dict[Cell, dict]]:  # Per-token tensors [N, T-1] on the CPU; the caches' reports
     "Per-token metrics of several caches against the exact one, in decode mode."
     shapes = {(c.window, c.sinks, c.block) for c in cells if not c.exact}
-    if len(shapes) > 1: raise ValueError(f"cells with different windows {sorted(shapes)} cannot be compared in one run: call compare once for each")
+    if len(shapes) > 1:
+        raise ValueError(f"cells with different windows {sorted(shapes)} cannot be compared in one run: "
+                         "call compare once for each")
     window, sinks, block = (shapes or {(c.window, c.sinks, c.block) for c in cells}).pop()
     if tokens.shape[1] <= window + sinks + block:
-        raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after {window + sinks + block}: give a longer length or a smaller window")
+        raise ValueError(f"windows of {tokens.shape[1]} tokens never read a packed block after "
+                         f"{window + sinks + block}: give a longer length or a smaller window")
     edges, device = chunk_edges(tokens.shape[1], max(sinks + window + block, prompt), block), device_of(model)
     halves = Halves(private_copy(model))
     found, reports, shape = {c: [] for c in cells}, {}, (window, sinks, block, batch, prompt)
@@ -121,7 +129,8 @@ def compare(
     progress = tqdm(total=len(tokens) * len(edges), desc="compare", disable=not bar, mininterval=2)
     for ids in tokens.split(batch):
         ids = ids.to(device)
-        exact, caches = DynamicCache(config=model.config), {c: c.cache_of(model, ids[:, :prompt]) for c in cells}
+        exact = DynamicCache(config=model.config)
+        caches = {c: c.cache_of(model, ids[:, :prompt]) for c in cells}
         rows = {c: [] for c in cells}
         for a, b in edges:
             reference, target = next(given, None), ids[:, a + 1 : b + 1]
@@ -140,22 +149,27 @@ def compare(
 
 def _frames(cache):
     "Bits an element of the frames that a cache's codecs read, for one token of the fullest layer."
-    stores = {(i, kind): s.packed for i, layer in enumerate(getattr(cache, "layers", ())) for kind, s in zip("kv", getattr(layer, "stores", ()))}
+    stores = {(i, kind): s.packed for i, layer in enumerate(getattr(cache, "layers", ()))
+              for kind, s in zip("kv", getattr(layer, "stores", ()))}
     codecs = {key: p.codec for key, p in stores.items() if hasattr(p.codec, "frame_bits")}
     return frame_bits(codecs, {i: p.n for (i, _), p in stores.items()}) if codecs else None
 
 
 def _judge(halves, reference, hidden, target):
     "Per-token metrics of one chunk for each cache's hidden states [B, q, C]; the last token of a window has no target and is left out."
-    flat, goal, rows = (lambda h: h[:, : target.shape[1]].flatten(0, 1)), target.flatten(), {c: [] for c in hidden}
+    flat = lambda h: h[:, : target.shape[1]].flatten(0, 1)
+    goal = target.flatten()
+    rows = {c: [] for c in hidden}
     for i, j in halves.pieces(len(goal)) or [(0, 0)]:
         exact, here = halves.head(flat(reference)[i:j]), goal[i:j]
         nll_ref = token_nll(exact, here)
         for c, h in hidden.items():
             logits = halves.head(flat(h)[i:j])
             nll = token_nll(logits, here)
-            rows[c].append(dict(kl=token_kl(exact, logits), flips=token_flips(exact, logits), nll=nll, dnll=nll - nll_ref))
-    return {c: {k: torch.cat([r[k] for r in some]).view(target.shape) for k in some[0]} for c, some in rows.items()}
+            rows[c].append(dict(kl=token_kl(exact, logits), flips=token_flips(exact, logits), nll=nll,
+                                dnll=nll - nll_ref))
+    return {c: {k: torch.cat([r[k] for r in some]).view(target.shape) for k in some[0]}
+            for c, some in rows.items()}
 
 # %% ../nbs/lab/76_evaluate.ipynb #be4e9b59
 def layer_errors(
@@ -171,7 +185,8 @@ def layer_errors(
         layer.lazy_initialization(k, v)
         codecs = [s.packed.codec for s in layer.stores]
         k_hat, v_hat = (x if c is None else c.decode(c.encode(x, 0), 0) for c, x in zip(codecs, (k, v)))
-        rows.append(head_errors(q, k, v, k_hat, v_hat, kw.get("scaling") or q.shape[-1] ** -0.5, kw.get("sliding_window")))
+        rows.append(head_errors(q, k, v, k_hat, v_hat, kw.get("scaling") or q.shape[-1] ** -0.5,
+                                kw.get("sliding_window")))
 
     probe(model, ids, see)
     return {name: torch.stack([r[i] for r in rows]).cpu() for i, name in enumerate(("logits", "output"))}
@@ -192,7 +207,8 @@ def codec_times(
         for codec, x in zip((s.packed.codec for s in layer.stores), (k, v)):
             if codec is None: continue
             enc = codec.encode(x, 0)
-            for name, f in (("encode_us", lambda: codec.encode(x, 0)), ("decode_us", lambda: codec.decode(enc, 0, x.dtype))):
+            for name, f in (("encode_us", lambda: codec.encode(x, 0)),
+                            ("decode_us", lambda: codec.decode(enc, 0, x.dtype))):
                 total[name] += 1e6 * seconds(f, repeats) / (x.shape[0] * x.shape[2])
 
     probe(model, ids, see)
@@ -219,17 +235,20 @@ def account(
     packed, exact = (sum(r[part] * r["width"] for r in rows) for part in ("packed", "exact"))
     codes = report["bits_packed"] * packed
     tokens = report["nbytes"] / report["bytes_per_token"]  # of all sequences
-    return dict(bits=report["bits_packed"], bits_total=(codes + 16 * exact) / (packed + exact), bytes_per_token=(codes / 8 + 2 * exact) / tokens)
+    return dict(bits=report["bits_packed"], bits_total=(codes + 16 * exact) / (packed + exact),
+                bytes_per_token=(codes / 8 + 2 * exact) / tokens)
 
 # %% ../nbs/lab/76_evaluate.ipynb #feb4248d
 def _rows(cell, found, report, first):
     "metric -> (value, standard error, tokens, interval where there is one) of one cell."
     kl, flips, dnll = (found[k][:, first:] for k in ("kl", "flips", "dnll"))
     out = {k: (*v, kl.numel()) for k, v in summarize(kl, flips, dnll).items()}
-    statistics = {"kl_mean": torch.mean} | {name: (lambda x, q=q: quantile(x, q)) for name, q in QUANTILES.items() if q < 1}
+    statistics = {"kl_mean": torch.mean} | {name: (lambda x, q=q: quantile(x, q))
+                                            for name, q in QUANTILES.items() if q < 1}
     out |= {name: (*out[name], bootstrap(kl, f, draws=200)) for name, f in statistics.items()}
     nll, err = mean_stderr(found["nll"])
-    out |= {"nll": (nll, err, found["nll"].numel()), "ppl": (torch.tensor(nll).double().exp().item(), None, found["nll"].numel())}
+    out |= {"nll": (nll, err, found["nll"].numel()),
+            "ppl": (torch.tensor(nll).double().exp().item(), None, found["nll"].numel())}
     if report: out |= {m: (v, None, report["tokens"]) for m, v in account(report).items()}
     return out
 
@@ -271,19 +290,27 @@ def evaluate(
         found, reports = compare(model, tokens, group, batch, bar, known, prompt)
         for c in group:
             numbers = _rows(c, found[c], reports.get(c), first)
-            if (frames := (reports.get(c) or {}).get("frame_bits")) is not None: numbers["bits_with_frames"] = (numbers["bits"][0] + frames / tokens.shape[1], None, tokens.shape[1])
+            if (frames := (reports.get(c) or {}).get("frame_bits")) is not None:
+                numbers["bits_with_frames"] = (numbers["bits"][0] + frames / tokens.shape[1], None,
+                                               tokens.shape[1])
             record(run, c, numbers, **where)
-            for place, number in by_position(found[c]["dnll"], first, buckets=min(4, tokens.shape[1] - 1 - first)).items(): record(run, c, {"dnll_position": number}, position=place, **where)
+            for place, number in by_position(found[c]["dnll"], first,
+                                             buckets=min(4, tokens.shape[1] - 1 - first)).items():
+                record(run, c, {"dnll_position": number}, position=place, **where)
     for c in cells:
         if generations and not c.exact and c.method != "prompt":
-            shared = torch.tensor(divergence_lengths(model, tokens[:generations, : tokens.shape[1] // 2], c)).double()
+            shared = torch.tensor(divergence_lengths(model, tokens[:generations, : tokens.shape[1] // 2],
+                                                     c)).double()
             record(run, c, {"divergence_length": (*mean_stderr(shared[:, None]), len(shared))}, **where)
         if c.exact or c.method in (*CACHES, "prompt") or not heads or c.window + c.sinks == 0: continue
-        record(run, c, {k: (v, None, heads) for k, v in codec_times(model, tokens[:heads, : min(1024, tokens.shape[1] // c.block * c.block)], c).items()}, **where)
+        record(run, c,
+               {k: (v, None, heads)
+                for k, v in codec_times(model, tokens[:heads, : min(1024, tokens.shape[1] // c.block * c.block)], c).items()}, **where)
         errors = layer_errors(model, tokens[:heads, :1024], c)
         for kind, e in errors.items():
             for layer, head in ((i, j) for i in range(e.shape[0]) for j in range(e.shape[1])):
-                record(run, c, {f"{kind}_error": (e[layer, head].item(), None, heads)}, layer=layer, head=head, **where)
+                record(run, c, {f"{kind}_error": (e[layer, head].item(), None, heads)}, layer=layer,
+                       head=head, **where)
 
 # %% ../nbs/lab/76_evaluate.ipynb #21f657a7
 ROTATIONS = [Cell(k_bits=b, v_bits=b) for b in (2, 3, 4)]
@@ -310,11 +337,18 @@ def spectral_cell(
     length: int = 4096,  # Tokens of text after which the budget holds; those of the windows to be measured
 ) -> Cell:
     "A cell of the method `spectral`."
-    eye = lambda s: tuple(torch.eye(c.shape[-1], dtype=torch.float64).expand_as(c) for c in (s.k_cov, s.v_cov))
+    eye = lambda s: tuple(torch.eye(c.shape[-1], dtype=torch.float64).expand_as(c)
+                          for c in (s.k_cov, s.v_cov))
     reading = lambda s: (query_weight(s), s.o_gram)
-    made = dict(fisher=None, reading={i: reading(s) for i, s in profile.layers.items()}, none={i: eye(s) for i, s in profile.layers.items()})[prices]
-    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge, norm=norm, group=64, tokens=tokens, length=length, window=window, **({} if classes else dict(classes=None)))
-    note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices, allocation=allocation, ridge=ridge, norm=norm or "level", classes=len(next(iter(codecs.values())).counts), tokens=tokens or 0, profile="+".join(d["name"] for d in profile.data))
+    made = dict(fisher=None, reading={i: reading(s) for i, s in profile.layers.items()},
+                none={i: eye(s) for i, s in profile.layers.items()})[prices]
+    codecs = plan(profile, bits, home, trellis=trellis, prices=made, equal=allocation == "layer", ridge=ridge,
+                  norm=norm, group=64, tokens=tokens, length=length, window=window,
+                  **({} if classes else dict(classes=None)))
+    note = dict(home={None: "post", 1: "pre"}.get(home, str(home)), trellis=trellis, prices=prices,
+                allocation=allocation, ridge=ridge, norm=norm or "level",
+                classes=len(next(iter(codecs.values())).counts), tokens=tokens or 0,
+                profile="+".join(d["name"] for d in profile.data))
     return Cell("spectral", bits, bits, window, options=dict(codecs=codecs), note=note)
 
 
@@ -325,7 +359,8 @@ def prompt_cell(
     length: int = 4096,  # Tokens of text after which the budget holds
 ) -> Cell:
     "A cell of `prompt_cache`, to be run with a prompt, a window at a time."
-    note = dict(home="64", trellis=trellis, prices="fisher", allocation="global", classes=1, tokens=tokens, profile="prompt")
+    note = dict(home="64", trellis=trellis, prices="fisher", allocation="global", classes=1, tokens=tokens,
+                profile="prompt")
     return Cell("prompt", bits, bits, options=dict(trellis=trellis, tokens=tokens, length=length), note=note)
 
 
@@ -348,7 +383,8 @@ def adaptive_grid(
 ) -> list[Cell]:
     "What is measured on the text itself: classes of tokens, beside one class, and frames from the prompt (to be run with one, a window at a time); the rotation."
     cell = lambda b, classes: spectral_cell(profile, b, classes=classes, tokens=tokens, trellis=trellis, length=length)
-    return [NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]), *(prompt_cell(b, tokens, trellis, length) for b in bits[1:])]
+    return ([NOISE, *ROTATIONS, *(cell(b, True) for b in bits), *(cell(b, False) for b in bits[1:3]),
+             *(prompt_cell(b, tokens, trellis, length) for b in bits[1:])])
 
 
 def ablation_grid(
@@ -359,10 +395,13 @@ def ablation_grid(
     "The default with Lloyd–Max codes (quick to encode), and cells that differ from it in one choice."
     base = dict(trellis=0, length=length)
     homes = [dict(home=h) for h in (None, 256, 16, 1)]
-    prices = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"), dict(prices="none", allocation="layer", classes=False), dict(ridge=0.001), dict(ridge=0.1)]
+    prices = [dict(prices="reading"), dict(prices="none"), dict(allocation="layer"),
+              dict(prices="none", allocation="layer", classes=False), dict(ridge=0.001), dict(ridge=0.1)]
     codes = [dict(norm=n) for n in (4, 8, 16)] + [dict(trellis=256), dict(classes=False)]
-    small = [Cell("bf16", None, None, 32), Cell(k_bits=3, v_bits=3, window=32), spectral_cell(profile, bits, window=32, **base)]
-    return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **base | kw) for kw in ({}, *homes, *prices, *codes)), *small]
+    small = [Cell("bf16", None, None, 32), Cell(k_bits=3, v_bits=3, window=32),
+             spectral_cell(profile, bits, window=32, **base)]
+    return [NOISE, *ROTATIONS, *(spectral_cell(profile, bits, **base | kw)
+                                 for kw in ({}, *homes, *prices, *codes)), *small]
 
 # %% ../nbs/lab/76_evaluate.ipynb #8501ea81
 def text_windows(
@@ -373,8 +412,11 @@ def text_windows(
 ) -> Tensor:  # int64 [N, T]
     "Windows of a text file in a model's own tokens; documents are separated by its end-of-text token."
     docs = read_documents(path)
-    if getattr(tokenizer, "eos_token_id", None) is None: raise ValueError("the tokenizer has no end-of-text token to separate documents with; set tokenizer.eos_token")
-    stream = [t for d in docs for t in (*tokenizer(d, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ValueError("the tokenizer has no end-of-text token to separate documents with; "
+                         "set tokenizer.eos_token")
+    stream = [t for d in docs
+              for t in (*tokenizer(d, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
     return windows(stream, length, count)
 
 # %% ../nbs/lab/76_evaluate.ipynb #b1e7f220
@@ -391,7 +433,9 @@ def measure_prompts(
     lm, tokenizer = load_model(model, torch.float32)
     command = f"python -c \"from ndkv.evaluate import *; measure_prompts('{model}', {prompt}, {length}, {windows}, {cells})\""
     with Run(out, command=command, model=Path("results/zoo") / model, data=text, name="prompt") as run:
-        evaluate(lm, text_windows(text, tokenizer, length, windows), [NOISE, *ROTATIONS[:2], *(prompt_cell(*c) for c in cells)], run, model, Path(text).name.split(".")[0], 1, 0, False, prompt, dtype="float32", prompted=prompt)
+        evaluate(lm, text_windows(text, tokenizer, length, windows),
+                 [NOISE, *ROTATIONS[:2], *(prompt_cell(*c) for c in cells)], run, model,
+                 Path(text).name.split(".")[0], 1, 0, False, prompt, dtype="float32", prompted=prompt)
 
 # %% ../nbs/lab/76_evaluate.ipynb #9dd10e62
 def spectra(
@@ -404,10 +448,14 @@ def spectra(
     for i, s in profile.layers.items():
         plain = torch.eye(s.k_cov.shape[-1], dtype=torch.float64).expand_as(s.k_cov), torch.eye(s.v_cov.shape[-1], dtype=torch.float64).expand_as(s.v_cov)
         for prices, (pk, pv) in dict(none=plain, fisher=profile.prices[i]).items():
-            frames = {("k", h): key_frame(s, pk, b) for h, b in (("pre", 1), (str(block), block), ("post", None))} | {("v", ""): klt(s.v_cov, pv)}
+            frames = {("k", h): key_frame(s, pk, b)
+                      for h, b in (("pre", 1), (str(block), block),
+                                   ("post", None))} | {("v", ""): klt(s.v_cov, pv)}
             for (kind, home), f in frames.items():
                 for head, lam in enumerate(f.scale.double() ** 2):
-                    run.row(method="spectrum", metric="effective_rank", model=model_name, value=effective_rank(lam).item(), layer=i, head=head, kind=kind, home=home, prices=prices, spectrum=[float(f"{x:.4g}") for x in (lam / lam.sum()).tolist()])
+                    run.row(method="spectrum", metric="effective_rank", model=model_name,
+                            value=effective_rank(lam).item(), layer=i, head=head, kind=kind, home=home,
+                            prices=prices, spectrum=[float(f"{x:.4g}") for x in (lam / lam.sum()).tolist()])
 
 # %% ../nbs/lab/76_evaluate.ipynb #52538218
 def _plan_or_none(profile, bits, trellis):
@@ -435,12 +483,17 @@ def rates(
             x = x[:, :, 4:]
             for (b, t), codecs in plans.items():
                 c, home = codecs[i, kind], codecs[i, kind].home
-                full, pos = (key_frame(profile.layers[i], profile.prices[i][0]) if kind == "k" else klt(profile.layers[i].v_cov, profile.prices[i][1], profile.layers[i].v_mean)).to(x.device), torch.arange(4, 4 + x.shape[2])
+                full = (key_frame(profile.layers[i], profile.prices[i][0]) if kind == "k"
+                        else klt(profile.layers[i].v_cov, profile.prices[i][1],
+                                 profile.layers[i].v_mean)).to(x.device)
+                pos = torch.arange(4, 4 + x.shape[2])
                 y, y_hat = ((home.enter(z.float(), pos, full.mean) @ full.A.mT).double() for z in (x, c.decode(c.encode(x, 4), 4)))
                 lam = full.scale.double().square().flatten()
                 level = water_level(lam, c.bits_per_element * len(lam))
-                run.row(method="spectral", metric="distortion", model=model_name, data=data, value=((y - y_hat).square().sum() / y.square().sum()).item(),
-                        bound=(lam.clamp_max(level).sum() / lam.sum()).item(), bits=c.bits_per_element, k_bits=b, v_bits=b, layer=i, kind=kind, trellis=t, n=x.shape[0] * x.shape[2])
+                run.row(method="spectral", metric="distortion", model=model_name, data=data,
+                        value=((y - y_hat).square().sum() / y.square().sum()).item(),
+                        bound=(lam.clamp_max(level).sum() / lam.sum()).item(), bits=c.bits_per_element,
+                        k_bits=b, v_bits=b, layer=i, kind=kind, trellis=t, n=x.shape[0] * x.shape[2])
     probe(model, tokens, see)
 
 # %% ../nbs/lab/76_evaluate.ipynb #586c2ec9
@@ -457,7 +510,9 @@ def trellis_times(
         t = Trellis([b] * 128, s)
         packed = t.encode(u)
         for metric, f in (("encode_us", lambda: t.encode(u)), ("decode_us", lambda: t.decode(packed))):
-            run.row(method="trellis", metric=metric, model="gaussian", value=1e6 * min(_cpu_seconds(f) for _ in range(repeats)) / vectors, trellis=s, k_bits=b, v_bits=b, n=vectors, threads=torch.get_num_threads())
+            run.row(method="trellis", metric=metric, model="gaussian",
+                    value=1e6 * min(_cpu_seconds(f) for _ in range(repeats)) / vectors, trellis=s, k_bits=b,
+                    v_bits=b, n=vectors, threads=torch.get_num_threads())
 
 
 def _cpu_seconds(f):

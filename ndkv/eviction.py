@@ -64,7 +64,8 @@ def last_attention(
 class TOVA:
     "Keep what the last token attends to, all heads together."
     queries = 1
-    def score(self, keys, values, positions, queries): return last_attention(queries, keys).mean((1, 2))[:, 0, None].expand(keys.shape[:3])
+    def score(self, keys, values, positions, queries):
+        return last_attention(queries, keys).mean((1, 2))[:, 0, None].expand(keys.shape[:3])
 
 
 class SnapKV:
@@ -82,16 +83,20 @@ class SnapKV:
 POLICIES = dict(recent=Recent(), keynorm=KeyNorm(), keydiff=KeyDiff(), tova=TOVA(), snapkv=SnapKV()) # By name
 
 # %% ../nbs/lab/77_eviction.ipynb #ed872b5b
-def _heads_of(name, index): return index[:, int(h):int(h) + 1] if (h := name.partition(":")[2]) else index # those an entry belongs to
+def _heads_of(name, index):
+    return index[:, int(h):int(h) + 1] if (h := name.partition(":")[2]) else index # those an entry belongs to
 
 
-def _along(index, t): return index.view(*index.shape, *[1]*(t.dim() - 3)).expand(*index.shape, *t.shape[3:]) # to gather entries of `t`
+def _along(index, t):
+    # to gather entries of `t`
+    return index.view(*index.shape, *[1]*(t.dim() - 3)).expand(*index.shape, *t.shape[3:])
 
 
 def _whole(entries):
     "Entries as the codec knows them: rows of all heads side by side."
     names = dict.fromkeys(name.partition(":")[0] for name in entries)
-    return {name: entries[name] if name in entries else torch.cat([t for k, t in entries.items() if k.startswith(name + ":")], -1) for name in names}
+    return {name: entries[name] if name in entries
+            else torch.cat([t for k, t in entries.items() if k.startswith(name + ":")], -1) for name in names}
 
 # %% ../nbs/lab/77_eviction.ipynb #b158a1f6
 class Kept(Packed):
@@ -100,11 +105,15 @@ class Kept(Packed):
 
     def __init__(self, codec, memo=False, index=None): # `index`: whose map it is, its own if None
         super().__init__(codec.by_head() if hasattr(codec, "by_head") else codec)
-        if self.group > 1: raise ValueError(f"this method shares an entry among {self.group} tokens, which cannot be dropped one by one; use one that codes tokens singly, such as 'rotation'")
+        if self.group > 1:
+            raise ValueError(f"this method shares an entry among {self.group} tokens, "
+                             "which cannot be dropped one by one; "
+                             "use one that codes tokens singly, such as 'rotation'")
         self.memo, self.index = memo, index or self
 
     @property
-    def data(self): return {name: t for name, t in self.entries.items() if name != "map"} # what the codec wrote
+    def data(self):
+        return {name: t for name, t in self.entries.items() if name != "map"} # what the codec wrote
 
     @property
     def held(self): return next((t.shape[2] for t in self.data.values()), 0) # tokens of a head
@@ -117,8 +126,10 @@ class Kept(Packed):
 
     def append(self, new):
         "Entries of the next positions, all of them kept for now."
-        like, heads = next(iter(new.values())), max(max(t.shape[1] for t in new.values()), len(getattr(self.codec, "sizes", ())))
-        for name, t in self._by_head(new, heads).items(): self.entries[name] = torch.cat([self.entries[name], t], 2) if name in self.entries else t
+        like = next(iter(new.values()))
+        heads = max(max(t.shape[1] for t in new.values()), len(getattr(self.codec, "sizes", ())))
+        for name, t in self._by_head(new, heads).items():
+            self.entries[name] = torch.cat([self.entries[name], t], 2) if name in self.entries else t
         if self.index is self: self._remember(F.pad(self._map(like, heads), (0, like.shape[2]), value=1))
         self.n += like.shape[2]
 
@@ -126,9 +137,12 @@ class Kept(Packed):
 def _by_head(self:Kept, new, heads):
     "Entries with a head axis as they are, rows of all heads cut at the codec's `sizes`."
     split = lambda name, t: {f"{name}:{h}": part for h, part in enumerate(t.split(self.codec.sizes, -1))}
-    return {k: v for name, t in new.items() for k, v in ({name: t} if t.shape[1] == heads else split(name, t)).items()}
+    return {k: v for name, t in new.items()
+            for k, v in ({name: t} if t.shape[1] == heads else split(name, t)).items()}
 
-def _map(self:Kept, like, heads): return unpack(self.entries["map"], 1, self.n) if self.n else torch.zeros(len(like), heads, 0, dtype=torch.uint8, device=like.device)
+def _map(self:Kept, like, heads):
+    return unpack(self.entries["map"], 1, self.n) if self.n else torch.zeros(len(like), heads, 0,
+        dtype=torch.uint8, device=like.device)
 
 def _remember(self:Kept, kept): self.entries["map"] = pack(kept, 1)
 
@@ -139,7 +153,8 @@ def _select(self:Kept, index):
     "Keep the entries `index` `[B, H, m]` of those that are held, ascending."
     if self.index is self:
         where = self.positions.gather(2, index)
-        self._remember(torch.zeros(*index.shape[:2], self.n, dtype=torch.uint8, device=index.device).scatter_(2, where, 1))
+        self._remember(torch.zeros(*index.shape[:2], self.n, dtype=torch.uint8,
+                                   device=index.device).scatter_(2, where, 1))
     for name, t in self.data.items(): self.entries[name] = t.gather(2, _along(_heads_of(name, index), t))
     if self.copy is not None: self.copy = self.copy.gather(2, _along(index, self.copy))
 
@@ -158,7 +173,8 @@ def _decoded(self:Kept, pos, dtype):
 def _extend(self:Kept, pos, dtype):
     "Decode the positions that came since the last read (none of which was dropped yet) behind the copy."
     new = {name: t[:, :, self.copied - self.n:] for name, t in self.data.items()}
-    more = self._decoded(pos, dtype) if self.copy is None else self.codec.decode(_whole(new), pos + self.copied, dtype)
+    more = self._decoded(pos, dtype) if self.copy is None else self.codec.decode(_whole(new),
+        pos + self.copied, dtype)
     self.copy, self.copied = more if self.copy is None else torch.cat([self.copy, more], 2), self.n
 
 def _read(self:Kept, pos, dtype):
@@ -175,7 +191,9 @@ def _apply(self:Kept, f):
     if self.copy is not None: self.copy = f(self.copy)
 
 def _keep(self:Kept, a, b):
-    if (a, b) != (0, self.n): raise RuntimeError("tokens that were dropped cannot come back, so a cut through packed tokens is refused")
+    if (a, b) != (0, self.n):
+        raise RuntimeError("tokens that were dropped cannot come back, "
+                           "so a cut through packed tokens is refused")
 
 def _last(self:Kept, pos): return self.read(pos, torch.float32)[:, :, -1:]
 
@@ -185,11 +203,14 @@ Kept.apply, Kept.keep, Kept.last = _apply, _keep, _last
 def _covers(self:Kept, entries, x, n):
     "As `Packed.covers`; the map of the keys is compared with what is there."
     data = {name: t for name, t in entries.items() if name != "map"}
-    like = self._by_head(self.codec.encode(x.new_ones(*x.shape[:2], 1, x.shape[3]), 0), x.shape[1]) if data else {}
+    like = self._by_head(self.codec.encode(x.new_ones(*x.shape[:2], 1, x.shape[3]), 0),
+                         x.shape[1]) if data else {}
     held, kept = count_entries(data, like), entries.get("map")
-    if self.index is not self: return n if kept is None and (self.index.n, self.index.held) == (n, held) else -1
+    if self.index is not self:
+        return n if kept is None and (self.index.n, self.index.held) == (n, held) else -1
     if kept is None: return held and -1
-    fits = held >= 0 and kept.dtype == torch.uint8 and n > 0 and list(kept.shape) == [*x.shape[:2], packed_size(n, 1)]
+    fits = held >= 0 and kept.dtype == torch.uint8 and n > 0 and list(kept.shape) == [*x.shape[:2],
+        packed_size(n, 1)]
     return n if fits and bool((unpack(kept, 1, n).sum(-1) == held).all()) else -1
 
 def _restore(self:Kept, entries, n): self.entries, self.n = dict(entries), n
@@ -216,11 +237,13 @@ class EvictingLayer(NDLayer):
         k.packed = Kept(k.packed.codec, self.memo)
         v.packed = Kept(v.packed.codec, self.memo, k.packed)
 
-    def room(self, n): return min(n, self.keep) if isinstance(self.keep, int) else int(self.keep * n) # of `n` packed tokens
+    def room(self, n):
+        return min(n, self.keep) if isinstance(self.keep, int) else int(self.keep * n) # of `n` packed tokens
 
     def first(self, L):
         "Position from which on everything would be held, had the last tokens been kept: what is read has the length of what follows it."
-        n = max((L - self.window - self.sinks)//self.block*self.block, self.stores[0].packed.n if self.stores else 0, 0)
+        n = max((L - self.window - self.sinks)//self.block*self.block,
+                self.stores[0].packed.n if self.stores else 0, 0)
         return n - self.room(n)
 
 # %% ../nbs/lab/77_eviction.ipynb #1f407d04
@@ -228,7 +251,9 @@ class EvictingLayer(NDLayer):
 def _update(self:EvictingLayer, key_states, value_states, *args, told=None, **kwargs):
     "Take `[B, H, q, D]` keys and values; return what is held and them."
     if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-    if told is not None and self.differ(told, len(key_states)): raise ValueError("an EvictingCache holds rows without padding, whose positions count from 0; batch prompts of equal length, or use NDCache")
+    if told is not None and self.differ(told, len(key_states)):
+        raise ValueError("an EvictingCache holds rows without padding, whose positions count from 0; "
+                         "batch prompts of equal length, or use NDCache")
     new, L, q = (key_states, value_states), self.get_seq_length(), key_states.shape[2]
     self.flush(L)
     out = [s.read(x) if L else x for s, x in zip(self.stores, new)]
@@ -253,7 +278,9 @@ def _scores(self:EvictingLayer):
     "The policy's scores of all that is held."
     want, L = self.policy.queries, self.get_seq_length()
     if want and (self.seen != L or not self.queries.shape[2]):
-        raise ValueError(f"layer {self.layer}: this policy wants the queries of {L} tokens and saw those of {self.seen}; run the model within `with observed(model):`, or choose a policy that needs none")
+        raise ValueError(f"layer {self.layer}: this policy wants the queries of {L} tokens and saw those of "
+                         f"{self.seen}; run the model within `with observed(model):`, "
+                         "or choose a policy that needs none")
     keys, values = (s.read() for s in self.stores)
     return self.policy.score(keys, values, self.positions, self.queries[:, :, -want:] if want else None)
 
@@ -268,7 +295,8 @@ def _recall(self:EvictingLayer, queries, seen):
     "Queries from a file."
     like = self.stores[0].window
     if queries.dim() != 4 or queries.dtype != torch.bfloat16 or queries.shape[0] != like.shape[0] or queries.shape[3] != like.shape[3] or queries.shape[1] % like.shape[1]:
-        raise ValueError(f"layer {self.layer}: queries {list(queries.shape)} do not belong to keys {list(like.shape)}; run the prompt and save anew")
+        raise ValueError(f"layer {self.layer}: queries {list(queries.shape)} do not belong to keys "
+                         f"{list(like.shape)}; run the prompt and save anew")
     self.queries, self.seen = queries, seen
 
 EvictingLayer.scores, EvictingLayer.see, EvictingLayer.recall = _scores, _see, _recall
@@ -289,9 +317,12 @@ EvictingLayer.positions = _positions
 def _crop(self:EvictingLayer, tokens_to_remove):
     n = -int(tokens_to_remove)
     if any(s.packed.n and s.end - n < s.starts[2] for s in self.stores):
-        raise RuntimeError(f"layer {self.layer}: crop({tokens_to_remove}) reaches into packed tokens, of which some were dropped and cannot come back; run the shorter text through a new cache")
+        raise RuntimeError(f"layer {self.layer}: crop({tokens_to_remove}) reaches into packed tokens, "
+                           "of which some were dropped and cannot come back; "
+                           "run the shorter text through a new cache")
     NDLayer.crop(self, tokens_to_remove)
-    if n > 0 and self.queries is not None: self.queries, self.seen = self.queries[:, :, :max(self.queries.shape[2] - n, 0)].clone(), self.seen - n
+    if n > 0 and self.queries is not None:
+        self.queries, self.seen = self.queries[:, :, :max(self.queries.shape[2] - n, 0)].clone(), self.seen - n
 
 def _apply_layer(self:EvictingLayer, f):
     NDLayer.apply(self, f)
@@ -307,7 +338,8 @@ EvictingLayer.crop, EvictingLayer.apply, EvictingLayer.reset = _crop, _apply_lay
 def _showing(inner):
     "The plain attention `inner`, after a layer of an `EvictingCache` has seen the query that its keys are read with."
     def attention(module, query, key, value, attention_mask, **kw):
-        if layer := getattr(key, "ndkv_layer", None): layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
+        if layer := getattr(key, "ndkv_layer", None):
+            layer.see(query, kw.get("scaling") or query.shape[-1]**-.5)
         return plain_attention(inner, module)(module, query, key, value, attention_mask, **kw)
     return attention
 
@@ -369,17 +401,32 @@ class EvictingCache(NDCache):
         if len(args) < 2 and kwargs.get("method") is None: # tokens of the defaults share entries
             kwargs["method"] = "rotation" if kwargs.get("profile") is None else "spectral"
         super().__init__(config, *args, **kwargs)
-        if isinstance(policy, str) and policy not in POLICIES: raise ValueError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}, or give an object with `queries` and `score`")
-        if isinstance(keep, bool) or not (isinstance(keep, int) and keep >= 0 or isinstance(keep, float) and 0 <= keep <= 1): raise ValueError(f"keep={keep!r}; give a share from 0. to 1., or a whole number of tokens")
+        if isinstance(policy, str) and policy not in POLICIES:
+            raise ValueError(f"policy={policy!r} is unknown; "
+                             f"choose one of {', '.join(POLICIES)}, or give an object with `queries` and "
+                             "`score`")
+        if isinstance(keep, bool) or not (isinstance(keep, int) and keep >= 0 or isinstance(keep, float)
+                                          and 0 <= keep <= 1):
+            raise ValueError(f"keep={keep!r}; give a share from 0. to 1., or a whole number of tokens")
         dense = [i for i, l in enumerate(self.layers) if type(l) is NDLayer]
-        if not dense: raise ValueError(f"no layer of {type(config).__name__} holds a whole text, so there is nothing to drop from; use NDCache")
-        if not self.layers[dense[0]].exact_new or self.layers[dense[0]].offload_packed: raise ValueError("an EvictingCache needs exact_new=True and offload=False; use NDCache for the others")
-        for i in dense: self.layers[i] = self._evicting(self.layers[i], POLICIES.get(policy, policy) if isinstance(policy, str) else policy, keep)
+        if not dense:
+            raise ValueError(f"no layer of {type(config).__name__} holds a whole text, "
+                             "so there is nothing to drop from; use NDCache")
+        if not self.layers[dense[0]].exact_new or self.layers[dense[0]].offload_packed:
+            raise ValueError("an EvictingCache needs exact_new=True and offload=False; "
+                             "use NDCache for the others")
+        for i in dense:
+            self.layers[i] = self._evicting(self.layers[i], POLICIES.get(policy, policy)
+                                            if isinstance(policy, str) else policy, keep)
 
     def _evicting(self, l, policy, keep):
-        return EvictingLayer(policy, keep, l.layer, l.bits, l.method, l.window, l.sinks, l.block, True, l.memo, False, l.seed, l.warned, **l.method_kw)
+        return EvictingLayer(policy, keep, l.layer, l.bits, l.method, l.window, l.sinks, l.block, True,
+                             l.memo, False, l.seed, l.warned, **l.method_kw)
 
-    def _bytes(self): return super()._bytes() + sum(l.queries.nbytes for l in self._mine if getattr(l, "queries", None) is not None) # and queries that wait
+    def _bytes(self):
+        # and queries that wait
+        return super()._bytes() + sum(l.queries.nbytes for l in self._mine
+                                      if getattr(l, "queries", None) is not None)
 
 # %% ../nbs/lab/77_eviction.ipynb #2691a2c4
 @dataclass(frozen=True, eq=False)
@@ -391,10 +438,13 @@ class DropCell(Cell):
     exact = False # Never the reference
 
     def cache(self, config, memo=True):
-        return EvictingCache(config, (self.k_bits, self.v_bits), self.method, window=self.window, sinks=self.sinks, block=self.block, memo=memo,
+        return EvictingCache(config, (self.k_bits, self.v_bits), self.method, window=self.window,
+                             sinks=self.sinks, block=self.block, memo=memo,
                              policy=self.policy, keep=self.keep, **self.options)
 
-    def __str__(self): return f"{self.policy} {self.keep:.3g} of the tokens, {'bf16' if self.k_bits is None else f'{self.method} {self.k_bits:g} bits'}"
+    def __str__(self):
+        return (f"{self.policy} {self.keep:.3g} of the tokens, "
+                f"{'bf16' if self.k_bits is None else f'{self.method} {self.k_bits:g} bits'}")
 
 # %% ../nbs/lab/77_eviction.ipynb #78e67dfa
 def frontier_cells(
@@ -404,11 +454,15 @@ def frontier_cells(
 ) -> list[Cell]:
     "Quantize, drop, or both."
     whole, half = dict(policy="none", keep=1.), dict(policy="snapkv", keep=.5)
-    drop = [DropCell("exact", None, None, policy=p, keep=b / 16) for b in budgets for p in policies if p in ("recent", "snapkv") or b == 2]
-    cells = [Cell("bf16", None, None), *(Cell(k_bits=b, v_bits=b, note=whole) for b in budgets), *drop, *(DropCell(k_bits=2*b, v_bits=2*b, **half) for b in budgets)]
-    spectral = [spectral_cell(profile, b, classes=False) for b in (*budgets, budgets[-1] / 2)] if profile else []
+    drop = [DropCell("exact", None, None, policy=p, keep=b / 16) for b in budgets for p in policies
+            if p in ("recent", "snapkv") or b == 2]
+    cells = [Cell("bf16", None, None), *(Cell(k_bits=b, v_bits=b, note=whole) for b in budgets), *drop,
+             *(DropCell(k_bits=2*b, v_bits=2*b, **half) for b in budgets)]
+    spectral = [spectral_cell(profile, b, classes=False)
+                for b in (*budgets, budgets[-1] / 2)] if profile else []
     cells += [Cell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note | whole) for c in spectral]
-    return cells + [DropCell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note, **half) for c in spectral[:-1]]
+    return cells + [DropCell("spectral", c.k_bits, c.v_bits, options=c.options, note=c.note, **half)
+                    for c in spectral[:-1]]
 
 # %% ../nbs/lab/77_eviction.ipynb #c4300be0
 def drop_or_quantize(
@@ -426,7 +480,8 @@ def drop_or_quantize(
     more = "".join(f", {k}={v}" for k, v in dict(length=length, windows=windows, **kw).items())
     command = f"python -c \"from ndkv.eviction import *; drop_or_quantize('{name}', '{Path(profile).name}'{more})\""
     with Run(out, command=command, model=f"results/zoo/{name}", data=[text, profile], name="eviction") as run, observed(model):
-        evaluate(model, text_windows(text, tokenizer, length, windows), cells, run, name, Path(text).name.partition(".")[0], batch=windows, heads=0, dtype="float32")
+        evaluate(model, text_windows(text, tokenizer, length, windows), cells, run, name,
+                 Path(text).name.partition(".")[0], batch=windows, heads=0, dtype="float32")
     return run
 
 # %% ../nbs/lab/77_eviction.ipynb #50191e09
@@ -440,13 +495,16 @@ def retrieval_after_dropping(
 ) -> Run: # Its rows are in `eviction.jsonl`
     "Answers of caches that drop, quantize, or both."
     model, tokenizer = load_model(name, dtype=torch.float32)
-    whole, half = (("rotation", 2), ("spectral", 1)), (("rotation", 4), ("spectral", 2)) # a code alone, and one of twice the bits for half of the tokens
-    wanted = lambda c: (c.method, c.k_bits) in half or c.policy == "snapkv" and c.keep in (1/4, 1/8) if isinstance(c, DropCell) else (c.method, c.k_bits) in whole
+    whole = (("rotation", 2), ("spectral", 1)) # a code alone
+    half = (("rotation", 4), ("spectral", 2)) # one of twice the bits for half of the tokens
+    wanted = lambda c: (c.method, c.k_bits) in half or c.policy == "snapkv" and c.keep in (1/4,
+        1/8) if isinstance(c, DropCell) else (c.method, c.k_bits) in whole
     cells = [c for c in frontier_cells(Profile.load(profile, model, ("dtype",))) if wanted(c)]
     command = f"python -c \"from ndkv.eviction import *; retrieval_after_dropping('{name}', '{Path(profile).name}', {tasks}, length={length}, n={n})\""
     with Run(out, command=command, model=f"results/zoo/{name}", data=profile, name="eviction") as run, observed(model):
         for cell in cells:
-            for row in task_scores(model, tokenizer, cell, tasks, [length], n=n, batch=n, bar=False): run.row(model=name, dtype="float32", **row)
+            for row in task_scores(model, tokenizer, cell, tasks, [length], n=n, batch=n, bar=False):
+                run.row(model=name, dtype="float32", **row)
     return run
 
 # %% ../nbs/lab/77_eviction.ipynb #aa0b04eb
@@ -460,7 +518,9 @@ def frontier_table(
         if r["model"] != model or r["data"] != "wiki_val": continue
         drops, coded = r.get("policy", "none") != "none", r["method"] in ("rotation", "spectral")
         label = "noise floor" if r["method"] == "bf16" else r["policy"] if not coded else f"half {r['policy']} + {r['method']}" if drops else r["method"]
-        cell = cells.setdefault((label, r["k_bits"], r.get("keep")), dict(label=label, k_bits=r["k_bits"], keep=r.get("keep")))
+        cell = cells.setdefault((label, r["k_bits"], r.get("keep")),
+                                dict(label=label, k_bits=r["k_bits"], keep=r.get("keep")))
         cell[r["metric"]] = r["value"]
     for c in cells.values(): c["bits"] = c.pop("bits_with_frames", c.get("bits"))
-    return [{k: c.get(k) for k in ("label", "k_bits", "keep", "bits", "kl_mean", "kl_p999", "flips")} for c in cells.values()]
+    return [{k: c.get(k) for k in ("label", "k_bits", "keep", "bits", "kl_mean", "kl_p999",
+                                   "flips")} for c in cells.values()]

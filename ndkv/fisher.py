@@ -42,7 +42,8 @@ def _split_mask(mask, packed, like):
     "Additive mask [B or 1, 1, T, 2T] from a layer's own mask (None = causal, bool, or additive)."
     T, low = packed.shape[0], torch.finfo(like.dtype).min
     if mask is None: mask = torch.ones(T, T, dtype=torch.bool, device=like.device).tril()[None, None]
-    if mask.dtype == torch.bool: mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, low)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, low)
     return torch.cat([mask.masked_fill(packed, low), mask.masked_fill(~packed, low)], -1)
 
 # %% ../nbs/model/32_fisher.ipynb #9973204d
@@ -55,7 +56,8 @@ def _tiles(packed):
 
 def _lower_triangle(T, like):
     "Additive mask [1, 1, T, T] of a causal layer."
-    return torch.full((T, T), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu(1)[None, None]
+    return torch.full((T, T), torch.finfo(like.dtype).min, dtype=like.dtype,
+                      device=like.device).triu(1)[None, None]
 
 
 class _Packed(torch.autograd.Function):
@@ -82,12 +84,14 @@ class _Packed(torch.autograd.Function):
 
 def _tile(a, b, q, k, v, *squares):
     "What queries a to b - 1 attend with."
-    return q[..., a:b, :], k[..., :b, :], v[..., :b, :], *(None if s is None else s[..., a:b, :b] for s in squares)
+    return (q[..., a:b, :], k[..., :b, :], v[..., :b, :],
+            *(None if s is None else s[..., a:b, :b] for s in squares))
 
 
 def _tile_gradients(attend, inputs, want, g):
     "Gradients of a tile's attention with respect to the inputs that are wanted."
-    inputs = [x.detach().contiguous().requires_grad_(w) for x, w in zip(inputs, want)]  # kernels of a GPU want masks with aligned rows
+    # kernels of a GPU want masks with aligned rows
+    inputs = [x.detach().contiguous().requires_grad_(w) for x, w in zip(inputs, want)]
     with torch.enable_grad(): out = attend(*inputs)
     return torch.autograd.grad(out, [x for x, w in zip(inputs, want) if w], g)
 
@@ -107,9 +111,11 @@ class _Reader:
         self.halves = Halves(self.model)
         self.twice = device_of(self.model).type == "cuda" if twice is None else twice
         for m in self.model.modules():
-            if self.twice and isinstance(m, GradientCheckpointingLayer): m.forward = partial(computed_twice, m.forward, use_reentrant=False, preserve_rng_state=False)
+            if self.twice and isinstance(m, GradientCheckpointingLayer):
+                m.forward = partial(computed_twice, m.forward, use_reentrant=False, preserve_rng_state=False)
 
-    def start(self): self.leaves, self.seen, self.reading = {}, {}, True  # layer -> leaves; layer -> (key, value)
+    def start(self):
+        self.leaves, self.seen, self.reading = {}, {}, True  # layer -> leaves; layer -> (key, value)
 
     def attend(self, run, module, query, key, value, mask, **kw):
         if not torch.is_grad_enabled(): return run(module, query, key, value, mask, **kw)
@@ -117,8 +123,10 @@ class _Reader:
         if self.reading: leaves = self._keep(leaves, module, query, key, value, kw)
         names = [n for n, x in kw.items() if torch.is_tensor(x) and x.shape[-2:] == (T, T)]
         rest = {n: x for n, x in kw.items() if n not in names}
-        def attend(q, k, v, m, *squares): return run(module, q, k, v, m, **rest, **dict(zip(names, squares)))[0]
-        return _Packed.apply(attend, self.tiles, self._triangle(T, query), query, key, value, *leaves, mask, *(kw[n] for n in names)), None
+        def attend(q, k, v, m, *squares):
+            return run(module, q, k, v, m, **rest, **dict(zip(names, squares)))[0]
+        return (_Packed.apply(attend, self.tiles, self._triangle(T, query), query, key, value, *leaves, mask,
+                              *(kw[n] for n in names)), None)
 
     def _keep(self, leaves, module, query, key, value, kw):
         "The leaves of a layer: the given ones, or those of the layer whose keys this one reads again."
@@ -182,19 +190,26 @@ def reading_gradients(
 # %% ../nbs/model/32_fisher.ipynb #6b66f941
 def _save_sums(path, head, sums, generator, more):
     "A checkpoint of `fisher`."
-    tensors = {f"{i}.{kind}": t.cpu() for i, pair in sums.items() for kind, t in zip("kv", pair)} | {"generator": generator.get_state()} | {k: t.contiguous() for k, t in more.items()}
-    _write_atomic(path, to_safetensors(tensors, {"ndkv_fisher": json.dumps(head | dict(sha256=_digest(head, tensors)))}))
+    tensors = {f"{i}.{kind}": t.cpu() for i, pair in sums.items()
+               for kind, t in zip("kv", pair)} | {"generator": generator.get_state()} | {k: t.contiguous()
+                   for k, t in more.items()}
+    _write_atomic(path,
+                  to_safetensors(tensors, {"ndkv_fisher": json.dumps(head | dict(sha256=_digest(head, tensors)))}))
 
 
 def _load_sums(path, head):
     "Windows done, sums, state of the generator and of what `see` has seen from a checkpoint that belongs to `head`."
     try:
-        with safe_open(path, "pt") as f: found, tensors = json.loads((f.metadata() or {})["ndkv_fisher"]), {name: f.get_tensor(name) for name in f.keys()}
+        with safe_open(path, "pt") as f:
+            found, tensors = json.loads((f.metadata() or {})["ndkv_fisher"]), {name: f.get_tensor(name) for name in f.keys()}
         good = isinstance(found, dict) and found.pop("sha256") == _digest(found, tensors)
     except (SafetensorError, KeyError, ValueError, RecursionError): good = False
     if not good: raise ValueError(f"{path}: damaged checkpoint; remove it, and the pass begins anew")
-    if found | dict(done=0) != head | dict(done=0): raise ValueError(f"{path}: checkpoint of another model, text or setting; remove it or name another file")
-    state, more = tensors.pop("generator"), {k: tensors.pop(k) for k in list(tensors) if k.startswith(("forecast.", "statistics."))}
+    if found | dict(done=0) != head | dict(done=0):
+        raise ValueError(f"{path}: checkpoint of another model, text or setting; "
+                         "remove it or name another file")
+    state = tensors.pop("generator")
+    more = {k: tensors.pop(k) for k in list(tensors) if k.startswith(("forecast.", "statistics."))}
     layers = sorted({int(name.split(".")[0]) for name in tensors})
     return found["done"], {i: [tensors[f"{i}.{kind}"] for kind in "kv"] for i in layers}, state, more
 
@@ -220,10 +235,13 @@ def fisher(
     "Fisher information of packed keys and values, per layer and head: an error e of one token costs about ½ eᵀFe nats in all."
     T = tokens.shape[1]
     last = packed_mask(T, window, sinks, block)[-1].sum().item() + sinks
-    if last <= sinks: raise ValueError(f"fisher: windows of {T} tokens are never read packed with window {window}; give longer ones")
+    if last <= sinks:
+        raise ValueError(f"fisher: windows of {T} tokens are never read packed with window {window}; "
+                         "give longer ones")
     model = bare(model)
     ropes, sums, generator = ropes or find_rope(model, tokens), {}, torch.Generator().manual_seed(seed)
-    head = json.loads(json.dumps(dict(model=describe(model), text=tokens_hash(tokens), window=window, sinks=sinks, block=block, batch=batch, seed=seed, done=0)))
+    head = json.loads(json.dumps(dict(model=describe(model), text=tokens_hash(tokens), window=window,
+                                      sinks=sinks, block=block, batch=batch, seed=seed, done=0)))
     if checkpoint and Path(checkpoint).exists():
         head["done"], sums, state, more = _load_sums(checkpoint, head)
         generator.set_state(state)
@@ -233,10 +251,12 @@ def fisher(
     todo = tokens[head["done"]:].split(batch) if head["done"] < len(tokens) else ()
     for step, ids in enumerate(tqdm(todo, desc="calibrate", disable=not bar, mininterval=2), 1):
         u = torch.rand(ids.shape, generator=generator)
-        for some, v in zip(ids.split(parts), u.split(parts)): _take(reader, some, v, ropes, slice(sinks, last), sums, see)
+        for some, v in zip(ids.split(parts), u.split(parts)):
+            _take(reader, some, v, ropes, slice(sinks, last), sums, see)
         if see: see.next()
         head["done"] += len(ids)
-        if checkpoint and (step % every == 0 or step == len(todo)): _save_sums(checkpoint, head, sums, generator, see.state() if see else {})
+        if checkpoint and (step % every == 0 or step == len(todo)):
+            _save_sums(checkpoint, head, sums, generator, see.state() if see else {})
     n = tokens.shape[0] * (last - sinks)
     return {layer: tuple(s.cpu() / n for s in pair) for layer, pair in sorted(sums.items())}
 
@@ -246,7 +266,8 @@ def _take(reader, ids, u, ropes, packed, sums, see):
     grads, seen, _ = reader(ids.to(device_of(reader.model)), u)
     for layer, (gk, gv) in grads.items():
         (k, v), pos, rope = seen[layer], torch.arange(ids.shape[1], device=gk.device), ropes[layer]
-        pairs = [x[:, :, packed] for x in (rope.undo(k, pos, k.dtype), v, rope.adjoint(gk, pos, gk.dtype), gv)]
+        pairs = [x[:, :, packed]
+                 for x in (rope.undo(k, pos, k.dtype), v, rope.adjoint(gk, pos, gk.dtype), gv)]
         if see: see(layer, pairs[:2], pairs[2:])
         new = [_outer(g) for g in pairs[2:]]
         sums[layer] = [a.to(b.device) + b for a, b in zip(sums[layer], new)] if layer in sums else new
@@ -258,7 +279,8 @@ def _outer(g):
     return x.mT @ x
 
 # %% ../nbs/model/32_fisher.ipynb #97abe397
-def _add(total, new): return total.to(new.device) + new if torch.is_tensor(total) else new  # a sum may come from a checkpoint
+def _add(total, new):
+    return total.to(new.device) + new if torch.is_tensor(total) else new  # a sum may come from a checkpoint
 
 
 def _by_rank(score, price, n):
@@ -275,7 +297,8 @@ class _Forecast:
     def fit(self, x, price):
         "Vectors [B, H, n, D], prices [B, H, n]."
         self.solved = None
-        y = (price + 1e-4 * price.mean((0, 2), keepdim=True)).clamp_min(1e-30).log().transpose(0, 1).flatten(1)
+        y = (price + 1e-4 * price.mean((0, 2), keepdim=True)).clamp_min(1e-30).log().transpose(0,
+            1).flatten(1)
         x = x.transpose(0, 1).flatten(1, 2).double()
         x, y = x - x.mean(1, keepdim=True), (y - y.mean(1, keepdim=True)).double()
         self.A, self.b = _add(self.A, x.mT @ x), _add(self.b, x.mT @ y[..., None])
@@ -285,7 +308,9 @@ class _Forecast:
         "[H, D] on the CPU, by ridge regression, once after each `fit`."
         if self.solved is None:
             A, b = self.A.cpu(), self.b.cpu()
-            self.solved = torch.linalg.solve(A + torch.diag_embed(0.015 * A.diagonal(dim1=-2, dim2=-1) + 1e-12), b)[..., 0]
+            self.solved = torch.linalg.solve(A
+                                             + torch.diag_embed(0.015 * A.diagonal(dim1=-2, dim2=-1) + 1e-12),
+                                             b)[..., 0]
         return self.solved
 
     def score(self, x):
@@ -301,7 +326,9 @@ class _Forecasts:
     "Forecasts of all layers: the first half of the batches fits, the second is ranked."
 
     def __init__(self, stats, layers, batches):
-        self.stats, self.batches, self.batch = stats, batches, 0  # layer -> `LayerStats` so far; batches of all, and those that are done
+        self.stats = stats  # layer -> `LayerStats` so far
+        self.batches = batches
+        self.batch = 0  # of them done
         self.found = {i: (_Forecast(), _Forecast()) for i in layers}
         self.pages = {}  # (layer, kind) -> sums of prices by rank in a page
 
@@ -316,11 +343,14 @@ class _Forecasts:
         new = _by_rank(self.found[layer][0].score(keys), price, PAGE)
         self.pages[layer, kind] = _add(self.pages.get((layer, kind), 0), new)
 
-    def _each(self): return ((f"forecast.{i}.{kind}.{name}", f, name) for i, pair in self.found.items() for kind, f in zip("kv", pair) for name in ("A", "b", "ranks"))
+    def _each(self):
+        return ((f"forecast.{i}.{kind}.{name}", f, name) for i, pair in self.found.items()
+                for kind, f in zip("kv", pair) for name in ("A", "b", "ranks"))
 
     def state(self):
         "Name -> tensor, for a checkpoint."
-        sums = {key: getattr(f, name).cpu() for key, f, name in self._each() if torch.is_tensor(getattr(f, name))}
+        sums = {key: getattr(f, name).cpu() for key, f, name in self._each()
+                if torch.is_tensor(getattr(f, name))}
         sums |= {f"forecast.{i}.{kind}.page": r.cpu() for (i, kind), r in self.pages.items()}
         return sums | {"forecast.batch": torch.tensor(self.batch)}
 
@@ -334,8 +364,10 @@ class _Forecasts:
 
     def done(self):
         "{layer: (directions of keys, of values, prices by rank of both)}, or nothing where nothing was ranked."
-        known = all(torch.is_tensor(f.ranks) and f.ranks.numel() and torch.is_tensor(f.A) for pair in self.found.values() for f in pair)
-        return {i: (k.direction.cpu(), v.direction.cpu(), _unit(k.ranks), _unit(v.ranks)) for i, (k, v) in self.found.items()} if known else {}
+        known = all(torch.is_tensor(f.ranks) and f.ranks.numel() and torch.is_tensor(f.A)
+                    for pair in self.found.values() for f in pair)
+        return {i: (k.direction.cpu(), v.direction.cpu(), _unit(k.ranks), _unit(v.ranks))
+                for i, (k, v) in self.found.items()} if known else {}
 
     def importance(self):
         "{layer: prices by rank in a page of keys, of values}, or nothing where no page was filled."
@@ -352,7 +384,8 @@ def check_measurable(
     "Refuse models of whose cache our measurements say nothing."
     refuse_prompt_learning(model)
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
-        raise ValueError(f"{type(model).__name__} caches latents, of which statistics of its keys and values say nothing; use NDCache(model.config, bits=4), which needs no profile")
+        raise ValueError(f"{type(model).__name__} caches latents, of which statistics of its keys and values "
+                         "say nothing; use NDCache(model.config, bits=4), which needs no profile")
 
 
 def refuse_prompt_learning(
@@ -361,7 +394,10 @@ def refuse_prompt_learning(
     "One line for a model to which PEFT adds virtual tokens."
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
-        raise ValueError(f"{type(model).__name__} adds {config.num_virtual_tokens} virtual tokens to each call ({config.peft_type.value}); take model.get_base_model(), and give it the virtual tokens as a part of the prompt")
+        raise ValueError(f"{type(model).__name__} adds {config.num_virtual_tokens} virtual tokens to each "
+                         f"call ({config.peft_type.value}); "
+                         "take model.get_base_model(), and give it the virtual tokens as a part of the "
+                         "prompt")
 
 # %% ../nbs/model/32_fisher.ipynb #14e1bdb0
 _FIELDS = "n", *MEANS, *MATRICES, "weighted"  # Of `LayerStats`, in a checkpoint
@@ -379,19 +415,24 @@ class _Calibration:
 
     def next(self):
         "A batch is done. What is wrong with a model, its first batch says."
-        if not self.forecasts.batch: replace(self.profile, layers={i: s.to("cpu") for i, s in self.profile.layers.items()}).check(enough=0)
+        if not self.forecasts.batch:
+            replace(self.profile,
+                    layers={i: s.to("cpu") for i, s in self.profile.layers.items()}).check(enough=0)
         self.forecasts.batch += 1
 
     def state(self):
         "Name -> tensor, for a checkpoint."
-        fields = {f"statistics.{i}.{name}": torch.as_tensor(getattr(s, name)).cpu() for i, s in self.profile.layers.items() for name in _FIELDS}
+        fields = {f"statistics.{i}.{name}": torch.as_tensor(getattr(s, name)).cpu()
+                  for i, s in self.profile.layers.items() for name in _FIELDS}
         return fields | self.forecasts.state()
 
     def load(self, state):
         "Go on from a checkpoint."
         for i in sorted({int(name.split(".")[1]) for name in state if name.startswith("statistics.")}):
             known = {name: state[f"statistics.{i}.{name}"] for name in _FIELDS}
-            self.profile.layers[i] = LayerStats(**known | dict(n=int(known["n"]), weighted=bool(known["weighted"])), rope=self.ropes[i])
+            self.profile.layers[i] = LayerStats(**known
+                                                | dict(n=int(known["n"]), weighted=bool(known["weighted"])),
+                                                rope=self.ropes[i])
         self.forecasts.load(state)
 
 
@@ -417,7 +458,8 @@ def calibrate(
     prices = fisher(model, tokens, window, sinks, block, batch, seed, ropes, bar, checkpoint, every, seen)
     profile.data[0] |= dict(windows=len(tokens), window=window, sinks=sinks, block=block)
     layers = {i: s.to("cpu") for i, s in sorted(profile.layers.items())}
-    return replace(profile, layers=layers, prices=prices, forecasts=seen.forecasts.done(), importance=seen.forecasts.importance()).check(enough=enough)
+    return replace(profile, layers=layers, prices=prices, forecasts=seen.forecasts.done(),
+                   importance=seen.forecasts.importance()).check(enough=enough)
 
 # %% ../nbs/model/32_fisher.ipynb #fc01e908
 def log_mean(
@@ -448,8 +490,10 @@ def mix_profiles(
     for p in profiles[1:]: _check_same(profiles[0], p)
     layers = {i: _union([p.layers[i] for p in profiles]) for i in profiles[0].layers}
     prices = {i: tuple(log_mean(f, ridge) for f in zip(*(p.prices[i] for p in profiles))) for i in layers}
-    even = lambda name: {i: tuple(sum(x) / len(x) for x in zip(*(getattr(p, name)[i] for p in profiles))) for i in getattr(profiles[0], name)}
-    return Profile(layers, profiles[0].model, [d for p in profiles for d in p.data], profiles[0].skip, prices, even("forecasts"), even("importance"))
+    even = lambda name: {i: tuple(sum(x) / len(x) for x in zip(*(getattr(p, name)[i] for p in profiles)))
+                         for i in getattr(profiles[0], name)}
+    return Profile(layers, profiles[0].model, [d for p in profiles for d in p.data], profiles[0].skip, prices,
+                   even("forecasts"), even("importance"))
 
 
 def _union(stats):
@@ -464,24 +508,36 @@ def _names(p): return " and ".join(repr(d["name"]) for d in p.data)
 
 def _check_kind(p):
     "One line for a profile that cannot be mixed with any other."
-    if not p.prices: raise ValueError(f"mix: the profile of {_names(p)} holds no prices; make it with `calibrate`")
+    if not p.prices:
+        raise ValueError(f"mix: the profile of {_names(p)} holds no prices; make it with `calibrate`")
     said = {tuple(d.get(k) for k in _SHAPE) for d in p.data}
-    if len(said) != 1 or None in next(iter(said)): raise ValueError(f"mix: the profile of {_names(p)} does not say for which window, sinks and block its prices were measured; calibrate again")
+    if len(said) != 1 or None in next(iter(said)):
+        raise ValueError(f"mix: the profile of {_names(p)} does not say for which window, "
+                         "sinks and block its prices were measured; calibrate again")
 
 
 def _check_same(a, b):
     "One line for two profiles that cannot be mixed."
     both = f"mix: profiles of {_names(a)} and {_names(b)}"
-    for name, x, y in _differences(a.model, b.model): raise ValueError(f"{both} are of different models, {name} is {x} and {y}; calibrate one model on both texts")
+    for name, x, y in _differences(a.model, b.model):
+        raise ValueError(f"{both} are of different models, {name} is {x} and {y}; "
+                         "calibrate one model on both texts")
     for k in _SHAPE:
-        if (x := a.data[0][k]) != (y := b.data[0][k]): raise ValueError(f"{both} are for caches of {k} {x} and {y}; calibrate both with the same {k}")
-    if a.skip != b.skip or a.layers.keys() != b.layers.keys(): raise ValueError(f"{both} differ in skip or in their layers; calibrate both in the same way")
+        if (x := a.data[0][k]) != (y := b.data[0][k]):
+            raise ValueError(f"{both} are for caches of {k} {x} and {y}; calibrate both with the same {k}")
+    if a.skip != b.skip or a.layers.keys() != b.layers.keys():
+        raise ValueError(f"{both} differ in skip or in their layers; calibrate both in the same way")
     for name in ("forecasts", "importance"):
-        if bool(getattr(a, name)) != bool(getattr(b, name)): raise ValueError(f"{both}: only one of them has {name}; calibrate with more or longer windows, two batches at least")
+        if bool(getattr(a, name)) != bool(getattr(b, name)):
+            raise ValueError(f"{both}: only one of them has {name}; "
+                             "calibrate with more or longer windows, two batches at least")
     for i, s in a.layers.items():
         t = b.layers[i]
-        if any(getattr(s, n).shape != getattr(t, n).shape for n in MATRICES): raise ValueError(f"{both} differ in heads or channels of layer {i}; calibrate one model on both texts")
-        if not _same_rope(s.rope, t.rope): raise ValueError(f"{both} differ in RoPE of layer {i}; load the model in the same way for both")
+        if any(getattr(s, n).shape != getattr(t, n).shape for n in MATRICES):
+            raise ValueError(f"{both} differ in heads or channels of layer {i}; "
+                             "calibrate one model on both texts")
+        if not _same_rope(s.rope, t.rope):
+            raise ValueError(f"{both} differ in RoPE of layer {i}; load the model in the same way for both")
 
 
 def _same_rope(a, b):
@@ -504,10 +560,13 @@ def own_text(
     "Text sampled from the model itself at temperature one."
     model = private_copy(model)
     first, ends = _borders(model)
-    first, u = torch.full((count, 1), first, device=device_of(model)), torch.rand(count, length - 1, generator=torch.Generator().manual_seed(seed))
+    first = torch.full((count, 1), first, device=device_of(model))
+    u = torch.rand(count, length - 1, generator=torch.Generator().manual_seed(seed))
     rows = max(1, HELD // (_cache_bytes(model, first[:1]) * length))
-    with tqdm(total=len(u.split(rows)) * (length - 1), desc="own text", disable=not bar, mininterval=2) as progress:
-        return torch.cat([_write(model, x, v.to(x.device), ends, progress) for x, v in zip(first.split(rows), u.split(rows))])
+    with tqdm(total=len(u.split(rows)) * (length - 1), desc="own text", disable=not bar,
+              mininterval=2) as progress:
+        return torch.cat([_write(model, x, v.to(x.device), ends, progress)
+                          for x, v in zip(first.split(rows), u.split(rows))])
 
 
 def _borders(model):
@@ -516,7 +575,9 @@ def _borders(model):
     c, g = model.config.get_text_config(decoder=True), getattr(model, "generation_config", None)
     ends = [*some(c.eos_token_id), *some(getattr(g, "eos_token_id", None))]
     starts = [*some(c.bos_token_id), *ends]
-    if not starts: raise ValueError("own_text: the model's configuration names no first or last token to begin with; calibrate on a text")
+    if not starts:
+        raise ValueError("own_text: the model's configuration names no first or last token to begin with; "
+                         "calibrate on a text")
     return starts[0], sorted(set(ends))
 
 
@@ -556,10 +617,13 @@ def prompt_profile(
     check_measurable(model)
     ids, model = ids.clone(), private_copy(model)  # a tensor of inference mode has no gradients
     profile = collect(model, ids, 1, sinks, "prompt", enough, bar=False)
-    prices = fisher(model, ids.repeat(draws, 1), window, sinks, block, 1, seed, {i: s.rope for i, s in profile.layers.items()}, False)
-    return replace(profile, prices={i: tuple(_towards_isotropic(F, shrink) for F in pair) for i, pair in prices.items()})
+    prices = fisher(model, ids.repeat(draws, 1), window, sinks, block, 1, seed,
+                    {i: s.rope for i, s in profile.layers.items()}, False)
+    return replace(profile, prices={i: tuple(_towards_isotropic(F, shrink) for F in pair)
+                                    for i, pair in prices.items()})
 
 
 def _towards_isotropic(F, a):
     "(1-a) F + a tr(F)/D I of matrices [H, D, D]."
-    return (1 - a) * F + a * torch.diag_embed(F.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(F.shape[:2]))
+    return ((1 - a) * F
+            + a * torch.diag_embed(F.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(F.shape[:2])))

@@ -15,7 +15,9 @@ def hadamard(
     d:int, # Number of channels, even
 ) -> Tensor: # `[d, d]` float32, orthogonal and symmetric
     "Sylvester's Hadamard matrix over √b; block-diagonal, with b the largest power of two that divides `d`."
-    if d < 2 or d % 2: raise ValueError(f"hadamard: {d} channels have no Hadamard block; use an even head_dim (append a zero channel)")
+    if d < 2 or d % 2:
+        raise ValueError(f"hadamard: {d} channels have no Hadamard block; "
+                         "use an even head_dim (append a zero channel)")
     b, H = d & -d, torch.ones(1, 1)
     while len(H) < b: H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return torch.block_diag(*[H / b**0.5] * (d//b))
@@ -37,11 +39,14 @@ class Frame:
     scale: Tensor|None = None # `[D]` or `[H, D]`, standard deviation of `y` a channel, above 0; None = ones
 
     def __post_init__(self):
-        if self.A.shape != self.A_inv.shape or self.A.dim() not in (2, 3) or self.A.shape[-1] != self.A.shape[-2]:
-            raise ValueError(f"Frame: A {list(self.A.shape)} and A_inv {list(self.A_inv.shape)} must both be [D, D] or [H, D, D]; pass a square matrix and its inverse")
+        if self.A.shape != self.A_inv.shape or self.A.dim() not in (2,
+            3) or self.A.shape[-1] != self.A.shape[-2]:
+            raise ValueError(f"Frame: A {list(self.A.shape)} and A_inv {list(self.A_inv.shape)} must both be "
+                             "[D, D] or [H, D, D]; pass a square matrix and its inverse")
         for name, v in (("mean", self.mean), ("scale", self.scale)):
             if v is not None and v.shape not in (self.A.shape[-1:], self.A.shape[:-1]):
-                raise ValueError(f"Frame: {name} {list(v.shape)} does not fit A {list(self.A.shape)}; give one number a channel, [D] or [H, D]")
+                raise ValueError(f"Frame: {name} {list(v.shape)} does not fit A {list(self.A.shape)}; "
+                                 "give one number a channel, [D] or [H, D]")
 
     def forward(self, x): # `[..., T, D]` or `[B, H, T, D]` -> the same shape, float32
         x = x.double() if self.mean is None else x.double() - head_rows(self.mean)
@@ -52,7 +57,8 @@ class Frame:
         return x if self.mean is None else x + head_rows(self.mean)
 
     def is_orthogonal(self, tol=1e-5): # Does `A` keep lengths, that is, is `A_inv` its transpose?
-        return bool((self.A @ self.A.mT - torch.eye(self.A.shape[-1], device=self.A.device)).abs().max() < tol) and torch.allclose(self.A_inv, self.A.mT, atol=tol)
+        return bool((self.A @ self.A.mT - torch.eye(self.A.shape[-1],
+                                                    device=self.A.device)).abs().max() < tol) and torch.allclose(self.A_inv, self.A.mT, atol=tol)
 
     def to(self, device): # A copy on `device`
         return Frame(*(t if t is None else t.to(device) for t in (self.A, self.A_inv, self.mean, self.scale)))

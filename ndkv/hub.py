@@ -41,9 +41,12 @@ def card(
     "What a reader of the repository should know."
     texts = ", ".join(sorted({d["name"] or "an unnamed text" for d in profile.data}))
     priced = ", with the price of an error in every direction" if profile.prices else ", without prices of errors (run `ndkv calibrate` for codes of 2 bits and fewer)"
-    m = {k: profile.model.get(k) for k in ("architecture", "layers", "kv_heads", "head_dim")} | dict(weights=profile.model.get("weights", "unknown"))
+    m = {k: profile.model.get(k)
+         for k in ("architecture", "layers", "kv_heads",
+                   "head_dim")} | dict(weights=profile.model.get("weights", "unknown"))
     m["adapted"] = "".join(f", with adapter `{a}`" for a in profile.model.get("adapters") or ())
-    m = {k: " or ".join(map(str, sorted(set(x)))) if isinstance(x, list) else x for k, x in m.items()} # layers may differ
+    # layers may differ
+    m = {k: " or ".join(map(str, sorted(set(x)))) if isinstance(x, list) else x for k, x in m.items()}
     return CARD.format(**m, source=source, bits=2, tokens=profile.tokens, texts=texts, priced=priced)
 
 # %% ../nbs/model/36_hub.ipynb #6c14d275
@@ -71,10 +74,12 @@ def load_profile(
 ) -> Profile: # float64, on the CPU
     "A profile from wherever it is."
     path, found = Path(source), REPOSITORY.fullmatch(str(source))
-    if path.exists() or not found or path.suffix == ".safetensors": return Profile.load(path/FILE if path.is_dir() else path, model, ignore)
+    if path.exists() or not found or path.suffix == ".safetensors":
+        return Profile.load(path/FILE if path.is_dir() else path, model, ignore)
     try: path = hf_hub_download(found[1], FILE, revision=revision or found[2], **kw)
     except (OSError, EntryNotFoundError, ValueError) as e:
-        raise ValueError(f"{source}: no such file or folder, and not on the Hub ({' '.join(str(e).split())[:160]}); check the name and revision, or calibrate") from None
+        raise ValueError(f"{source}: no such file or folder, and not on the Hub "
+                         f"({' '.join(str(e).split())[:160]}); check the name and revision, or calibrate") from None
     return Profile.load(path, model, ignore)
 
 Profile.from_pretrained = staticmethod(load_profile)

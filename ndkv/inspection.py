@@ -58,8 +58,10 @@ def anatomy(
     for (i, kind), codec in codecs.items():
         s, lam = profile.layers[i], codec_spectrum(profile, i, kind, block)
         mean, cov = (s.k_mean, s.k_cov) if kind == "k" else (s.v_mean, s.v_cov)
-        rows.append(dict(layer=i, kind=kind, sink=first[i][kind == "v"], outlier=outlier_ratio(mean, cov), mean=mean_share(mean, cov).max().item(),
-                         rank=effective_rank(lam).mean().item(), cost=lam.sum().item()/2, bits=codec.bits_per_element,
+        rows.append(dict(layer=i, kind=kind, sink=first[i][kind == "v"], outlier=outlier_ratio(mean, cov),
+                         mean=mean_share(mean, cov).max().item(),
+                         rank=effective_rank(lam).mean().item(), cost=lam.sum().item()/2,
+                         bits=codec.bits_per_element,
                          head_bits=head_bits(codec), spectrum=lam.mean(0).tolist()))
     return rows
 
@@ -77,12 +79,15 @@ def codec_spectrum(profile, i, kind, block):
 def draw_spectra(ax, rows, kind, plt):
     "Spectra of one kind, a line a layer."
     mine = [r for r in rows if r["kind"] == kind]
-    for r, color in zip(mine, plt.get_cmap("viridis")(torch.linspace(0, .9, len(mine)).numpy())): ax.plot(r["spectrum"], color=color, lw=.8)
-    ax.set(yscale="log", title={"k": "keys", "v": "values"}[kind], xlabel="channel, sorted", ylabel="variance × price (nats)")
+    for r, color in zip(mine, plt.get_cmap("viridis")(torch.linspace(0, .9, len(mine)).numpy())):
+        ax.plot(r["spectrum"], color=color, lw=.8)
+    ax.set(yscale="log", title={"k": "keys", "v": "values"}[kind], xlabel="channel, sorted",
+           ylabel="variance × price (nats)")
 
 def draw_bits(ax, rows, kind, most):
     "Bits of each head and layer."
-    image = ax.imshow([r["head_bits"] for r in rows if r["kind"] == kind], aspect="auto", cmap="magma_r", vmin=0, vmax=most, origin="lower")
+    image = ax.imshow([r["head_bits"] for r in rows if r["kind"] == kind], aspect="auto", cmap="magma_r",
+                      vmin=0, vmax=most, origin="lower")
     ax.set(title=f"bits of {dict(k='keys', v='values')[kind]}", xlabel="head", ylabel="layer")
     for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
     return image
@@ -91,7 +96,8 @@ def draw_numbers(ax, rows, name, title):
     "One number of keys and values over the layers."
     for kind, color, marker in (("k", "#0072B2", "o"), ("v", "#D55E00", "s")):
         mine = [r for r in rows if r["kind"] == kind]
-        ax.plot([r["layer"] for r in mine], [r[name] for r in mine], color=color, marker=marker, ms=3, lw=.8, label=dict(k="keys", v="values")[kind])
+        ax.plot([r["layer"] for r in mine], [r[name] for r in mine], color=color, marker=marker, ms=3, lw=.8,
+                label=dict(k="keys", v="values")[kind])
     ax.set(title=title, xlabel="layer")
 
 def draw(
@@ -105,7 +111,9 @@ def draw(
         draw_spectra(axes[i, 0], rows, kind, plt)
         image = draw_bits(axes[i, 1], rows, kind, most)
     fig.colorbar(image, ax=axes[:, 1])
-    for ax, name, title in zip(axes[:, 2:].flat, ("sink", "outlier", "mean", "cost"), ("norm of the first token / median", "largest channel / median", "share of the mean", "cost of forgetting (nats)")):
+    for ax, name, title in zip(axes[:, 2:].flat, ("sink", "outlier", "mean", "cost"),
+                               ("norm of the first token / median", "largest channel / median",
+                                "share of the mean", "cost of forgetting (nats)")):
         draw_numbers(ax, rows, name, title)
         if name != "mean": ax.set_yscale("log")
     axes[0, 2].legend(frameon=False)
@@ -137,9 +145,12 @@ def frontier(
     for c in cells:
         kl, flips = (found[c][name][:, first:] for name in ("kl", "flips"))
         mean, err = mean_stderr(kl)
-        stored = effective_bits(plans[c.k_bits], held_tokens(profile, model=model, **at)) if "codecs" in c.options else account(reports[c])["bits"] if c in reports else 16.
+        stored = effective_bits(plans[c.k_bits],
+                                held_tokens(profile, model=model,
+                                            **at)) if "codecs" in c.options else account(reports[c])["bits"] if c in reports else 16.
         name = "no profile" if c.method == default and not c.options else c.method
-        rows.append(dict(method=name, budget=c.k_bits, bits=stored, kl=mean, stderr=err, p999=quantile(kl, .999), flips=flips.mean().item()))
+        rows.append(dict(method=name, budget=c.k_bits, bits=stored, kl=mean, stderr=err,
+                         p999=quantile(kl, .999), flips=flips.mean().item()))
     return sorted(rows, key=lambda r: (r["bits"], r["method"]))
 
 
@@ -150,6 +161,11 @@ def choose(
 ) -> dict: # The row to use
     "The best row within a budget, or the cheapest that is good enough."
     if (budget is None) == (max_kl is None): raise ValueError("give either a budget of bits or a max_kl")
-    some = [r for r in rows if r["method"] != "bf16" and (r["bits"] <= budget + 1e-9 if budget is not None else r["kl"] <= max_kl)]
-    if not some: raise ValueError(f"nothing measured has at most {f'{budget} bits' if budget is not None else f'{max_kl} nats'}; the nearest is {min(r['bits'] for r in rows) if budget is not None else min(r['kl'] for r in rows if r['method'] != 'bf16'):.3g}")
+    some = [r for r in rows if r["method"] != "bf16"
+            and (r["bits"] <= budget + 1e-9 if budget is not None else r["kl"] <= max_kl)]
+    if not some:
+        raise ValueError("nothing measured has at most "
+                         f"{f'{budget} bits' if budget is not None else f'{max_kl} nats'}; "
+                         "the nearest is "
+                         f"{min(r['bits'] for r in rows) if budget is not None else min(r['kl'] for r in rows if r['method'] != 'bf16'):.3g}")
     return min(some, key=lambda r: r["kl"] if budget is not None else r["bits"])

@@ -162,7 +162,8 @@ class WholeCache(DynamicCache):
         block: int = 64,  # Tokens coded together
     ):
         if any(reach is not None for reach in layer_reach(config)):
-            raise ValueError("layers that drop tokens cannot be coded with others; take a model without sliding windows")
+            raise ValueError("layers that drop tokens cannot be coded with others; "
+                             "take a model without sliding windows")
         super().__init__(config=config)
         self.coder, self.window, self.sinks, self.block = coder, window, sinks, block
         self.packed, self.codes = 0, []
@@ -195,11 +196,13 @@ def _report(self: WholeCache):
     length, rows = self.get_seq_length(), []
     for i, l in enumerate(self.layers):
         held = dict(layer=i, bits=None, packed=self.packed, exact=length - self.packed)
-        rows += [dict(held, kind=kind, width=x[:, :, 0].numel()) for kind, x in (("k", l.keys), ("v", l.values))]
+        rows += [dict(held, kind=kind, width=x[:, :, 0].numel())
+                 for kind, x in (("k", l.keys), ("v", l.values))]
     codes, width = sum(t.nbytes for t in self.codes), sum(r["width"] for r in rows)
     nbytes = codes + (length - self.packed) * width * self.layers[0].keys.element_size()
     each = nbytes / max(length * len(self.layers[0].keys), 1)
-    return dict(tokens=length, nbytes=nbytes, bytes_per_token=each, bits_packed=8 * codes / max(self.packed * width, 1), rows=rows)
+    return dict(tokens=length, nbytes=nbytes, bytes_per_token=each,
+                bits_packed=8 * codes / max(self.packed * width, 1), rows=rows)
 
 WholeCache._pack, WholeCache.report = _pack, _report
 
@@ -234,7 +237,8 @@ WHOLE = {"kvtc_joint": joint_plan, "aqua": aqua_plan}  # Coders of the whole mod
 
 def _whole_cache(config, bits, window, coder=None, sinks=4, block=64, **kw):
     if coder is None:
-        raise ValueError("this method codes the whole model: give coder=, from ndkv.rivals.joint_plan or aqua_plan")
+        raise ValueError("this method codes the whole model: "
+                         "give coder=, from ndkv.rivals.joint_plan or aqua_plan")
     return WholeCache(config, coder, window, sinks, block)
 
 
@@ -243,7 +247,8 @@ CACHES |= dict.fromkeys(WHOLE, _whole_cache)
 # %% ../nbs/lab/63_joint_rivals.ipynb #509e0013
 SAMPLED = {"kvtc": kvtc_plan, "cq": cq_plan}  # Methods that are calibrated on vectors
 CALIBRATED = "dquant", "turboquant_outliers"  # Methods that read a profile
-VERSIONS = dict.fromkeys((*SAMPLED, *WHOLE, *CALIBRATED), 1)  # Of what a method stores, in rows and keys of sweeps
+# Of what a method stores, in rows and keys of sweeps
+VERSIONS = dict.fromkeys((*SAMPLED, *WHOLE, *CALIBRATED), 1)
 
 
 def plan_rival(

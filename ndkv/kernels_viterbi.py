@@ -53,7 +53,8 @@ def _spare(prev, now, choice, table, u, root, w, b, L: tl.constexpr):
 
 # %% ../nbs/codes/13_kernels_viterbi.ipynb #81406232
 @triton.jit
-def _pass(x, root, table, width, row, costs, choices, path, origin, count, start, stop, n, stride, L: tl.constexpr):
+def _pass(x, root, table, width, row, costs, choices, path, origin, count, start, stop, n, stride,
+          L: tl.constexpr):
     S: tl.constexpr = 1 << L
     s = tl.arange(0, S)
     b = tl.load(width + origin)
@@ -89,7 +90,8 @@ def _pass(x, root, table, width, row, costs, choices, path, origin, count, start
 # %% ../nbs/codes/13_kernels_viterbi.ipynb #95effdd7
 @triton.jit
 def _viterbi_kernel(x, root, table, width, row, step, place, out, costs, choices, path,
-                    N, n, near, count, stop, passes, stride, room, nbytes, L: tl.constexpr, BYTES: tl.constexpr):
+                    N, n, near, count, stop, passes, stride, room, nbytes, L: tl.constexpr,
+                    BYTES: tl.constexpr):
     pid = tl.program_id(0)
     costs, choices, path = costs + pid*(2 << L), choices + pid.to(tl.int64)*room, path + pid*n
     q = tl.arange(0, BYTES)
@@ -98,7 +100,8 @@ def _viterbi_kernel(x, root, table, width, row, step, place, out, costs, choices
         at = x + v.to(tl.int64)*n
         origin, length, state, until = near, count, tl.full([], -1, tl.int32), stop
         for i in range(passes):
-            cut = _pass(at, root, table, width, row, costs, choices, path, origin, length, state, until, n, stride, L)
+            cut = _pass(at, root, table, width, row, costs, choices, path, origin, length, state, until, n,
+                        stride, L)
             origin = tl.where(i == 0, 0, (origin + n//2) % n)
             state = tl.where(i == 0, cut, tl.load(path + (origin + n - 1) % n))
             length, until = n, 0
@@ -130,13 +133,19 @@ def search(
     pad = lambda v: torch.nn.functional.pad(v, (0, 1))[..., at['order']].contiguous()
     x, root = pad(x.float()), pad(root.float())
     warps = max(1, min(8, trellis.states // 256))
-    if programs is None: programs = torch.cuda.get_device_properties(x.device).multi_processor_count * 32 // warps if x.is_cuda else 1
+    if programs is None:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count * 32 // warps if x.is_cuda else 1
     programs, stride = max(1, min(programs, N)), trellis.states >> min(widths)
     room = max(n, before + after) * stride
     make = lambda size, kind: torch.empty(programs * size, dtype=kind, device=x.device)
     out = torch.empty(N, trellis.nbytes, dtype=torch.uint8, device=x.device)
-    if N: _viterbi_kernel[(programs,)](x, root, at['rows'], width, row, step, place, out, make(2 << L, torch.float32), make(room, torch.uint8), make(n, torch.int32),
-        N, n, -before % n, before + after, before - 1, trellis.passes, stride, room, trellis.nbytes, L=L, BYTES=triton.next_power_of_2(trellis.nbytes), num_warps=warps, num_stages=1)
+    if N:
+        _viterbi_kernel[(programs,)](x, root, at['rows'], width, row, step, place, out,
+                                     make(2 << L, torch.float32), make(room, torch.uint8),
+                                     make(n, torch.int32),
+        N, n, -before % n, before + after, before - 1, trellis.passes, stride, room, trellis.nbytes, L=L,
+                                     BYTES=triton.next_power_of_2(trellis.nbytes), num_warps=warps,
+                                     num_stages=1)
     return out
 
 # %% ../nbs/codes/13_kernels_viterbi.ipynb #31990e1e
@@ -147,8 +156,11 @@ def compile_search(
     "The kernel of `search`, compiled without a GPU."
     from triton.compiler import ASTSource
     from triton.backends.compiler import GPUTarget
-    kinds = dict(x="*fp32", root="*fp32", table="*fp32", width="*i32", row="*i32", step="*i32", place="*i32", out="*u8", costs="*fp32", choices="*u8", path="*i32")
+    kinds = dict(x="*fp32", root="*fp32", table="*fp32", width="*i32", row="*i32", step="*i32", place="*i32",
+                 out="*u8", costs="*fp32", choices="*u8", path="*i32")
     fixed = dict(L=states.bit_length() - 1, BYTES=32)
     fn = triton.JITFunction(getattr(_viterbi_kernel, "fn", _viterbi_kernel))
     signature = {a: "constexpr" if a in fixed else kinds.get(a, "i32") for a in fn.arg_names}
-    return triton.compile(ASTSource(fn, signature, constexprs=fixed), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=max(1, min(8, states // 256)), num_stages=1))
+    return triton.compile(ASTSource(fn, signature, constexprs=fixed),
+                          target=GPUTarget("cuda", capability, 32),
+                          options=dict(num_warps=max(1, min(8, states // 256)), num_stages=1))

@@ -54,7 +54,8 @@ class Changing(Stored):
         "Forget the last tokens; the number is negative, as in `transformers` (which may give it as a tensor)."
         n = -int(tokens_to_remove)
         if n < 0:
-            raise ValueError(f"crop({tokens_to_remove}) would be a length; give the number of tokens to remove "
+            raise ValueError(f"crop({tokens_to_remove}) would be a length; "
+                             "give the number of tokens to remove "
                              "as a negative one, crop(-n)")
         self.check_crop(n)
         self.crop_stores(n)
@@ -93,7 +94,8 @@ def lost_message(layer, method, bits, kind, lost):
     "What is said of it."
     mend = "give more bits or a profile"
     if method == "rotation": mend = "leave the method out, whose default needs no data, or give a profile"
-    return (f"layer {layer}: method {method!r} at {bits} bits loses {lost:.3g} times what the median channel of "
+    return (f"layer {layer}: method {method!r} at {bits} bits loses {lost:.3g} times what the median channel "
+            "of "
             f"the {kind} varies by, so the model will say something else; {mend} (ndkv calibrate)")
 
 # %% ../nbs/cache/39_layers.ipynb #c495c46e
@@ -110,7 +112,8 @@ def encode_due(layer, s, kind, n, before, finite):
     if not kernels_write(s.packed.codec, x, s.starts[2], order): check_finite(layer, finite)
     try: return Due(s, kind, n, s.encode(n, order))
     except torch.OutOfMemoryError as e:
-        raise torch.OutOfMemoryError(f"layer {layer}: no memory left to encode {n} tokens of {kind}, which stay exact; "
+        raise torch.OutOfMemoryError(f"layer {layer}: no memory left to encode {n} tokens of {kind}, "
+                                     "which stay exact; "
                                      "free some, or feed a long prompt in pieces (cache.chunks)") from e
 
 # %% ../nbs/cache/39_layers.ipynb #693130df
@@ -142,7 +145,8 @@ class Packing(Changing):
     @property
     def settings(self):
         "Arguments that make such a layer, which hands out decoded tensors."
-        return dict(layer=self.layer, bits=self.bits, method=self.method, window=self.window, sinks=self.sinks,
+        return dict(layer=self.layer, bits=self.bits, method=self.method, window=self.window,
+                    sinks=self.sinks,
                     block=self.block, exact_new=self.exact_new, memo=self.memo, offload=self.offload_packed,
                     seed=self.seed, warned=self.warned, **self.method_kw)
 
@@ -189,8 +193,10 @@ class Encoding(Packing):
         warnings.warn(lost_message(self.layer, self.method, bits, kind, lost))
 
 # %% ../nbs/cache/39_layers.ipynb #d531c7a1
-REPEATED = ("the tokens of this call begin with those that the cache holds, and now it has them twice; `generate` "
-            "with use_cache=False feeds the whole text at every step: give it no cache, or leave use_cache alone")
+REPEATED = ("the tokens of this call begin with those that the cache holds, and now it has them twice; "
+            "`generate` "
+            "with use_cache=False feeds the whole text at every step: "
+            "give it no cache, or leave use_cache alone")
 
 def _mind_repeats(sink, keys):
     "Keys that begin as those that are held, positions included, are the same tokens once more."
@@ -227,7 +233,8 @@ class PlainLayer(Encoding):
 
     def _read(self, new, length):
         "What a call's attention is given: decoded tensors, or what the reader makes of the past."
-        if self.reader: return self.reader(self.layer, *(Past(s, x, length) for s, x in zip(self.stores, new)))
+        if self.reader:
+            return self.reader(self.layer, *(Past(s, x, length) for s, x in zip(self.stores, new)))
         return [s.read(x) for s, x in zip(self.stores, new)]
 
     def activate_past_recording(self): self.record_past = True

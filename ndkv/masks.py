@@ -47,7 +47,8 @@ def shown_tokens(
     "Which tokens a mask shows."
     if mask is None: return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise ValueError(f"NDCache cannot read padding from a mask of type {type(mask).__name__}; give attention_mask "
+        raise ValueError(f"NDCache cannot read padding from a mask of type {type(mask).__name__}; "
+                         "give attention_mask "
                          "[batch, tokens], or one for each query [batch, 1, queries, tokens]")
     if mask.dim() == 4: return _seen_by_some(mask, L + q if mask.shape[-1] == L + q else q)
     missing = max(L + q - mask.shape[1], 0)
@@ -76,7 +77,8 @@ def model_modules(
     "Modules that hold the code of a configuration's model."
     kinds, found = type(config.get_text_config(decoder=True)).__mro__, []
     kinds = kinds[:kinds.index(PreTrainedConfig)]
-    named = [MODEL_FOR_CAUSAL_LM_MAPPING.get(c, None) for c in kinds] # a configuration may name another's model
+    # a configuration may name another's model
+    named = [MODEL_FOR_CAUSAL_LM_MAPPING.get(c, None) for c in kinds]
     names = [getattr(m, "__module__", "") for m in named]
     names = [n for n in names if n] + [c.__module__.replace("configuration_", "modeling_") for c in kinds]
     for name in dict.fromkeys(names):

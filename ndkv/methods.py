@@ -64,7 +64,8 @@ class Method:
     def reads_profile(self): return "profile" in inspect.signature(self.make).parameters
 
 METHODS = {} # name -> `Method`
-CACHES = {} # name -> f(config, bits, window, **options): whole caches of other libraries, which have no codecs
+# name -> f(config, bits, window, **options): whole caches of other libraries, which have no codecs
+CACHES = {}
 
 # %% ../nbs/cache/38_methods.ipynb #093f82f7
 def method(
@@ -151,9 +152,12 @@ def planned_codec(codecs, place):
         raise ValueError(f"the plan has no codec for {kind} of layer {place.layer}; "
                          "make it from a profile of this model")
     if codec.widths.shape != (place.heads, place.head_dim):
-        raise ValueError(f"layer {place.layer}: the plan is for {list(codec.widths.shape)} heads and channels, "
-                         f"the model caches {[place.heads, place.head_dim]}; make it from a profile of this model, "
-                         "and for a rank of a tensor-parallel one with parallel.local_cache; where attention repeats "
+        raise ValueError(f"layer {place.layer}: the plan is for {list(codec.widths.shape)} heads and "
+                         "channels, "
+                         f"the model caches {[place.heads, place.head_dim]}; "
+                         "make it from a profile of this model, "
+                         "and for a rank of a tensor-parallel one with parallel.local_cache; "
+                         "where attention repeats "
                          "heads after the cache no profile fits, leave the profile out")
     return codec
 
@@ -204,7 +208,9 @@ def make_plan(
 ) -> dict: # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget."
     held = dict(tokens=tokens, length=length, window=window, model=model)
-    with torch.device("cpu"): return METHODS[method].plan(profile, bits, block=block, sinks=sinks, **held, **kw) # where profiles are
+    # where profiles are
+    with torch.device("cpu"):
+        return METHODS[method].plan(profile, bits, block=block, sinks=sinks, **held, **kw)
 
 # %% ../nbs/cache/38_methods.ipynb #2ba2de12
 def _budget(bits):

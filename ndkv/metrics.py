@@ -105,7 +105,8 @@ def by_position(
 ) -> dict[str, tuple[float, float | None, int]]:  # "start-end" -> mean, standard error over windows, tokens
     "Mean in buckets of positions."
     size = (x.shape[1] - first) // buckets
-    if size < 1: raise ValueError(f"{x.shape[1] - first} positions do not fill {buckets} buckets: ask for fewer")
+    if size < 1:
+        raise ValueError(f"{x.shape[1] - first} positions do not fill {buckets} buckets: ask for fewer")
     ends = [first + size * (i + 1) for i in range(buckets - 1)] + [x.shape[1]]
     parts = {f"{a}-{b}": x[:, a:b] for a, b in zip([first, *ends], ends)}
     return {name: (*mean_stderr(p), p.numel()) for name, p in parts.items()}

@@ -19,25 +19,31 @@ from .probe import Halves, private_copy
 from .public import find_model, load_gguf
 
 # %% ../nbs/lab/70_models.ipynb #0edb07ad
-BODY = dict(vocab_size=8192, hidden_size=512, num_hidden_layers=8, max_position_embeddings=4096, tie_word_embeddings=True,
+BODY = dict(vocab_size=8192, hidden_size=512, num_hidden_layers=8, max_position_embeddings=4096,
+            tie_word_embeddings=True,
             bos_token_id=0, eos_token_id=0, pad_token_id=0)
 GATED = dict(BODY, intermediate_size=768, rms_norm_eps=1e-6)
 ZOO = {
     "llama": dict(GATED, model_type="llama", num_attention_heads=4, num_key_value_heads=2, head_dim=128),
-    "mistral": dict(GATED, model_type="mistral", num_attention_heads=4, num_key_value_heads=2, head_dim=128, sliding_window=512),
+    "mistral": dict(GATED, model_type="mistral", num_attention_heads=4, num_key_value_heads=2, head_dim=128,
+                    sliding_window=512),
     "qwen2": dict(GATED, model_type="qwen2", num_attention_heads=8, num_key_value_heads=2),
     "qwen3": dict(GATED, model_type="qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=128),
-    "gemma": dict(GATED, model_type="gemma2", num_attention_heads=2, num_key_value_heads=1, head_dim=256, sliding_window=512,
+    "gemma": dict(GATED, model_type="gemma2", num_attention_heads=2, num_key_value_heads=1, head_dim=256,
+                  sliding_window=512,
                   query_pre_attn_scalar=256),
-    "neox": dict(BODY, model_type="gpt_neox", hidden_size=480, intermediate_size=1088, num_attention_heads=5, rotary_pct=0.25),
+    "neox": dict(BODY, model_type="gpt_neox", hidden_size=480, intermediate_size=1088, num_attention_heads=5,
+                 rotary_pct=0.25),
 }
 ROPE_BASE = 10000.0
 
 # %% ../nbs/lab/70_models.ipynb #ee705cd3
 LADDER = {
     "llama_15m": dict(ZOO["llama"], hidden_size=384),
-    "llama_90m": dict(ZOO["llama"], hidden_size=768, num_hidden_layers=12, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=4),
-    "llama_300m": dict(ZOO["llama"], hidden_size=1280, num_hidden_layers=16, intermediate_size=3328, num_attention_heads=10, num_key_value_heads=5),
+    "llama_90m": dict(ZOO["llama"], hidden_size=768, num_hidden_layers=12, intermediate_size=2048,
+                      num_attention_heads=8, num_key_value_heads=4),
+    "llama_300m": dict(ZOO["llama"], hidden_size=1280, num_hidden_layers=16, intermediate_size=3328,
+                       num_attention_heads=10, num_key_value_heads=5),
 }
 DESIGNS = ZOO | LADDER
 
@@ -71,7 +77,8 @@ def held_out_loss(
     for x in tokens.split(batch):
         x = x.to(device)
         h, y = halves.body(x, use_cache=False)[:, :-1].flatten(0, 1), x[:, 1:].flatten()
-        total += sum(F.cross_entropy(halves.head(h[i:j]).float(), y[i:j], reduction="sum").item() for i, j in halves.pieces(len(y)))
+        total += sum(F.cross_entropy(halves.head(h[i:j]).float(), y[i:j], reduction="sum").item()
+                     for i, j in halves.pieces(len(y)))
         count += len(y)
     return total / count
 
@@ -93,14 +100,16 @@ def _from_pretrained(name, dtype, revision, **kw):
         return model, AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, SafetensorError, ValueError) as e:
         if "Unrecognized configuration class" in str(e):
-            raise ValueError(f"{name!r} is no causal language model, or one that transformers loads by another class "
+            raise ValueError(f"{name!r} is no causal language model, or one that transformers loads by "
+                             "another class "
                              "than AutoModelForCausalLM; load it yourself and use the Python interface") from None
         raise ValueError(f"cannot load {name!r} ({str(e).splitlines()[0][:200]}): "
                          "give a complete model folder, a Hub id, or a name that `ndkv models` lists") from None
 
 
 def load_model(
-    source: str | Path,  # Folder, .gguf file, Hub id, name of a fetched public model or of a zoo model under `zoo`
+    source: str
+    | Path,  # Folder, .gguf file, Hub id, name of a fetched public model or of a zoo model under `zoo`
     dtype: torch.dtype | str = "auto",  # As stored if "auto"
     device: str | None = None,  # CUDA if there is one, else the CPU
     revision: str | None = None,  # Hub revision
@@ -109,12 +118,15 @@ def load_model(
 ):  # (model in eval mode, tokenizer)
     "Load a causal language model and its tokenizer."
     name = str(find_model(source, zoo))
-    if name.endswith(".gguf"): model, tokenizer = load_gguf(name, torch.bfloat16 if dtype == "auto" else dtype, **kw)
+    if name.endswith(".gguf"):
+        model, tokenizer = load_gguf(name, torch.bfloat16 if dtype == "auto" else dtype, **kw)
     else: model, tokenizer = _from_pretrained(name, dtype, revision, **kw)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
         raise ValueError(f"{name!r} holds no tokenizer: give a complete model folder or a Hub id")
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")  # some versions of transformers take SDPA for Gemma 2 and leave its soft cap out
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping",
+               None) and model.config._attn_implementation == "sdpa":
+        # some versions of transformers take SDPA for Gemma 2 and leave its soft cap out
+        model.set_attn_implementation("eager")
     if "device_map" not in kw:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer

@@ -31,48 +31,61 @@ class DenseSparse(Codec):
         d: int,  # head_dim
         bits: int,  # 1 to 8
         share: float = 0.01,  # Outliers
-        mean: Tensor | None = None,  # [H, D] of the channels; with `std`: keys. Without: measured for each token
+        mean: Tensor
+        | None = None,  # [H, D] of the channels; with `std`: keys. Without: measured for each token
         std: Tensor | None = None,  # [H, D]
         span: int = 64,  # Tokens of a group
         **kw,  # heads, rope
     ):
-        if d * span > 2**16: raise ValueError(f"DenseSparse: positions in {span} tokens of {d} channels need more than 16 bits; use shorter groups")
+        if d * span > 2**16:
+            raise ValueError(f"DenseSparse: positions in {span} tokens of {d} channels need more than 16 "
+                             "bits; use shorter groups")
         super().__init__(d, group=span, **kw)
         self.bits, self.book = _whole(bits), lloyd_max(_whole(bits))
         self.mean, self.std, self.n = mean, std, round(share * d * span)
 
     def _encode(self, x, scales):
         u, extra = self._standard(x, scales)
-        far = u.unflatten(2, (-1, self.group)).flatten(3).abs().topk(self.n, -1).indices  # positions in the group
+        # positions in the group
+        far = u.unflatten(2, (-1, self.group)).flatten(3).abs().topk(self.n, -1).indices
         value = x.unflatten(2, (-1, self.group)).flatten(3).gather(-1, far)
         if self.mean is None:  # once more, without the outliers
-            inlier = torch.ones_like(u).unflatten(2, (-1, self.group)).flatten(3).scatter(-1, far, 0).view_as(u)
+            inlier = torch.ones_like(u).unflatten(2, (-1, self.group)).flatten(3).scatter(-1, far,
+                0).view_as(u)
             u, extra = self._standard(x, scales, inlier)
         codes = pack(self.book.to(x.device).encode(u), self.bits).unflatten(2, (-1, self.group)).flatten(3)
         return {"codes": codes, "position": far.to(torch.int16), "value": half(value, scales), **extra}
 
     def _standard(self, x, scales, inlier=None):
         "Numbers of mean 0 and variance 1, and what has to be stored for that."
-        if self.mean is not None: return (x - self.mean.to(x.device)[:, None]) / self.std.to(x.device)[:, None], {}
+        if self.mean is not None:
+            return (x - self.mean.to(x.device)[:, None]) / self.std.to(x.device)[:, None], {}
         w = torch.ones_like(x) if inlier is None else inlier
         n = w.sum((1, 3), keepdim=True).clamp_min(1)
         mean = half((w * x).sum((1, 3), keepdim=True) / n, scales)
         std = half((w * (x - mean.float()).square()).sum((1, 3), keepdim=True).div(n).sqrt(), scales)
-        scale = {"mean": mean, "std": std} if inlier is None else {k: t[..., 0].unflatten(2, (-1, self.group)) for k, t in (("mean", mean), ("std", std))}
+        scale = {"mean": mean, "std": std} if inlier is None else {k: t[..., 0].unflatten(2, (-1, self.group))
+            for k, t in (("mean", mean), ("std", std))}
         return (x - mean.float()) / torch.where(std == 0, 1, std).float(), scale
 
     def _decode(self, enc, device):
-        x = self.book.to(device).decode(unpack(enc["codes"].unflatten(3, (self.group, -1)).flatten(2, 3), self.bits, self.d))
+        x = self.book.to(device).decode(unpack(enc["codes"].unflatten(3, (self.group, -1)).flatten(2, 3),
+                                               self.bits, self.d))
         mean, std = (enc[k].float().flatten(2)[..., None] for k in ("mean", "std")) if self.mean is None else (t.to(device)[:, None] for t in (self.mean, self.std))
         x = (mean + std * x).unflatten(2, (-1, self.group)).flatten(3)
-        return x.scatter(-1, enc["position"].long() & 0xFFFF, enc["value"].float()).unflatten(3, (self.group, self.d)).flatten(2, 3)
+        return x.scatter(-1, enc["position"].long() & 0xFFFF, enc["value"].float()).unflatten(3,
+            (self.group, self.d)).flatten(2, 3)
 
 # %% ../nbs/lab/60_more_baselines.ipynb #a940a779
 def _stats(profile, place, name):
     "A layer's statistics, with a one-line error when they are not there."
-    if not isinstance(profile, Profile): raise ValueError(f"{name} is calibrated: give profile=, from ndkv.profile.collect")
+    if not isinstance(profile, Profile):
+        raise ValueError(f"{name} is calibrated: give profile=, from ndkv.profile.collect")
     s = profile.layers.get(place.layer)
-    if s is None or tuple((s.k_mean if place.kind == "k" else s.v_mean).shape) != (place.heads, place.head_dim): raise ValueError(f"{name}: the profile has no layer {place.layer} of {place.heads} heads and head_dim {place.head_dim}; collect one of this model")
+    if s is None or tuple((s.k_mean if place.kind == "k" else s.v_mean).shape) != (place.heads,
+        place.head_dim):
+        raise ValueError(f"{name}: the profile has no layer {place.layer} of {place.heads} heads and "
+                         f"head_dim {place.head_dim}; collect one of this model")
     return s
 
 
@@ -91,7 +104,8 @@ def kvquant_method(
     s = _stats(profile, place, "kvquant")
     std = s.k_cov.diagonal(dim1=-2, dim2=-1).sqrt()
     std = torch.where(std > 0, spread * std, 1).float()  # no smallest size: models have keys of any
-    return DenseSparse(place.head_dim, bits, share, s.k_mean.float(), std, span, heads=place.heads, rope=s.rope)
+    return DenseSparse(place.head_dim, bits, share, s.k_mean.float(), std, span, heads=place.heads,
+                       rope=s.rope)
 
 # %% ../nbs/lab/60_more_baselines.ipynb #36996678
 @cache
@@ -106,7 +120,8 @@ def vector_book(
     book = x[:256].clone()
     for _ in range(rounds):
         nearest = _nearest(x, book)
-        count = torch.zeros(256, dtype=torch.float64).index_add(0, nearest, torch.ones(samples, dtype=torch.float64))
+        count = torch.zeros(256, dtype=torch.float64).index_add(0, nearest,
+            torch.ones(samples, dtype=torch.float64))
         total = torch.zeros(256, 8, dtype=torch.float64).index_add(0, nearest, x.double())
         book = torch.where(count[:, None] > 0, (total / count.clamp_min(1)[:, None]).float(), x[-256:])
     return book
@@ -150,8 +165,10 @@ class NSN(Codec):
         return enc | _eight("second", (s1 * s2 * gain.float())[..., 0], scales)
 
     def _direction(self, enc, device):
-        z = vector_book(self.bits == 1).to(device)[enc["codes"].long()].flatten(-2).unflatten(3, (self.group, -1))
-        return z if self.bits == 1 else z * (1 - 2 * unpack(enc["signs"].unflatten(3, (self.group, -1)), 1, self.d).float())
+        z = vector_book(self.bits == 1).to(device)[enc["codes"].long()].flatten(-2).unflatten(3,
+            (self.group, -1))
+        return (z if self.bits == 1
+                else z * (1 - 2 * unpack(enc["signs"].unflatten(3, (self.group, -1)), 1, self.d).float()))
 
     def _decode(self, enc, device):
         z = self._direction(enc, device) @ self.H.to(device)
@@ -237,7 +254,8 @@ class VarN(Codec):
         tile = tile.mT if self.rows == "channels" else tile  # [B, H, N, R, C]
         column = half(balance(tile / _unit(tile))[1], scales)
         codes, step, low = affine(tile / column.float(), self.bits, -1, scales)
-        return {"codes": pack(codes, self.bits).flatten(3), "step": step[..., 0], "low": low[..., 0], "column": column[..., 0, :]}
+        return {"codes": pack(codes, self.bits).flatten(3), "step": step[..., 0], "low": low[..., 0],
+                "column": column[..., 0, :]}
 
     def _decode(self, enc, device):
         rows, columns = enc["step"].shape[-1], enc["column"].shape[-1]
@@ -272,7 +290,8 @@ def oscar_method(
     bits: int,  # 2 in the paper
     *,
     profile: Profile | None = None,  # Second moments
-    clip: float | None = None,  # Quantile of a vector's magnitudes to cut at, 0 = none; None = the paper's at two bits, else none
+    clip: float
+    | None = None,  # Quantile of a vector's magnitudes to cut at, 0 = none; None = the paper's at two bits, else none
 ) -> Codec:
     "OSCAR-style: integers in a rotation that the queries chose, with clipping."
     s = _stats(profile, place, "oscar")
@@ -299,7 +318,8 @@ class _Part:
 
     def __init__(self, widths, bits, generator):
         self.bits, self.channels, self.book = bits, (widths == bits).nonzero().flatten(), lloyd_max(bits)
-        self.R = torch.linalg.qr(torch.randn(len(self.channels), len(self.channels), generator=generator, dtype=torch.float64)).Q
+        self.R = torch.linalg.qr(torch.randn(len(self.channels), len(self.channels), generator=generator,
+                                             dtype=torch.float64)).Q
 
     def encode(self, x):
         y = x[..., self.channels].double() @ self.R.to(x.device)
@@ -324,16 +344,22 @@ class GroupedRates(Codec):
         g = torch.Generator().manual_seed(seed)
         self.parts = [[_Part(w, b, g) for b in w.unique().tolist()] for w in widths]
         self.rows = [BitRow([p.bits for p in parts for _ in p.channels]) for parts in self.parts]
-        if len({r.bits for r in self.rows}) > 1: raise ValueError("GroupedRates: heads differ in their bits; give every head the same sum of widths")
+        if len({r.bits for r in self.rows}) > 1:
+            raise ValueError("GroupedRates: heads differ in their bits; "
+                             "give every head the same sum of widths")
 
     def _encode(self, x, scales):
         codes, lengths = zip(*[p.encode(x[:, h]) for h, parts in enumerate(self.parts) for p in parts])
         codes, out = list(codes), []
-        for parts, row in zip(self.parts, self.rows): out.append(row.pack(torch.cat([codes.pop(0) for _ in parts], -1)))
-        return {"codes": torch.cat(out, -1)[:, None], "length": half(torch.stack(lengths, -1), scales)[:, None]}
+        for parts, row in zip(self.parts, self.rows):
+            out.append(row.pack(torch.cat([codes.pop(0) for _ in parts], -1)))
+        return {"codes": torch.cat(out, -1)[:, None],
+                "length": half(torch.stack(lengths, -1), scales)[:, None]}
 
     def _decode(self, enc, device):
-        rows, lengths, heads = enc["codes"][:, 0].split([r.nbytes for r in self.rows], -1), list(enc["length"][:, 0].float().unbind(-1)), []
+        rows = enc["codes"][:, 0].split([r.nbytes for r in self.rows], -1)
+        lengths = list(enc["length"][:, 0].float().unbind(-1))
+        heads = []
         for parts, row, packed in zip(self.parts, self.rows, rows):
             codes = row.unpack(packed).split([len(p.channels) for p in parts], -1)
             x = torch.zeros(*packed.shape[:-1], self.d, device=device)
@@ -350,9 +376,12 @@ def blockgtq_method(
     profile: Profile | None = None,  # Energies of the pairs
 ) -> Codec:
     "Block-GTQ-style: bits for each RoPE pair by the energy of queries and keys; values uniform."
-    if place.kind == "v": return NormDirectionCodec(place.head_dim, _whole(bits), place.rotation, norm="plain")
+    if place.kind == "v":
+        return NormDirectionCodec(place.head_dim, _whole(bits), place.rotation, norm="plain")
     s = _stats(profile, place, "blockgtq")
-    energy = (place.head_dim * s.q_moment + s.k_cov + s.k_mean[..., :, None] * s.k_mean[..., None, :]).diagonal(dim1=-2, dim2=-1) / 2  # queries are stored scaled by d^-1/2
+    # queries are stored scaled by d^-1/2
+    energy = (place.head_dim * s.q_moment + s.k_cov
+              + s.k_mean[..., :, None] * s.k_mean[..., None, :]).diagonal(dim1=-2, dim2=-1) / 2
     order = _pair_order(s.rope, place.head_dim)
     score = energy[:, order].unflatten(-1, (2, -1)).sum(1)
     return GroupedRates(pair_widths(score, bits, order), place.own_seed)
@@ -377,12 +406,21 @@ class LibraryCache(QuantizedCache):
         backend: str = "quanto",  # Or "hqq"
         span: int = 64,  # Elements that share a scale
     ):
-        if not window: raise ValueError(f"{backend}: QuantizedCache always reads a call's own tokens exactly; give a window")
-        if bits[0] != bits[1]: raise ValueError(f"{backend}: keys and values have the same bits in QuantizedCache; give one number, not {tuple(bits)}")
-        if backend == "hqq" and bits[0] == 3: raise ValueError("hqq: its 3-bit codes cannot be unpacked for tensors of four axes; use 1, 2, 4 or 8 bits")
+        if not window:
+            raise ValueError(f"{backend}: QuantizedCache always reads a call's own tokens exactly; "
+                             "give a window")
+        if bits[0] != bits[1]:
+            raise ValueError(f"{backend}: keys and values have the same bits in QuantizedCache; "
+                             f"give one number, not {tuple(bits)}")
+        if backend == "hqq" and bits[0] == 3:
+            raise ValueError("hqq: its 3-bit codes cannot be unpacked for tensors of four axes; "
+                             "use 1, 2, 4 or 8 bits")
         axis = 0 if backend == "quanto" else 1  # groups of consecutive channels in both
-        try: super().__init__(backend, config, nbits=_whole(bits[0]), axis_key=axis, axis_value=axis, q_group_size=span, residual_length=window)
-        except ImportError: raise ValueError(f"{backend} is not installed: pip install 'ndkv[thirdparty]'") from None
+        try:
+            super().__init__(backend, config, nbits=_whole(bits[0]), axis_key=axis, axis_value=axis,
+                             q_group_size=span, residual_length=window)
+        except ImportError:
+            raise ValueError(f"{backend} is not installed: pip install 'ndkv[thirdparty]'") from None
         self.widths = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -393,20 +431,26 @@ class LibraryCache(QuantizedCache):
         "As `NDCache.report`: bits per element of the packed part, bytes, and a row for each layer and kind."
         rows, codes, real = [], 0, 0
         for i, layer in enumerate(self.layers):
-            for kind, q, exact, width in zip("kv", (layer._quantized_keys, layer._quantized_values), (layer.keys, layer.values), self.widths[i]):
+            for kind, q, exact, width in zip("kv", (layer._quantized_keys, layer._quantized_values),
+                                             (layer.keys, layer.values), self.widths[i]):
                 held = exact.shape[2] if exact.dim() == 4 else 0
-                rows.append(dict(layer=i, kind=kind, bits=layer.nbits, packed=layer.get_seq_length() - held, exact=held, width=width))
-                codes += sum(t.numel() * min(t.itemsize, 2 if t.is_floating_point() else 8) for t in _allocated(q))
+                rows.append(dict(layer=i, kind=kind, bits=layer.nbits, packed=layer.get_seq_length() - held,
+                                 exact=held, width=width))
+                codes += sum(t.numel() * min(t.itemsize, 2 if t.is_floating_point() else 8)
+                             for t in _allocated(q))
                 real += sum(t.nbytes for t in _allocated(q)) + exact.nbytes
         packed = sum(r["packed"] * r["width"] for r in rows)
-        return dict(tokens=self.get_seq_length(), nbytes=real, bytes_per_token=real / (self.get_seq_length() * self.batch), bits_packed=8 * codes / packed, rows=rows)
+        return dict(tokens=self.get_seq_length(), nbytes=real,
+                    bytes_per_token=real / (self.get_seq_length() * self.batch),
+                    bits_packed=8 * codes / packed, rows=rows)
 
 # %% ../nbs/lab/60_more_baselines.ipynb #48a8f405
 def _allocated(x):
     "The plain tensors in what a backend returns: tuples, dictionaries, tensor subclasses."
     if isinstance(x, (tuple, list)): return [t for y in x for t in _allocated(y)]
     if isinstance(x, dict): return _allocated([*x.values()])
-    if hasattr(x, "__tensor_flatten__") and type(x) is not Tensor: return [t for name in x.__tensor_flatten__()[0] for t in _allocated(getattr(x, name))]
+    if hasattr(x, "__tensor_flatten__") and type(x) is not Tensor:
+        return [t for name in x.__tensor_flatten__()[0] for t in _allocated(getattr(x, name))]
     return [x] if isinstance(x, Tensor) else []
 
 # %% ../nbs/lab/60_more_baselines.ipynb #493f35c6
@@ -414,17 +458,26 @@ CACHES |= {backend: lambda config, bits, window, backend=backend, **kw: LibraryC
 
 # %% ../nbs/lab/60_more_baselines.ipynb #a1f8f99a
 CALIBRATED = ("kvquant", "nsnquant", "oscar", "blockgtq")  # Methods that read a profile
-VERSIONS = dict.fromkeys("int kivi qjl polarquant kvquant nsnquant kvarn oscar blockgtq".split(), 2)  # Of what a method stores, in rows and keys of sweeps; 2: scales in the model's type, before it float16
+# Of what a method stores, in rows and keys of sweeps; 2: scales in the model's type, before it float16
+VERSIONS = dict.fromkeys("int kivi qjl polarquant kvquant nsnquant kvarn oscar blockgtq".split(), 2)
 
 _GRID = [
-    ("int", 8, 8, {}), ("int", 4, 4, {}), ("int", 4, 4, dict(rotate=True)), ("int", 3, 3, dict(rotate=True)), ("int", 2, 2, dict(rotate=True)), ("int", 2, 2, dict(span=32)),
+    ("int", 8, 8, {}), ("int", 4, 4, {}), ("int", 4, 4, dict(rotate=True)), ("int", 3, 3, dict(rotate=True)),
+    ("int", 2, 2, dict(rotate=True)), ("int", 2, 2, dict(span=32)),
     ("kivi", 4, 4, dict(span=64)), ("kivi", 2, 2, dict(span=32)), ("kivi", 2, 2, dict(span=64)),
-    ("fp8", 8, 8, dict(scale="unit")), ("fp8", 8, 8, dict(scale="tensor")), ("fp8", 8, 8, dict(scale="head")), ("mxfp4", 4, 4, {}), ("mxfp4", 4, 4, dict(rotate=True)), ("nvfp4", 4, 4, {}), ("nvfp4", 4, 4, dict(rotate=True)),
-    ("turboquant", 8, 4, dict(boundary=2)), ("turboquant", 4, 4, dict(boundary=2)), ("turboquant", 3, 4, dict(boundary=2)), ("turboquant", 3, 3, dict(boundary=2)),
-    ("turboquant", 8, 4, dict(boundary=0)), ("turboquant", 4, 4, dict(boundary=0)), ("turboquant", 3, 4, dict(boundary=0)), ("turboquant", 3, 3, dict(boundary=0)),
-    ("qjl", 1, 2, {}), ("qjl", 2, 2, {}), ("qjl", 2, 2, dict(first=15)), ("polarquant", 4, 4, {}), ("polarquant", 3, 3, {}), ("polarquant", 2, 2, {}),
-    ("kvquant", 4, 4, {}), ("kvquant", 3, 3, {}), ("kvquant", 2, 2, {}), ("nsnquant", 2, 2, {}), ("nsnquant", 1, 1, {}),
-    ("kvarn", 4, 4, {}), ("kvarn", 4, 2, {}), ("kvarn", 2, 2, {}), ("oscar", 4, 4, {}), ("oscar", 3, 3, {}), ("oscar", 2, 2, {}),
+    ("fp8", 8, 8, dict(scale="unit")), ("fp8", 8, 8, dict(scale="tensor")), ("fp8", 8, 8, dict(scale="head")),
+    ("mxfp4", 4, 4, {}), ("mxfp4", 4, 4, dict(rotate=True)), ("nvfp4", 4, 4, {}),
+    ("nvfp4", 4, 4, dict(rotate=True)),
+    ("turboquant", 8, 4, dict(boundary=2)), ("turboquant", 4, 4, dict(boundary=2)),
+    ("turboquant", 3, 4, dict(boundary=2)), ("turboquant", 3, 3, dict(boundary=2)),
+    ("turboquant", 8, 4, dict(boundary=0)), ("turboquant", 4, 4, dict(boundary=0)),
+    ("turboquant", 3, 4, dict(boundary=0)), ("turboquant", 3, 3, dict(boundary=0)),
+    ("qjl", 1, 2, {}), ("qjl", 2, 2, {}), ("qjl", 2, 2, dict(first=15)), ("polarquant", 4, 4, {}),
+    ("polarquant", 3, 3, {}), ("polarquant", 2, 2, {}),
+    ("kvquant", 4, 4, {}), ("kvquant", 3, 3, {}), ("kvquant", 2, 2, {}), ("nsnquant", 2, 2, {}),
+    ("nsnquant", 1, 1, {}),
+    ("kvarn", 4, 4, {}), ("kvarn", 4, 2, {}), ("kvarn", 2, 2, {}), ("oscar", 4, 4, {}), ("oscar", 3, 3, {}),
+    ("oscar", 2, 2, {}),
     ("blockgtq", 4, 4, {}), ("blockgtq", 3, 3, {}), ("blockgtq", 3, 2, {}), ("blockgtq", 2, 2, {}),
     ("quanto", 4, 4, {}), ("quanto", 2, 2, {}), ("hqq", 4, 4, {}), ("hqq", 2, 2, {}),
 ]
@@ -444,5 +497,6 @@ def baseline_grid(
         if name in CALIBRATED and profile is None or name in CACHES and not third_party: continue
         more = dict(profile=profile) if name in CALIBRATED else dict(layers=layers) if name == "turboquant" else {}
         if "first" in options: more = dict(first=options["first"] * layers // 32)  # as many of 32 layers
-        cells.append(dict(method=name, k_bits=k, v_bits=v, window=window, sinks=sinks, block=block, options=options | more))
+        cells.append(dict(method=name, k_bits=k, v_bits=v, window=window, sinks=sinks, block=block,
+                          options=options | more))
     return cells

@@ -59,11 +59,14 @@ def start_of_row(part, own, places):
     if not own.any(): return part.shift
     if places is None:
         raise ValueError(f"layer {layer}: this model does not tell a cache the positions of a padded batch, "
-                         "which the codec of a profile needs; batch prompts of equal length, or leave the profile out")
+                         "which the codec of a profile needs; "
+                         "batch prompts of equal length, or leave the profile out")
     at = places[own] - held - torch.arange(int(own.sum()))
     if (at != at[0]).any() or held and at[0] != part.shift:
-        raise ValueError(f"layer {layer}: positions {places[own].tolist()[:3]}... do not count up from the {held} "
-                         "tokens before, as the codec of a profile needs; give position_ids that count each row's own "
+        raise ValueError(f"layer {layer}: positions {places[own].tolist()[:3]}... do not count up from the "
+                         f"{held} "
+                         "tokens before, as the codec of a profile needs; "
+                         "give position_ids that count each row's own "
                          "tokens, or leave the profile out")
     return int(at[0])
 
@@ -160,7 +163,8 @@ class NDLayer(PlainLayer):
     def differ(self, told, B):
         "Are the rows of the batch not all alike, or do positions not count from 0?"
         if told.own is not None and len(told.own) not in (1, B):
-            raise ValueError(f"a mask of {len(told.own)} rows came before keys of {B}; give the mask of this batch")
+            raise ValueError(f"a mask of {len(told.own)} rows came before keys of {B}; "
+                             "give the mask of this batch")
         if self.parts or told.own is not None and not told.own.all(): return True
         rope = self.stores and rope_of(self.stores[0].packed.codec)
         return bool(rope) and told.places is not None and not told.count_up()
@@ -233,7 +237,8 @@ class NDSlidingLayer(NDLayer):
     def check_crop(self, n):
         first = self.first(self.get_seq_length() - n)
         if any(s.starts[0] > first for s in self.stores):
-            raise RuntimeError(f"layer {self.layer}: tokens that crop({-n}) needs back have slid out of the window; "
+            raise RuntimeError(f"layer {self.layer}: tokens that crop({-n}) needs back have slid out of the "
+                               "window; "
                                "call activate_past_recording() before the tokens come")
 
     def crop(self, tokens_to_remove):
@@ -286,7 +291,8 @@ def check_hidden(parts, L, q, shown):
     elif len(shown) not in (1, B):
         raise ValueError(f"a mask of {len(shown)} rows for a cache of {B}; give the mask of this batch")
     else: bad = any((shown.expand(B, -1)[p.rows, :L].cpu() & ~p.columns).any() for p in parts)
-    if bad: raise ValueError("a mask shows tokens that were padding when they came, which NDCache has not kept; "
+    if bad:
+        raise ValueError("a mask shows tokens that were padding when they came, which NDCache has not kept; "
                              "give every call the mask of the whole text")
 
 # %% ../nbs/cache/39_padding.ipynb #c1e523e2
@@ -316,8 +322,10 @@ class Padded(Sees):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         told = self._told_of(self.layers[layer_idx].get_seq_length(), key_states.shape[2])
         if told is None and self.own_masks and len(key_states) > 1:
-            raise ValueError("this model makes its masks by itself, so NDCache cannot see which tokens of a batch are "
-                             "padding; give it one sequence at a time, or call cache.see(attention_mask) before each call")
+            raise ValueError("this model makes its masks by itself, so NDCache cannot see which tokens of a "
+                             "batch are "
+                             "padding; give it one sequence at a time, "
+                             "or call cache.see(attention_mask) before each call")
         return super().update(key_states, value_states, layer_idx, *args, told=told, **kwargs)
 
     def _told_of(self, length, q):

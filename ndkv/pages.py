@@ -47,7 +47,8 @@ def page_distortion(
 
 # %% ../nbs/pages/35_pages.ipynb #61cea717
 VERSION = 2 # Of what is stored, in rows and keys of sweeps; 1: another search of norms
-PAID = 3 # The same where bases are paid from the budget: their entries have 3 to 8 bits, in versions before always 8
+# The same where bases are paid from the budget: their entries have 3 to 8 bits, in versions before always 8
+PAID = 3
 TIERS = 16, 48, 64 # Tokens of each precision tier, the most important first; a page in all
 
 
@@ -86,7 +87,8 @@ def tier_importance(
 ) -> Tensor: # `[H, tiers]`, 1 on average over tokens
     "Mean importance of the tokens of each tier."
     if layer not in profile.importance:
-        raise ValueError("pages: this profile does not say how important the tokens of a page are; make it anew from two "
+        raise ValueError("pages: this profile does not say how important the tokens of a page are; "
+                         "make it anew from two "
                          "batches or more of windows that pack 128 tokens (ndkv calibrate)")
     ranks = profile.importance[layer]["kv".index(kind)]
     return torch.stack([r.mean(-1) for r in ranks.split(list(TIERS), -1)], -1)
@@ -150,8 +152,10 @@ def strips_of(
     power, head = lam[:, None] * importance.double()[..., None], HEAD_BYTES(D) + 2*D*direction
     if not sharing: return Strips(power, n, tokens)
     page, of_run = PAGE / sharing, lambda x: torch.stack([t.sum(-1) for t in x.split(n.tolist(), -1)], -1)
-    rounded = [of_run(rounding_share(basis, b) * basis.scale.double()**2) / lam.clamp_min(1e-300) for b in ENTRIES]
-    return Strips(power, n, tokens, FIXED + head*page, ENTRIES, tuple(CHANNEL_BYTES(D, b)*page for b in ENTRIES), torch.stack(rounded, -1))
+    rounded = [of_run(rounding_share(basis, b) * basis.scale.double()**2) / lam.clamp_min(1e-300)
+               for b in ENTRIES]
+    return Strips(power, n, tokens, FIXED + head*page, ENTRIES,
+                  tuple(CHANNEL_BYTES(D, b)*page for b in ENTRIES), torch.stack(rounded, -1))
 
 
 def allocate_strips(
@@ -245,7 +249,8 @@ class Fields:
     def to(self, device):
         "What reading and writing need, on a device: byte, shift, low and code of fields; bytes and fields of bytes."
         shift = (self.place % 8).to(torch.uint8)
-        return [t.to(device) for t in (self.place // 8, shift, self.low.to(torch.uint8), self.code, *self.by_byte)]
+        return [t.to(device) for t in (self.place // 8, shift, self.low.to(torch.uint8), self.code,
+                                       *self.by_byte)]
 
 
 @dataclass(eq=False)
@@ -311,7 +316,8 @@ def read_record(
     D:int,       # head_dim
 ) -> Tensor: # uint8 `[..., PAGE*D]`, 0 where there is no code
     "Bytes to codes."
-    rows = data.reshape(data.shape[:-1].numel(), rec.nbytes).mT.contiguous() # a byte of all pages is a row: rows are moved faster than bytes
+    # a byte of all pages is a row: rows are moved faster than bytes
+    rows = data.reshape(data.shape[:-1].numel(), rec.nbytes).mT.contiguous()
     codes = rows.new_zeros(PAGE*D, rows.shape[1])
     for size, byte, shift, low, code, _, _ in rec.on(data.device):
         part = (rows.index_select(0, byte) >> shift[:, None]) & (2**size - 1)
@@ -378,7 +384,8 @@ class _Rounding:
         return _all_levels(codes.device).index_select(0, at.flatten()).view(codes.shape)
 
     def _on(self, device):
-        if device not in self.there: self.there[device] = [(b, i.to(device)) for b, i in self.at], self.widths.to(device)
+        if device not in self.there:
+            self.there[device] = [(b, i.to(device)) for b, i in self.at], self.widths.to(device)
         return self.there[device][0]
 
     def on(self, device):
@@ -391,7 +398,8 @@ class _Rounding:
 def _reach(device):
     "Distortion and last level of each width, in standard deviations: float32 `[9]` each."
     last = [0.] + [(integer_levels(b)[-1] * UNIT).item() for b in range(1, 9)]
-    return torch.tensor([page_distortion(b) for b in range(9)], device=device), torch.tensor(last, device=device)
+    return (torch.tensor([page_distortion(b) for b in range(9)], device=device),
+            torch.tensor(last, device=device))
 
 
 def _least(steps, error):
@@ -407,7 +415,8 @@ def by_run(
     lam:Tensor, # `[H, D]`
 ) -> Tensor: # the same shape
     "The mean of each run, for all its channels."
-    return torch.cat([x.mean(-1, keepdim=True).expand(x.shape) for x in lam.split(runs(lam.shape[-1]), -1)], -1)
+    return torch.cat([x.mean(-1, keepdim=True).expand(x.shape) for x in lam.split(runs(lam.shape[-1]), -1)],
+                     -1)
 
 
 def _norms_and_codes(u, rounding, weight):
@@ -481,11 +490,16 @@ class PageCodec:
     ):
         if home.rope is not None and home.block != PAGE:
             raise ValueError(f"PageCodec: keys relative to blocks of {home.block} tokens; pages hold {PAGE}")
-        self.kind, self.D, self.home, self.strips, self.by_kernel = kind, basis.A.shape[-1], home, widths, by_kernel
+        self.kind = kind
+        self.D = basis.A.shape[-1]
+        self.home = home
+        self.strips = widths
+        self.by_kernel = by_kernel
         self.direction = None if direction is None else direction.bfloat16()
         channels = widths.repeat_interleave(torch.tensor(runs(self.D)), -1) # [H, tiers, D]
         self.widths = channels.amax(1) # of a channel at most
-        self.small = SmallFrame(basis, self.widths, 8 if entries is None else entries.repeat_interleave(torch.tensor(runs(self.D)), -1))
+        self.small = SmallFrame(basis, self.widths, 8 if entries is None
+                                else entries.repeat_interleave(torch.tensor(runs(self.D)), -1))
         self.basis, self._at = self.small.frame(), {}
         self.weight = by_run(basis.scale.double()**2).float() # of errors in units of √λ
         self.rounding = _Rounding(channels.repeat_interleave(torch.tensor(TIERS), 1))
@@ -524,7 +538,8 @@ def _order_of(self:PageCodec, x, positions):
     score = torch.einsum("bhtd,hd->bht", x, direction).unflatten(-1, (-1, PAGE))
     score = score - score.mean(-1, keepdim=True)
     size = score.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    order = (1000*score / size).round().argsort(dim=-1, descending=True, stable=True) # equal up to rounding: the earlier first
+    # equal up to rounding: the earlier first
+    order = (1000*score / size).round().argsort(dim=-1, descending=True, stable=True)
     return torch.cat([t.sort(-1).values for t in order.split(list(TIERS), -1)], -1)
 
 
@@ -537,7 +552,8 @@ def page_starts(pos, x):
 @torch.no_grad()
 def _encode(self:PageCodec,
     x:Tensor,   # `[B, H, T, D]` as the cache receives it, whole pages
-    pos:int|Tensor=0, # Position of the first token; or of the first of every page `[P]`, where pages are not neighbours
+    pos:int
+            |Tensor=0, # Position of the first token; or of the first of every page `[P]`, where pages are not neighbours
     order:Tensor|None=None, # Of values: that of their keys, `[B, H, P, PAGE]`; None = as they come
 ) -> dict: # "pages" uint8 `[B, 1, P, nbytes]`
     "Write pages."
@@ -560,7 +576,8 @@ def _encode(self:PageCodec,
 PageCodec._order_of, PageCodec.encode = _order_of, _encode
 
 # %% ../nbs/pages/35_pages.ipynb #1a137a19
-SPREADS = (0, 8, 16, 24), (0, 4, 8, 12), (0, 2, 4, 6), (0, 8, 4, 12), (0, 4, 2, 6) # Fields of a register's bytes, as the kernel knows them
+# Fields of a register's bytes, as the kernel knows them
+SPREADS = (0, 8, 16, 24), (0, 4, 8, 12), (0, 2, 4, 6), (0, 8, 4, 12), (0, 4, 2, 6)
 
 
 def _plane_jobs(
@@ -581,7 +598,8 @@ def _plane_jobs(
             size, shifts = max(1, R*p//2), [field(bits, p, R, q, 0) % 32 for q in range(R)]
             how = SPREADS.index(tuple(field(bits, p, R, 0, i) for i in range(4)))
             mask = ((1 << p) - 1)*0x01010101
-            jobs.append([head, low, mask - (1 << 32)*(mask >> 31), how, R, (min(R, 8//p) - 1).bit_length(), size, int(half), start, base, *[0]*6,
+            jobs.append([head, low, mask - (1 << 32)*(mask >> 31), how, R, (min(R, 8//p) - 1).bit_length(),
+                         size, int(half), start, base, *[0]*6,
                          *shifts, *[0]*(8 - R)])
             start += 32*size
     return jobs
@@ -602,20 +620,25 @@ def _encoder(self:PageCodec, device):
     M, strips = (basis.A / head_rows(basis.scale).mT).float(), self.strips.tolist()
     if not self.follows: M = M[:, _in_words(self.D)]
     starts = [sum(self.sizes[:h]) for h in range(len(strips))]
-    jobs = [j for h, w in enumerate(strips) for j in _plane_jobs(self.kind, self.D, tuple(map(tuple, w)), h, starts[h] + FIXED)]
+    jobs = [j for h, w in enumerate(strips)
+            for j in _plane_jobs(self.kind, self.D, tuple(map(tuple, w)), h, starts[h] + FIXED)]
     by_tier = self.strips.repeat_interleave(torch.tensor(runs(self.D)), -1)
     spread, last = _reach(torch.device("cpu"))
     coded = (by_tier > 0).float()
-    spread = torch.stack([(self.weight[:, None] * coded * spread[by_tier]).sum(-1), coded.sum(-1).clamp_min(1)])
+    spread = torch.stack([(self.weight[:, None] * coded * spread[by_tier]).sum(-1),
+                          coded.sum(-1).clamp_min(1)])
     high = M.mT.bfloat16()
     moved = torch.stack([high, (M.mT - high.float()).bfloat16()], 1) if rope is None else None
     partner = None if rope is None else _partners(rope, self.D)
     direction = None if direction is None else turned(direction)
-    tensors = dict(basis=M.mT, moved=moved, offset=-(turned(basis.mean) @ M.mT), direction=direction, weight=weight,
+    tensors = dict(basis=M.mT, moved=moved, offset=-(turned(basis.mean) @ M.mT), direction=direction,
+                   weight=weight,
                    widths=by_tier.to(torch.uint8), last=last[by_tier], spread=spread, partner=partner,
-                   jobs=torch.tensor(jobs, dtype=torch.int64).to(torch.int32).view(-1, 24), dest=torch.tensor(starts, dtype=torch.int32))
+                   jobs=torch.tensor(jobs, dtype=torch.int64).to(torch.int32).view(-1, 24),
+                   dest=torch.tensor(starts, dtype=torch.int32))
     tensors = {k: None if t is None else t.to(device).contiguous() for k, t in tensors.items()}
-    self._at["encoder", device] = Encoder(**tensors, nbytes=self.nbytes, values=self.follows, tiers=TIERS, unit=UNIT, step=STEP)
+    self._at["encoder", device] = Encoder(**tensors, nbytes=self.nbytes, values=self.follows, tiers=TIERS,
+                                          unit=UNIT, step=STEP)
     return self._at["encoder", device]
 
 
@@ -673,12 +696,14 @@ def _decode(self:PageCodec,
     "Read pages."
     heads, (basis, _, _) = self._heads(enc["pages"]), self._on(enc["pages"].device)
     head = torch.stack([h[..., :FIXED] for h in heads], 1)
-    base, norms = head[..., :1].long() - 128, _unpack_bits(head[..., HEADER+ORDER:], 4)[..., _rows(head.device)[1]]
+    base = head[..., :1].long() - 128
+    norms = _unpack_bits(head[..., HEADER+ORDER:], 4)[..., _rows(head.device)[1]]
     codes = torch.stack([read_record(h[..., FIXED:], rec, self.D) for h, rec in zip(heads, self.records)], 2)
     u = self.rounding.values(codes.unflatten(-1, (PAGE, self.D))).transpose(1, 2)
     u = u * torch.exp2((base + norms) * STEP)[..., None]
     slots = unpack_order(head[..., HEADER:HEADER+ORDER]).argsort(-1) # of each token
-    rows = (slots + PAGE*torch.arange(slots[..., 0].numel(), device=u.device).view(*slots.shape[:-1], 1)).flatten()
+    rows = (slots
+            + PAGE*torch.arange(slots[..., 0].numel(), device=u.device).view(*slots.shape[:-1], 1)).flatten()
     z = u.reshape(-1, self.D).index_select(0, rows).view(*u.shape[:2], -1, self.D)
     z = (z * head_rows(basis.scale)) @ basis.A_inv.mT
     return self.home.leave(z, torch.arange(pos, pos + z.shape[2], device=z.device), basis.mean).to(dtype)
@@ -702,20 +727,25 @@ def plan_pages(
     "Codecs of all layers under one budget of bits; those of a profile are made once."
     reach = None if model is None else tuple(layer_reach(model))
     asked = "pages", bits, first, tokens, length, window, reach, block, ridge, tiers
-    return dict(profile.keep(asked, lambda: _plan_pages(profile, bits, first, tokens, length, window, model, block, ridge, tiers)))
+    return dict(profile.keep(asked, lambda: _plan_pages(profile, bits, first, tokens, length, window, model,
+                                                        block, ridge, tiers)))
 
 
 def _plan_pages(profile, bits, first, tokens, length, window, model, block, ridge, tiers):
     "As `plan_pages`, made anew."
-    if not profile.prices: raise ValueError("plan_pages: the profile holds no sensitivities; make it with `calibrate`")
+    if not profile.prices:
+        raise ValueError("plan_pages: the profile holds no sensitivities; make it with `calibrate`")
     held = held_tokens(profile, length, window, first, block, model)
     if missing := sorted(held.keys() - profile.layers.keys()) if model is not None or profile.model else ():
-        raise ValueError(f"plan_pages: the cache packs layer {missing[0]}, the profile describes {sorted(profile.layers)}: its "
-                         "attention reads something else than the cache holds; use a method without a profile, such as "
+        raise ValueError(f"plan_pages: the cache packs layer {missing[0]}, "
+                         f"the profile describes {sorted(profile.layers)}: its "
+                         "attention reads something else than the cache holds; "
+                         "use a method without a profile, such as "
                          "method='equalised'")
     bases = {}
     for i, s in profile.layers.items():
-        if i in held: bases |= profile.keep(("bases", i, ridge), lambda: _bases(i, s, profile.prices[i], ridge))
+        if i in held:
+            bases |= profile.keep(("bases", i, ridge), lambda: _bases(i, s, profile.prices[i], ridge))
     out = {}
     for some in _filled_and_empty(bases, held):
         most = max(held[i] for i, _ in some)
@@ -723,9 +753,11 @@ def _plan_pages(profile, bits, first, tokens, length, window, model, block, ridg
         sharing = {i: tokens * held[i] / length if tokens and most else None for i, _ in some}
         importance = {key: tier_importance(profile, *key) for key in some}
         if not tiers: importance = {key: _even(x) for key, x in importance.items()}
-        strips = [strips_of(bases[i, kind], importance[i, kind], share[i], sharing[i], kind == "k") for i, kind in some]
+        strips = [strips_of(bases[i, kind], importance[i, kind], share[i], sharing[i], kind == "k")
+                  for i, kind in some]
         chosen = _allocated(strips, bits)
-        out |= {key: _codec(profile, key, bases[key], w, torch.tensor(s.entries)[e], first) for key, s, (w, e) in zip(some, strips, chosen)}
+        out |= {key: _codec(profile, key, bases[key], w, torch.tensor(s.entries)[e], first)
+                for key, s, (w, e) in zip(some, strips, chosen)}
     return out
 
 
@@ -744,4 +776,5 @@ def _codec(profile, key, basis, widths, entries, first):
     "The codec of keys or values of a layer."
     layer, kind = key
     if kind == "v": return PageCodec("v", basis, widths, entries=entries)
-    return PageCodec("k", basis, widths, Home(profile.layers[layer].rope, PAGE, first), profile.forecasts[layer][0], entries=entries)
+    return PageCodec("k", basis, widths, Home(profile.layers[layer].rope, PAGE, first),
+                     profile.forecasts[layer][0], entries=entries)

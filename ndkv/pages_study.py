@@ -61,7 +61,8 @@ def ranked(
     values:str, # Whose order values have: of the "keys", or their "own"
 ) -> Tensor: # `[H, PAGE]`
     "Mean importance by rank. (An order of their own was measured in groups of 64 tokens: two such groups in a page.)"
-    if values == "own" and kind == "v": return profile.forecasts[layer][3].repeat_interleave(PAGE // RANKS, -1)
+    if values == "own" and kind == "v":
+        return profile.forecasts[layer][3].repeat_interleave(PAGE // RANKS, -1)
     return profile.importance[layer]["kv".index(kind)]
 
 
@@ -87,7 +88,8 @@ def layout_distortion(
     return _least(power, cost, choice.table(), torch.tensor(choice.widths, dtype=torch.float64), room)
 
 
-ORDERS = {(False, "keys"): 0, (False, "own"): 0, (True, "keys"): 1.5, (True, "own"): 2} # Bits a token and head
+# Bits a token and head
+ORDERS = {(False, "keys"): 0, (False, "own"): 0, (True, "keys"): 1.5, (True, "own"): 2}
 
 
 def _least(power, cost, table, widths, room):

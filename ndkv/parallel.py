@@ -24,7 +24,8 @@ def bytes_by_device(
     "Where a cache lies."
     out = Counter()
     for layer in cache.layers:
-        tensors = [t for s in layer.stores for t in s.tensors.values()] if hasattr(layer, "stores") else [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        tensors = [t for s in layer.stores for t in s.tensors.values()] if hasattr(layer,
+            "stores") else [getattr(layer, "keys", None), getattr(layer, "values", None)]
         for t in tensors:
             if t is not None: out[str(t.device)] += t.untyped_storage().nbytes()
     return dict(out)
@@ -55,7 +56,9 @@ def rank_heads(
     world:int, # Ranks that share the heads
 ) -> slice:
     "The KV heads of a rank: `transformers` cuts projections into equal consecutive parts."
-    if heads % world: raise ValueError(f"{heads} KV heads do not divide among {world} ranks; use a number of ranks that divides them")
+    if heads % world:
+        raise ValueError(f"{heads} KV heads do not divide among {world} ranks; "
+                         "use a number of ranks that divides them")
     if not 0 <= rank < world: raise ValueError(f"rank {rank} of {world} ranks; give 0 to {world - 1}")
     return slice(rank * (heads//world), (rank + 1) * (heads//world))
 

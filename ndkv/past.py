@@ -138,7 +138,8 @@ class HostPacked(Packed):
 
 # %% ../nbs/cache/38_past.ipynb #da8d5a98
 CUT = ("tokens that this cache has packed carry no gradients, so what is trained through them gets a wrong "
-       "one; make the cache with method='exact' to train, or read under torch.no_grad() if nothing is trained")
+       "one; make the cache with method='exact' to train, or read under torch.no_grad() if nothing is "
+       "trained")
 
 # %% ../nbs/cache/38_past.ipynb #c4fdf471
 def packed_class(codec, memo, offload):

@@ -26,16 +26,19 @@ def bare(
         if hasattr(model, "_orig_mod"): model = model._orig_mod
         elif hasattr(model, "get_base_model"):
             if getattr(model.active_peft_config, "is_prompt_learning", False):
-                raise ValueError(f"adapter {model.active_adapter!r} puts learned keys before every text, which cannot be measured; measure model.get_base_model()")
+                raise ValueError(f"adapter {model.active_adapter!r} puts learned keys before every text, "
+                                 "which cannot be measured; measure model.get_base_model()")
             model = model.get_base_model()
         else: return model
 
 # %% ../nbs/model/28_probe.ipynb #2e730b56
-_MACHINE = "torch._C", "torch.distributed", "torch.cuda", "_thread", "threading", "_io" # Modules whose objects cannot be copied
+# Modules whose objects cannot be copied
+_MACHINE = "torch._C", "torch.distributed", "torch.cuda", "_thread", "threading", "_io"
 
 def _without_gradient(t):
     "The tensor itself, or a parameter on the same storage that takes no gradient."
-    return nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) and t.requires_grad else t
+    return nn.Parameter(t.detach(), requires_grad=False) if isinstance(t,
+        nn.Parameter) and t.requires_grad else t
 
 def _inside(x):
     "What an object holds."
@@ -43,7 +46,8 @@ def _inside(x):
     if isinstance(x, (list, tuple, set)): return x
     if isinstance(x, MethodType): return [x.__self__]
     if isinstance(x, partial): return [x.func, *x.args, *x.keywords.values(), *vars(x).values()]
-    return vars(x).values() if hasattr(x, "__dict__") and not isinstance(x, (type, FunctionType, ModuleType)) else ()
+    return vars(x).values() if hasattr(x, "__dict__") and not isinstance(x,
+        (type, FunctionType, ModuleType)) else ()
 
 def _shared(model):
     "What a copy of a model has in common with it: id -> the thing."
@@ -65,17 +69,21 @@ def private_copy(
 ): # The same weights in modules of its own, in eval mode; weights take no gradients
     "A model to measure on: what is done to it, its original never sees."
     model = bare(model)
-    with torch.inference_mode(False): # a view made in inference mode could not be differentiated through later
+    # a view made in inference mode could not be differentiated through later
+    with torch.inference_mode(False):
         try: return copy.deepcopy(model, _shared(model)).eval()
         except (TypeError, ValueError, RuntimeError, AttributeError) as e:
-            raise ValueError(f"{type(model).__name__} cannot be measured, its modules hold what cannot be copied ({' '.join(str(e).split())[:120]}); load it without that") from e
+            raise ValueError(f"{type(model).__name__} cannot be measured, "
+                             f"its modules hold what cannot be copied ({' '.join(str(e).split())[:120]}); "
+                             "load it without that") from e
 
 # %% ../nbs/model/28_probe.ipynb #dfd5519c
 def _module_eager(module):
     "The plain attention function in the file that defines a layer's class."
     for c in type(module).__mro__:
         if f := getattr(sys.modules[c.__module__], "eager_attention_forward", None): return f
-    raise ValueError(f"{type(module).__name__} has no eager_attention_forward to hand over to; load the model with attn_implementation='sdpa'")
+    raise ValueError(f"{type(module).__name__} has no eager_attention_forward to hand over to; "
+                     "load the model with attn_implementation='sdpa'")
 
 def plain_attention(
     inner:str,     # "eager" or "sdpa"
@@ -87,7 +95,8 @@ def plain_attention(
 def _asking(inner):
     "The attention function that lets a layer's own `ndkv_attend` use the plain function `inner`."
     def attention(module, query, key, value, attention_mask, **kw):
-        return module.ndkv_attend(plain_attention(inner, module), module, query, key, value, attention_mask, **kw)
+        return module.ndkv_attend(plain_attention(inner, module), module, query, key, value, attention_mask,
+                                  **kw)
     return attention
 
 for _name in ("eager", "sdpa"):
@@ -102,7 +111,8 @@ def inner_attention(
     name, config = model.config._attn_implementation, model.config.get_text_config()
     plain = str(name).rpartition("_")[2] if str(name).startswith("ndkv_") else name
     if plain in ("eager", "sdpa"): return plain
-    return "sdpa" if getattr(model, "_supports_sdpa", False) and not getattr(config, "attn_logit_softcapping", None) else "eager"
+    return "sdpa" if getattr(model, "_supports_sdpa", False) and not getattr(config, "attn_logit_softcapping",
+        None) else "eager"
 
 def _told(module, args, kw):
     "A block that several layers share is told by each call which layer it stands for."
@@ -156,7 +166,10 @@ def show(
 ) -> None:
     "One forward pass of a copy that is watched."
     copied.base_model(input_ids=ids.to(device_of(copied)), use_cache=False)
-    if not copied.ndkv_shown: raise ValueError(f"{type(copied).__name__} does not use the attention interface of transformers, so its keys cannot be seen; use a model that does (Llama, Qwen, Gemma, GPT-NeoX, ...)")
+    if not copied.ndkv_shown:
+        raise ValueError(f"{type(copied).__name__} does not use the attention interface of transformers, "
+                         "so its keys cannot be seen; use a model that does (Llama, Qwen, Gemma, GPT-NeoX, "
+                         "...)")
 
 def probe(
     model,      # A causal language model of `transformers`
@@ -195,9 +208,11 @@ class Halves:
         self.model, self.make = model, None
         ids = torch.arange(2, device=device_of(model))[None]
         with torch.no_grad():
-            whole, out = model(input_ids=ids, use_cache=False).logits, model.base_model(input_ids=ids, use_cache=False)
+            whole = model(input_ids=ids, use_cache=False).logits
+            out = model.base_model(input_ids=ids, use_cache=False)
             self.vocabulary = whole.shape[-1]
-            self.make = next((f for f in map(partial(self._try, whole, out), (_own_head, _embedding_head)) if f), None)
+            self.make = next((f for f in map(partial(self._try, whole, out), (_own_head, _embedding_head))
+                              if f), None)
 
     def _try(self, whole, out, maker):
         "The head that `maker` makes, if it gives the logits of the whole model."
@@ -206,12 +221,14 @@ class Halves:
             found = head(out[0])
         except Exception: return None # of whatever kind: then this model is built otherwise
         size = whole.float().nan_to_num(0, 0, 0).abs().max().item() # NaN is for others to refuse
-        same = found.shape == whole.shape and torch.allclose(found.float(), whole.float(), rtol=1e-3, atol=1e-3 * size, equal_nan=True)
+        same = found.shape == whole.shape and torch.allclose(found.float(), whole.float(), rtol=1e-3,
+            atol=1e-3 * size, equal_nan=True)
         return head if same else None
 
     def body(self, ids, **kw):
         "Tokens `[B, T]` -> hidden states `[B, T, C]`."
-        return self.model.base_model(input_ids=ids, **kw)[0] if self.make else self.model(input_ids=ids, **kw).logits
+        return self.model.base_model(input_ids=ids, **kw)[0] if self.make else self.model(input_ids=ids,
+            **kw).logits
 
     def head(self, h):
         "Hidden states `[n, C]` -> logits `[n, V]`."
@@ -231,13 +248,15 @@ def draw(
 ) -> tuple: # Tokens `[n]`, probabilities `[n, V]` float32
     "One token of each row, the one at which the sum of the probabilities passes `u`."
     p = logits.float().softmax(-1)
-    runs = nn.functional.pad(p, (0, -p.shape[1] % RUN)).unflatten(1, (-1, RUN)) if p.shape[1] % RUN else p.unflatten(1, (-1, RUN))
+    runs = nn.functional.pad(p, (0, -p.shape[1] % RUN)).unflatten(1,
+        (-1, RUN)) if p.shape[1] % RUN else p.unflatten(1, (-1, RUN))
     sums = runs.sum(-1).double().cumsum(-1)
     u = u.to(sums)[:, None] * sums[:, -1:]
     at = torch.searchsorted(sums, u, right=True).clamp_max(runs.shape[1] - 1)
     u = u - sums.gather(1, at) # to the end of the run, negative
     run = runs.gather(1, at[..., None].expand(-1, -1, RUN))[:, 0].double().cumsum(-1)
-    u = (u + run[:, -1:]).clamp_min(0).minimum(run[:, -1:] * (1 - 1e-9)) # rounding must not pass what has a probability
+    # rounding must not pass what has a probability
+    u = (u + run[:, -1:]).clamp_min(0).minimum(run[:, -1:] * (1 - 1e-9))
     return (at * RUN + torch.searchsorted(run, u, right=True))[:, 0].clamp_max(p.shape[1] - 1), p
 
 @torch.no_grad()
@@ -273,33 +292,42 @@ def _readable(t):
 def _parts(t, offloaded):
     "The plain tensors that a weight is made of."
     if t.is_meta:
-        if id(t) not in offloaded: raise ValueError("the model has weights without values (on the meta device); load them first")
+        if id(t) not in offloaded:
+            raise ValueError("the model has weights without values (on the meta device); load them first")
         return _parts(offloaded[id(t)](), {})
     if hasattr(t, "full_tensor"): return [t.full_tensor()] # distributed
     if type(t) in (Tensor, nn.Parameter): return [t]
     if is_traceable_wrapper_subclass(t): inner = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
     elif _readable(t): return [t]
     else: inner = [x for x in vars(t).values() if isinstance(x, Tensor)]
-    if not inner: raise ValueError(f"weights of type {type(t).__name__} cannot be read, so the model cannot be told from others; load it without them")
+    if not inner:
+        raise ValueError(f"weights of type {type(t).__name__} cannot be read, "
+                         "so the model cannot be told from others; load it without them")
     return [p for x in inner for p in _parts(x, offloaded)]
 
 def _some_values(t, offloaded):
     "Shape of a weight and about 1,024 evenly spread values of each of its parts, as bytes."
     flat = (x.detach().reshape(-1) for x in _parts(t, offloaded))
-    return f"{list(t.shape)}".encode() + b"".join(x[::max(1, len(x)//1024)].float().cpu().numpy().tobytes() for x in flat)
+    return f"{list(t.shape)}".encode() + b"".join(x[::max(1, len(x)//1024)].float().cpu().numpy().tobytes()
+                                                  for x in flat)
 
 # %% ../nbs/model/28_probe.ipynb #3a311da2
-def _is_adapted(m): return hasattr(m, "active_adapters") and hasattr(m, "disable_adapters") and (hasattr(m, "base_layer") or hasattr(m, "original_module"))
+def _is_adapted(m):
+    return hasattr(m, "active_adapters") and hasattr(m, "disable_adapters") and (hasattr(m, "base_layer")
+        or hasattr(m, "original_module"))
 
 def _own_tensors(m):
     "(path in pieces, tensor) of what an adapted layer has beside the layer within."
     both = (*m.named_parameters(), *m.named_buffers())
-    return [(path, t) for name, t in both if not {"base_layer", "original_module"} & set(path := name.split("."))]
+    return ([(path, t) for name, t in both
+             if not {"base_layer", "original_module"} & set(path := name.split("."))])
 
 def _own_numbers(m, adapter):
     "What else an adapter's effect depends on, such as its scaling."
-    fields = {n: getattr(m, n, None) for n in getattr(m, "other_param_names", ()) if n not in ("r", "lora_alpha", "lora_dropout")}
-    return {n: d[adapter] for n, d in fields.items() if isinstance(d, dict) and isinstance(d.get(adapter), (int, float, str))}
+    fields = {n: getattr(m, n, None) for n in getattr(m, "other_param_names", ())
+              if n not in ("r", "lora_alpha", "lora_dropout")}
+    return {n: d[adapter] for n, d in fields.items() if isinstance(d, dict)
+            and isinstance(d.get(adapter), (int, float, str))}
 
 def _adapters(model, offloaded):
     "ids of all tensors of adapters, and name -> hash of those that take part."
@@ -307,10 +335,14 @@ def _adapters(model, offloaded):
     for m in filter(_is_adapted, model.modules()):
         own, merged = _own_tensors(m), bool(getattr(m, "merged_adapters", ()))
         owned |= {id(t) for _, t in own}
-        if m.disable_adapters and merged: raise ValueError("adapters are disabled while they are merged into the weights; unmerge them (model.unmerge_adapter()) first")
+        if m.disable_adapters and merged:
+            raise ValueError("adapters are disabled while they are merged into the weights; "
+                             "unmerge them (model.unmerge_adapter()) first")
         for a in () if m.disable_adapters or merged else m.active_adapters:
             values = [_some_values(t, offloaded) for path, t in own if a in path]
-            if values: active.setdefault(a, hashlib.sha256()).update(b"".join(values) + repr(_own_numbers(m, a)).encode())
+            if values:
+                active.setdefault(a,
+                                  hashlib.sha256()).update(b"".join(values) + repr(_own_numbers(m, a)).encode())
     return owned, {a: h.hexdigest()[:16] for a, h in sorted(active.items())}
 
 # %% ../nbs/model/28_probe.ipynb #e8d24889
@@ -318,16 +350,19 @@ _STORED = torch.int8, torch.uint8, torch.int16, torch.int32 # Of buffers, how qu
 
 def _weights(model):
     "All tensors that a model is saved with."
-    again = getattr(model, "all_tied_weights_keys", None) or {} # name -> the weight that it is tied to, from which an empty shell is parted
+    # name -> the weight that it is tied to, from which an empty shell is parted
+    again = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = [p for n, p in model.named_parameters() if not (p.is_meta and n in again)]
-    buffers = [b for m in model.modules() for n, b in m._buffers.items() if b is not None and n not in m._non_persistent_buffers_set]
+    buffers = [b for m in model.modules() for n, b in m._buffers.items() if b is not None
+               and n not in m._non_persistent_buffers_set]
     return parameters, list({id(b): b for b in buffers}.values())
 
 def _kinds(parameters, buffers):
     "How weights are stored where they are no plain floating-point numbers."
     local = [t.to_local() if hasattr(t, "full_tensor") else t for t in parameters]
     types = {type(t).__name__ for t in local if type(t) not in (Tensor, nn.Parameter)}
-    dtypes = {t.dtype for t in local if t.dtype.itemsize == 1 or not t.is_floating_point()} | {b.dtype for b in buffers if b.dtype in _STORED}
+    dtypes = {t.dtype for t in local if t.dtype.itemsize == 1 or not t.is_floating_point()} | {b.dtype
+        for b in buffers if b.dtype in _STORED}
     return sorted(types | {str(d).removeprefix("torch.") for d in dtypes})
 
 @torch.no_grad()
@@ -339,9 +374,12 @@ def identity(
     (parameters, buffers), offloaded = _weights(model), _offloaded(model)
     owned, adapters = _adapters(model, offloaded)
     base = [t for t in parameters + buffers if id(t) not in owned]
-    parts = sorted(hashlib.sha256(_some_values(t, offloaded)).digest() for t in base) + sorted(h.encode() for h in adapters.values())
+    parts = sorted(hashlib.sha256(_some_values(t, offloaded)).digest() for t in base) + sorted(h.encode()
+        for h in adapters.values())
     weights = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-    return dict(adapters=adapters, quantization=_kinds([t for t in base if isinstance(t, nn.Parameter)], [t for t in base if not isinstance(t, nn.Parameter)]), weights=weights)
+    return dict(adapters=adapters,
+                quantization=_kinds([t for t in base if isinstance(t, nn.Parameter)],
+                                    [t for t in base if not isinstance(t, nn.Parameter)]), weights=weights)
 
 def fingerprint(
     model, # A module

@@ -25,10 +25,13 @@ from .allocation import allocate, allocate_global, distortion_table, water_level
 from .probe import bare, fingerprint, identity, probe, show, vocabulary, watched
 from .rope import Rope, find_rope, rope_candidates
 
-_all_ = ['fingerprint', 'probe', 'Rope', 'find_rope', 'allocate', 'allocate_global', 'distortion_table', 'water_level'] # passed on
+# passed on
+_all_ = ['fingerprint', 'probe', 'Rope', 'find_rope', 'allocate', 'allocate_global', 'distortion_table',
+         'water_level']
 
 # %% ../nbs/model/30_profile.ipynb #f3a1af02
-MEANS, MATRICES = ("k_mean", "k_post_mean", "v_mean"), ("k_cov", "k_post_cov", "v_cov", "q_moment", "q_post_moment", "o_gram")
+MEANS = ("k_mean", "k_post_mean", "v_mean")
+MATRICES = ("k_cov", "k_post_cov", "v_cov", "q_moment", "q_post_moment", "o_gram")
 PRICES = "price_k", "price_v" # Names of `Profile.prices` in a file
 FORECASTS = "forecast_k", "forecast_v", "ranks_k", "ranks_v" # Names of `Profile.forecasts`
 RANKS = 64 # Tokens that are ranked together
@@ -57,7 +60,8 @@ class LayerStats:
         for name in ("k", "k_post", "v"):
             (ma, ca), (mb, cb) = ((getattr(s, name + "_mean"), getattr(s, name + "_cov")) for s in (self, o))
             d = mb - ma
-            new |= {name + "_mean": ma + w*d, name + "_cov": (1-w)*ca + w*cb + w*(1-w) * d[..., :, None] * d[..., None, :]}
+            new |= {name + "_mean": ma + w*d,
+                    name + "_cov": (1-w)*ca + w*cb + w*(1-w) * d[..., :, None] * d[..., None, :]}
         for name in ("q_moment", "q_post_moment"): new[name] = (1-w)*getattr(self, name) + w*getattr(o, name)
         return replace(self, **new)
 
@@ -110,15 +114,19 @@ def layer_stats(
     gram:Tensor|None=None, # `o_gram` where it is known already
 ) -> LayerStats: # On the device of `k`
     "Statistics of one batch of windows that start at position 0."
-    H, scale, pos = k.shape[1], kw.get("scaling") or q.shape[-1]**-.5, torch.arange(skip, k.shape[2], device=k.device)
+    H = k.shape[1]
+    scale = kw.get("scaling") or q.shape[-1]**-.5
+    pos = torch.arange(skip, k.shape[2], device=k.device)
     q, k, v = (t[:, :, skip:] for t in (q, k, v))
     (km, kc), (pm, pc), (vm, vc) = map(_centred, (rope.undo(k, pos, k.dtype), k, v))
     weigh = lambda x: _second_moment(x, H) * scale**2
     gram, weighted = _o_gram(module, H, q.shape[1], v[:0]) if gram is None else (gram, True)
-    return LayerStats(k.shape[0] * k.shape[2], km, kc, pm, pc, vm, vc, weigh(rope.adjoint(q, pos, q.dtype)), weigh(q), gram.to(k.device), rope, weighted)
+    return LayerStats(k.shape[0] * k.shape[2], km, kc, pm, pc, vm, vc, weigh(rope.adjoint(q, pos, q.dtype)),
+                      weigh(q), gram.to(k.device), rope, weighted)
 
 # %% ../nbs/model/30_profile.ipynb #e6cf0b6c
-HOLDS = DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer # Layers of the library whose keys and values `NDCache` packs
+# Layers of the library whose keys and values `NDCache` packs
+HOLDS = DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
 
 
 def layer_reach(
@@ -154,11 +162,13 @@ def layer_shapes(
     "Heads of every layer, which may differ."
     def shape(layer):
         heads, hidden = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
-        return heads, getattr(layer, "num_key_value_heads", None) or heads, getattr(layer, "head_dim", None) or (hidden // heads if heads else None)
+        return (heads, getattr(layer, "num_key_value_heads", None) or heads,
+                getattr(layer, "head_dim", None) or (hidden // heads if heads else None))
     text = config.get_text_config()
     return list(map(shape, getattr(text, "per_layer_config", [text] * text.num_hidden_layers)))
 
-def _alike(values): return values[0] if all(v == values[0] for v in values) else list(values) # one value, or one a layer
+def _alike(values):
+    return values[0] if all(v == values[0] for v in values) else list(values) # one value, or one a layer
 
 def describe(
     model, # A model or its configuration
@@ -167,7 +177,8 @@ def describe(
     config = getattr(model, "config", model)
     c = config.get_text_config()
     heads, kv_heads, head_dim = map(_alike, zip(*layer_shapes(config)))
-    out = dict(architecture=c.model_type, layers=c.num_hidden_layers, hidden_size=getattr(c, "hidden_size", None), heads=heads, kv_heads=kv_heads,
+    out = dict(architecture=c.model_type, layers=c.num_hidden_layers,
+               hidden_size=getattr(c, "hidden_size", None), heads=heads, kv_heads=kv_heads,
                head_dim=head_dim, reach=layer_reach(config), rope=_rope_fields(c))
     if model is not config: out |= dict(dtype=str(model.dtype).removeprefix("torch."), **identity(model))
     return json.loads(json.dumps(out))
@@ -189,14 +200,17 @@ def _differences(a, b, prefix=""):
     "Fields that both descriptions have and that differ: (name, first, second)."
     for k in (k for k in b if k in a):
         if _alike_field(k, a[k], b[k]): continue
-        if k != "adapters" and isinstance(a[k], dict) and isinstance(b[k], dict): yield from _differences(a[k], b[k], f"{prefix}{k}.")
+        if k != "adapters" and isinstance(a[k], dict) and isinstance(b[k], dict):
+            yield from _differences(a[k], b[k], f"{prefix}{k}.")
         else: yield prefix + k, a[k], b[k]
 
 _MEND = dict(
     dtype="load the model in that dtype, collect again, or pass ignore=('dtype',)",
     weights="collect a profile of this model, or pass ignore=('weights',) for a near relative",
-    adapters="activate that adapter (model.set_adapter), collect a profile with this one, or pass ignore=('adapters', 'weights') for a near relative",
-    quantization="collect a profile of this model, or pass ignore=('quantization', 'weights') for a near relative")
+    adapters="activate that adapter (model.set_adapter), collect a profile with this one, "
+             "or pass ignore=('adapters', 'weights') for a near relative",
+    quantization="collect a profile of this model, or pass ignore=('quantization', "
+                 "'weights') for a near relative")
 
 # %% ../nbs/model/30_profile.ipynb #a024f6cf
 @dataclass(eq=False, repr=False)
@@ -215,9 +229,11 @@ class Profile:
         "What `make()` gives, made once for as long as this profile has the same parts."
         parts = [self.model, *self._parts()]
         of, versions, made = self.kept.get(what, (None, None, None))
-        counted = lambda x: isinstance(x, Tensor) and not x.is_inference() # PyTorch counts what is written into such a tensor
+        # PyTorch counts what is written into such a tensor
+        counted = lambda x: isinstance(x, Tensor) and not x.is_inference()
         now = [x._version if counted(x) else x if isinstance(x, int) else 0 for x in parts]
-        if of is None or len(of) != len(parts) or any(a is not b for a, b in zip(of, parts)) or versions != now:
+        if of is None or len(of) != len(parts) or any(a is not b
+                                                      for a, b in zip(of, parts)) or versions != now:
             made = make()
             self.kept[what] = parts, now, made
         return made
@@ -228,20 +244,29 @@ class Profile:
             for i, pair in d.items(): yield from (i, *pair)
 
     @property
-    def tokens(self): return min((s.n for s in self.layers.values()), default=0) # Behind each layer's statistics
+    def tokens(self):
+        return min((s.n for s in self.layers.values()), default=0) # Behind each layer's statistics
 
     def __repr__(self):
         texts = ", ".join(repr(d["name"]) for d in self.data)
-        return f"Profile({self.model.get('architecture')}, {len(self.layers)} layers, {self.tokens:,} tokens of {texts})"
+        return (f"Profile({self.model.get('architecture')}, {len(self.layers)} layers, "
+                f"{self.tokens:,} tokens of {texts})")
 
     def merge(self, o):
         "The profile of both texts together; both of the same model."
-        for name, a, b in _differences(self.model, o.model): raise ValueError(f"merge: profiles of different models, {name} is {a} and {b}; merge shards of one model")
-        if self.skip != o.skip or self.layers.keys() != o.layers.keys(): raise ValueError("merge: profiles differ in skip or in their layers; collect both in the same way")
-        if twice := {d["hash"] for d in self.data} & {d["hash"] for d in o.data}: raise ValueError(f"merge: text {min(twice)} is in both profiles and would count twice; merge different texts")
+        for name, a, b in _differences(self.model, o.model):
+            raise ValueError(f"merge: profiles of different models, {name} is {a} and {b}; "
+                             "merge shards of one model")
+        if self.skip != o.skip or self.layers.keys() != o.layers.keys():
+            raise ValueError("merge: profiles differ in skip or in their layers; "
+                             "collect both in the same way")
+        if twice := {d["hash"] for d in self.data} & {d["hash"] for d in o.data}:
+            raise ValueError(f"merge: text {min(twice)} is in both profiles and would count twice; "
+                             "merge different texts")
         w = o.tokens / (self.tokens + o.tokens)
         mean = lambda x, y: {i: tuple((1-w)*a + w*b for a, b in zip(x[i], y[i])) for i in x if i in y}
-        return replace(self, layers={i: s.merge(o.layers[i]) for i, s in self.layers.items()}, data=self.data + o.data,
+        return replace(self, layers={i: s.merge(o.layers[i]) for i, s in self.layers.items()},
+                       data=self.data + o.data,
                        prices=mean(self.prices, o.prices), forecasts=mean(self.forecasts, o.forecasts),
                        importance=mean(self.importance, o.importance))
 
@@ -249,49 +274,69 @@ class Profile:
 def _check_stats(s, i):
     "One-line error for statistics that no text can have."
     for name in MEANS + MATRICES:
-        if not torch.isfinite(getattr(s, name)).all(): raise ValueError(f"profile: layer {i}: {name} holds NaN or Inf; run the model in float32 or bfloat16 and collect again")
+        if not torch.isfinite(getattr(s, name)).all():
+            raise ValueError(f"profile: layer {i}: {name} holds NaN or Inf; "
+                             "run the model in float32 or bfloat16 and collect again")
     for name in MATRICES:
         m = getattr(s, name).double()
         size = m.abs().amax((-2, -1), keepdim=True)
-        if ((m - m.mT).abs() > 1e-5*size).any(): raise ValueError(f"profile: layer {i}: {name} is not symmetric; the file is damaged, collect again")
-        if (torch.linalg.eigvalsh((m + m.mT)/2)[..., 0] < -1e-5*size[..., 0, 0] * m.shape[-1]**.5).any(): raise ValueError(f"profile: layer {i}: {name} has negative eigenvalues; the file is damaged, collect again")
+        if ((m - m.mT).abs() > 1e-5*size).any():
+            raise ValueError(f"profile: layer {i}: {name} is not symmetric; "
+                             "the file is damaged, collect again")
+        if (torch.linalg.eigvalsh((m + m.mT)/2)[..., 0] < -1e-5*size[..., 0, 0] * m.shape[-1]**.5).any():
+            raise ValueError(f"profile: layer {i}: {name} has negative eigenvalues; "
+                             "the file is damaged, collect again")
 
 # %% ../nbs/model/30_profile.ipynb #83b5622f
 def _check_prices(p):
     "One-line error for prices that are no positive semidefinite matrices, or of other layers."
-    if p.prices and p.prices.keys() != p.layers.keys(): raise ValueError(f"profile: prices of layers {sorted(p.prices)}, statistics of {sorted(p.layers)}; measure both on one model")
+    if p.prices and p.prices.keys() != p.layers.keys():
+        raise ValueError(f"profile: prices of layers {sorted(p.prices)}, statistics of {sorted(p.layers)}; "
+                         "measure both on one model")
     for i, pair in p.prices.items():
         for m, like in zip(pair, (p.layers[i].k_cov, p.layers[i].v_cov)):
             size = m.abs().amax() if m.numel() else 0.
             good = m.shape == like.shape and torch.isfinite(m).all() and ((m - m.mT).abs() <= 1e-5*size).all()
             if not good or (torch.linalg.eigvalsh(m.double())[..., 0] < -1e-4*size*m.shape[-1]**.5).any():
-                raise ValueError(f"profile: layer {i}: prices are not finite, symmetric and positive, or of another shape; measure them again")
+                raise ValueError(f"profile: layer {i}: prices are not finite, symmetric and positive, "
+                                 "or of another shape; measure them again")
 
 def _check_forecasts(p):
     "One-line error for forecasts that are not finite, or of other layers."
-    if p.forecasts and p.forecasts.keys() != p.layers.keys(): raise ValueError(f"profile: forecasts of layers {sorted(p.forecasts)}, statistics of {sorted(p.layers)}; measure both on one model")
+    if p.forecasts and p.forecasts.keys() != p.layers.keys():
+        raise ValueError(f"profile: forecasts of layers {sorted(p.forecasts)}, "
+                         f"statistics of {sorted(p.layers)}; measure both on one model")
     for i, four in p.forecasts.items():
-        if any((x < 0).any() for x in four[2:]): raise ValueError(f"profile: layer {i}: prices by rank are negative; measure them again")
+        if any((x < 0).any() for x in four[2:]):
+            raise ValueError(f"profile: layer {i}: prices by rank are negative; measure them again")
         for x, shape in zip(four, _forecast_shapes(*p.layers[i].k_mean.shape, p.layers[i].v_mean.shape[-1])):
-            if list(x.shape) != shape or not torch.isfinite(x).all(): raise ValueError(f"profile: layer {i}: forecasts are not finite, or of another shape; measure them again")
+            if list(x.shape) != shape or not torch.isfinite(x).all():
+                raise ValueError(f"profile: layer {i}: forecasts are not finite, or of another shape; "
+                                 "measure them again")
 
 def _forecast_shapes(H, D, Dv): return [H, D], [H, Dv], [H, RANKS], [H, RANKS]
 
 def _check_importance(p):
     "One-line error for prices by rank in a page that no text can have, or of layers without forecasts."
     if p.importance and p.importance.keys() != p.forecasts.keys():
-        raise ValueError(f"profile: importance of layers {sorted(p.importance)}, forecasts of {sorted(p.forecasts)}; measure both on one model")
+        raise ValueError(f"profile: importance of layers {sorted(p.importance)}, "
+                         f"forecasts of {sorted(p.forecasts)}; measure both on one model")
     for i, pair in p.importance.items():
-        if any(list(x.shape) != [len(p.layers[i].k_mean), PAGE] or not torch.isfinite(x).all() or (x < 0).any() for x in pair):
-            raise ValueError(f"profile: layer {i}: importance by rank is negative, not finite, or of another shape; measure it again")
+        if any(list(x.shape) != [len(p.layers[i].k_mean), PAGE] or not torch.isfinite(x).all()
+               or (x < 0).any() for x in pair):
+            raise ValueError(f"profile: layer {i}: importance by rank is negative, not finite, "
+                             "or of another shape; measure it again")
 
 # %% ../nbs/model/30_profile.ipynb #160cd8d1
 def _check_rope(p, model):
     "The model's own frequencies are those of the profile."
     tables = [r.inv_freq for r in rope_candidates(model)]
     for i, s in p.layers.items():
-        if not any(t.shape == s.rope.inv_freq.shape and torch.allclose(t, s.rope.inv_freq, rtol=1e-6) for t in tables):
-            raise ValueError(f"profile: layer {i}: this model's rotary frequencies are not those of the profile (model.to(torch.bfloat16) rounds them; from_pretrained(dtype=...) does not); collect a profile of this model")
+        if not any(t.shape == s.rope.inv_freq.shape and torch.allclose(t, s.rope.inv_freq, rtol=1e-6)
+                   for t in tables):
+            raise ValueError(f"profile: layer {i}: this model's rotary frequencies are not those of the "
+                             "profile (model.to(torch.bfloat16) rounds them; "
+                             "from_pretrained(dtype=...) does not); collect a profile of this model")
 
 # %% ../nbs/model/30_profile.ipynb #946c4445
 def _check_numbers(self:Profile):
@@ -309,10 +354,13 @@ def _check(self:Profile,
     "Refuse statistics that are broken, too few, or of another model."
     self.keep("numbers checked", lambda: _check_numbers(self))
     need = enough * max((s.k_mean.shape[-1] for s in self.layers.values()), default=1)
-    if self.tokens < need: raise ValueError(f"profile: {self.tokens} tokens are too few for covariances of this size; collect at least {need}")
+    if self.tokens < need:
+        raise ValueError(f"profile: {self.tokens} tokens are too few for covariances of this size; "
+                         f"collect at least {need}")
     for name, a, b in _differences(self.model, {} if model is None else describe(model)):
         if name in ignore or name.split(".")[0] in ignore: continue
-        raise ValueError(f"profile: made for a model with {name} = {a}, this one has {b}; {_MEND.get(name, 'collect a profile of this model')}")
+        raise ValueError(f"profile: made for a model with {name} = {a}, this one has {b}; "
+                         f"{_MEND.get(name, 'collect a profile of this model')}")
     if hasattr(model, "modules"): _check_rope(self, model)
     return self
 
@@ -351,17 +399,27 @@ def collect(
 def _widest(head_dim): return max(head_dim) if isinstance(head_dim, list) else head_dim or 1
 
 def _check_tokens(model, tokens, skip):
-    if tokens.dim() != 2 or tokens.is_floating_point(): raise ValueError(f"collect: tokens {list(tokens.shape)} {tokens.dtype} are no windows of text; give integers [N, T]")
-    if tokens.shape[1] <= skip or not len(tokens): raise ValueError(f"collect: windows {list(tokens.shape)} leave nothing after the first {skip} tokens; give longer ones")
-    if model.config.is_encoder_decoder: raise ValueError(f"collect: {type(model).__name__} is an encoder-decoder; only decoders have the cache that is profiled here")
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise ValueError(f"collect: tokens {list(tokens.shape)} {tokens.dtype} are no windows of text; "
+                         "give integers [N, T]")
+    if tokens.shape[1] <= skip or not len(tokens):
+        raise ValueError(f"collect: windows {list(tokens.shape)} leave nothing after the first {skip} "
+                         "tokens; give longer ones")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"collect: {type(model).__name__} is an encoder-decoder; "
+                         "only decoders have the cache that is profiled here")
     vocab = vocabulary(model)
-    if tokens.min() < 0 or tokens.max() >= vocab: raise ValueError(f"collect: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model has {vocab}; encode the text with the model's own tokenizer")
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        raise ValueError(f"collect: token ids run from {int(tokens.min())} to {int(tokens.max())}, "
+                         f"the model has {vocab}; encode the text with the model's own tokenizer")
 
 def _blank(model, tokens, skip, data, enough):
     "A profile without statistics of a text that is fit for them, and the rotary embeddings of the layers."
     _check_tokens(model, tokens, skip)
     D, n = _widest(describe(model)["head_dim"]), tokens.shape[0] * (tokens.shape[1] - skip)
-    if n < enough*D: raise ValueError(f"collect: {n} tokens are too few for heads of {D} channels; give at least {enough*D}, beside the first {skip} of each window")
+    if n < enough*D:
+        raise ValueError(f"collect: {n} tokens are too few for heads of {D} channels; "
+                         f"give at least {enough*D}, beside the first {skip} of each window")
     ropes = find_rope(model, tokens)
     for r in ropes.values(): r.check(tokens.shape[1])
     return Profile({}, describe(model), [dict(name=data, hash=tokens_hash(tokens), windows=0, length=tokens.shape[1])], skip), ropes
@@ -377,7 +435,8 @@ def _resume(path, p):
     "The profile in a checkpoint, if it is the beginning of `p`."
     old = Profile.load(path, enough=0)
     same = lambda x: (x.model, x.skip, [d | dict(windows=0) for d in x.data])
-    if same(old) != same(p): raise ValueError(f"{path}: checkpoint of another model, text or skip; remove it or name another file")
+    if same(old) != same(p):
+        raise ValueError(f"{path}: checkpoint of another model, text or skip; remove it or name another file")
     return old
 
 # %% ../nbs/model/30_profile.ipynb #d58d24f5
@@ -398,7 +457,8 @@ def _write_atomic(path, data):
 def _digest(head, tensors):
     "SHA-256 of the header without its hash, and of names, types, shapes and contents."
     h = hashlib.sha256(json.dumps({k: v for k, v in head.items() if k != "sha256"}, sort_keys=True).encode())
-    for name, t in sorted(tensors.items()): h.update(f"{name} {t.dtype} {list(t.shape)}".encode() + t.contiguous().numpy().tobytes())
+    for name, t in sorted(tensors.items()):
+        h.update(f"{name} {t.dtype} {list(t.shape)}".encode() + t.contiguous().numpy().tobytes())
     return h.hexdigest()
 
 def _save(self:Profile,
@@ -407,13 +467,19 @@ def _save(self:Profile,
 ):
     "Write a safetensors file whose header says what the numbers are."
     self.check(enough=0)
-    tensors = {f"{i}.{f}": getattr(s, f).to("cpu", dtype).contiguous() for i, s in self.layers.items() for f in MEANS + MATRICES}
+    tensors = {f"{i}.{f}": getattr(s, f).to("cpu", dtype).contiguous() for i, s in self.layers.items()
+               for f in MEANS + MATRICES}
     tensors |= {f"{i}.inv_freq": s.rope.inv_freq for i, s in self.layers.items()}
-    tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, pair in self.prices.items() for name, t in zip(PRICES, pair)}
-    tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, four in self.forecasts.items() for name, t in zip(FORECASTS, four)}
-    tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, pair in self.importance.items() for name, t in zip(IMPORTANCE, pair)}
+    tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, pair in self.prices.items()
+                for name, t in zip(PRICES, pair)}
+    tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, four in self.forecasts.items()
+                for name, t in zip(FORECASTS, four)}
+    tensors |= {f"{i}.{name}": t.to("cpu", dtype).contiguous() for i, pair in self.importance.items()
+                for name, t in zip(IMPORTANCE, pair)}
     rope = lambda r: dict(scaling=r.scaling, pairing=r.pairing, start=r.start, max_length=r.max_length)
-    layers = {str(i): dict(n=s.n, weighted=s.weighted, shape=[*s.k_mean.shape, s.v_mean.shape[-1]], rope=rope(s.rope), priced=i in self.prices, forecast=i in self.forecasts, paged=i in self.importance) for i, s in self.layers.items()}
+    layers = {str(i): dict(n=s.n, weighted=s.weighted, shape=[*s.k_mean.shape, s.v_mean.shape[-1]],
+                           rope=rope(s.rope), priced=i in self.prices, forecast=i in self.forecasts,
+                           paged=i in self.importance) for i, s in self.layers.items()}
     head = dict(format=FORMAT, model=self.model, data=self.data, skip=self.skip, layers=layers)
     head["sha256"] = _digest(head, tensors)
     _write_atomic(path, to_safetensors(tensors, {"ndkv_profile": json.dumps(head, sort_keys=True)}))
@@ -425,51 +491,73 @@ def _read_head(path):
     "The JSON of a profile's header, after everything that can be wrong before it."
     size = path.stat().st_size
     with open(path, "rb") as f: n = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
-    if n > 2**24 and n + 8 <= size: raise ValueError(f"{path}: header of {n} bytes is no profile's; collect again")
-    if n + 8 > size or not n: raise ValueError(f"{path}: not a safetensors file, or cut off; copy it again or collect again")
+    if n > 2**24 and n + 8 <= size:
+        raise ValueError(f"{path}: header of {n} bytes is no profile's; collect again")
+    if n + 8 > size or not n:
+        raise ValueError(f"{path}: not a safetensors file, or cut off; copy it again or collect again")
     try:
         with safe_open(path, "pt") as f: return json.loads((f.metadata() or {})["ndkv_profile"])
-    except SafetensorError as e: raise ValueError(f"{path}: damaged ({str(e).splitlines()[0][:100]}); copy it again or collect again") from None
-    except (KeyError, ValueError, RecursionError): raise ValueError(f"{path}: a safetensors file without the header of a profile; pass a file that Profile.save wrote") from None
+    except SafetensorError as e:
+        raise ValueError(f"{path}: damaged ({str(e).splitlines()[0][:100]}); copy it again or collect again") from None
+    except (KeyError, ValueError, RecursionError):
+        raise ValueError(f"{path}: a safetensors file without the header of a profile; "
+                         "pass a file that Profile.save wrote") from None
 
 # %% ../nbs/model/30_profile.ipynb #8650ec7f
 def _check_head(path, h):
     "Types of everything in a header, before it is used."
     number = lambda x, low=0: type(x) is int and low <= x < 2**48
-    if not isinstance(h, dict) or h.get("format") != FORMAT: raise ValueError(f"{path}: profile of format {h.get('format') if isinstance(h, dict) else None!r}, this version reads {FORMAT}; make it anew (ndkv calibrate)")
-    text = lambda d: isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"), str) and number(d.get("windows")) and number(d.get("length")) and all(number(d.get(k, 0)) for k in ("window", "sinks", "block"))
-    rope = lambda r: (isinstance(r, dict) and type(r.get("scaling")) is float and 0 < r["scaling"] < 1e6 and r.get("pairing") in ("half", "interleaved")
-                      and number(r.get("start")) and "max_length" in r and (r["max_length"] is None or number(r["max_length"], 1)))
+    if not isinstance(h, dict) or h.get("format") != FORMAT:
+        raise ValueError(f"{path}: profile of format {h.get('format') if isinstance(h, dict) else None!r}, "
+                         f"this version reads {FORMAT}; make it anew (ndkv calibrate)")
+    text = lambda d: isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"),
+        str) and number(d.get("windows")) and number(d.get("length")) and all(number(d.get(k, 0))
+            for k in ("window", "sinks", "block"))
+    rope = lambda r: (isinstance(r, dict) and type(r.get("scaling")) is float and 0 < r["scaling"] < 1e6
+                      and r.get("pairing") in ("half", "interleaved")
+                      and number(r.get("start")) and "max_length" in r
+                      and (r["max_length"] is None or number(r["max_length"], 1)))
     layer = lambda i, d: (len(i) < 6 and i.isdecimal() and str(int(i)) == i and isinstance(d, dict) and number(d.get("n"), 1) and type(d.get("weighted")) is bool and type(d.get("priced", False)) is bool and type(d.get("forecast", False)) is bool and type(d.get("paged", False)) is bool and isinstance(d.get("shape"), list) and len(d["shape"]) == 3
                           and all(number(x, 1) for x in d["shape"]) and rope(d.get("rope")))
-    good = (isinstance(h.get("model"), dict) and isinstance(h.get("sha256"), str) and isinstance(h.get("data"), list) and all(map(text, h["data"])) and number(h.get("skip"))
-            and isinstance(h.get("layers"), dict) and h["layers"] and all(layer(*x) for x in h["layers"].items()))
-    if not good: raise ValueError(f"{path}: the header's fields are not those of a profile; copy the file again or collect again")
+    good = (isinstance(h.get("model"), dict) and isinstance(h.get("sha256"), str)
+            and isinstance(h.get("data"), list) and all(map(text, h["data"])) and number(h.get("skip"))
+            and isinstance(h.get("layers"), dict) and h["layers"]
+            and all(layer(*x) for x in h["layers"].items()))
+    if not good:
+        raise ValueError(f"{path}: the header's fields are not those of a profile; "
+                         "copy the file again or collect again")
 
 # %% ../nbs/model/30_profile.ipynb #befb72f6
 def _layer_tensors(path, f, i, shape, priced, forecast, paged):
     "Tensors of one layer, their shapes compared with the header before they are read."
     H, D, Dv = shape
-    want = dict(k_mean=[H, D], k_post_mean=[H, D], v_mean=[H, Dv]) | {m: [H, Dv, Dv] if m in ("v_cov", "o_gram") else [H, D, D] for m in MATRICES}
+    want = dict(k_mean=[H, D], k_post_mean=[H, D], v_mean=[H, Dv]) | {m: [H, Dv, Dv]
+        if m in ("v_cov", "o_gram") else [H, D, D] for m in MATRICES}
     if priced: want |= dict(zip(PRICES, ([H, D, D], [H, Dv, Dv])))
     if forecast: want |= dict(zip(FORECASTS, _forecast_shapes(*shape)))
     if paged: want |= dict(zip(IMPORTANCE, ([H, PAGE], [H, PAGE])))
     names, out = set(f.keys()), {}
     for name in (*want, "inv_freq"):
-        if f"{i}.{name}" not in names: raise ValueError(f"{path}: tensor {i}.{name} is missing; copy the file again or collect again")
+        if f"{i}.{name}" not in names:
+            raise ValueError(f"{path}: tensor {i}.{name} is missing; copy the file again or collect again")
         part = f.get_slice(f"{i}.{name}")
         found = list(part.get_shape())
         if name == "inv_freq": good = len(found) == 1 and 2*found[0] <= D
         else: good = found == want[name]
-        if not good: raise ValueError(f"{path}: {i}.{name} has shape {found}, the header says heads and channels {shape}; copy the file again or collect again")
-        if part.get_dtype() not in ("F32", "F64"): raise ValueError(f"{path}: {i}.{name} is stored as {part.get_dtype()}, not F32 or F64; collect again")
+        if not good:
+            raise ValueError(f"{path}: {i}.{name} has shape {found}, the header says heads and channels "
+                             f"{shape}; copy the file again or collect again")
+        if part.get_dtype() not in ("F32", "F64"):
+            raise ValueError(f"{path}: {i}.{name} is stored as {part.get_dtype()}, not F32 or F64; "
+                             "collect again")
         out[name] = f.get_tensor(f"{i}.{name}")
     return out
 
 # %% ../nbs/model/30_profile.ipynb #cbeb124c
 def _stats(path, i, t, d):
     "`LayerStats` from the tensors and the header of a layer."
-    rope = Rope(t.pop("inv_freq").float(), **{k: d["rope"][k] for k in ("scaling", "pairing", "start", "max_length")})
+    rope = Rope(t.pop("inv_freq").float(),
+                **{k: d["rope"][k] for k in ("scaling", "pairing", "start", "max_length")})
     if not torch.isfinite(rope.inv_freq).all() or rope.start + rope.rotary_dim > d["shape"][1]:
         raise ValueError(f"{path}: layer {i}: the rotary embedding does not fit its keys; collect again")
     return LayerStats(d["n"], **{k: x.double() for k, x in t.items()}, rope=rope, weighted=d["weighted"])
@@ -483,16 +571,24 @@ def _load(
 ) -> Profile: # float64, on the CPU
     "Read a profile; whatever is wrong with it is a one-line `ValueError`."
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"{path}: no such profile; collect one, or use a method that needs none")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such profile; collect one, or use a method that needs none")
     h = _read_head(path)
     _check_head(path, h)
-    with safe_open(path, "pt") as f: tensors = {i: _layer_tensors(path, f, i, d["shape"], *(d.get(what, False) for what in ("priced", "forecast", "paged"))) for i, d in h["layers"].items()}
+    with safe_open(path, "pt") as f:
+        tensors = {i: _layer_tensors(path, f, i, d["shape"],
+                                     *(d.get(what, False) for what in ("priced", "forecast", "paged")))
+                   for i, d in h["layers"].items()}
     if _digest(h, {f"{i}.{name}": x for i, t in tensors.items() for name, x in t.items()}) != h["sha256"]:
-        raise ValueError(f"{path}: contents do not match the checksum in the header; copy the file again or collect again")
-    taken = lambda names: {int(i): tuple(t.pop(name).double() for name in names) for i, t in sorted(tensors.items(), key=lambda x: int(x[0])) if names[0] in t}
+        raise ValueError(f"{path}: contents do not match the checksum in the header; "
+                         "copy the file again or collect again")
+    taken = lambda names: {int(i): tuple(t.pop(name).double() for name in names)
+                           for i, t in sorted(tensors.items(), key=lambda x: int(x[0])) if names[0] in t}
     prices, forecasts, importance = taken(PRICES), taken(FORECASTS), taken(IMPORTANCE)
     layers = {int(i): _stats(path, i, t, h["layers"][i]) for i, t in tensors.items()}
-    try: return Profile(dict(sorted(layers.items())), h["model"], h["data"], h["skip"], prices, forecasts, importance).check(model, ignore, enough)
+    try:
+        return Profile(dict(sorted(layers.items())), h["model"], h["data"], h["skip"], prices, forecasts,
+                       importance).check(model, ignore, enough)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 Profile.load = staticmethod(_load)

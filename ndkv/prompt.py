@@ -51,7 +51,8 @@ def measured_cache(model, ids, bits, trellis, tokens, length, sinks, block, wind
     profile = prompt_profile(model, ids, sinks=sinks, block=block)
     held = dict(tokens=tokens, length=length, window=window, model=model)
     codecs = plan(profile, bits, block, sinks, trellis, **held)
-    cache = NDCache(model.config, method="spectral", codecs=codecs, sinks=sinks, block=block, window=window, **kw)
+    cache = NDCache(model.config, method="spectral", codecs=codecs, sinks=sinks, block=block, window=window,
+                    **kw)
     cache.prices, cache.source = profile.prices, profile.model # for `refresh`
     return cache
 
@@ -72,7 +73,8 @@ def prompt_cache(
 ) -> NDCache: # Empty; feed it the prompt
     "A cache in frames measured on the prompt, or of pages where it is short or its frames do worse."
     held = dict(window=window, sinks=sinks, block=64 if block is None else block)
-    NDCache(model.config, method="spectral", codecs={}, **held, **kw) # what it refuses, it refuses before the work
+    # what it refuses, it refuses before the work
+    NDCache(model.config, method="spectral", codecs={}, **held, **kw)
     pages = lambda: plain_cache(model.config, bits, block, window=window, sinks=sinks, **kw)
     if ids.shape[1] < least: return pages()
     model = private_copy(model)
@@ -88,7 +90,8 @@ def coded_cost(codec, frame, s, price, keys):
     off, A = mean - frame.mean.double(), frame.A.double()
     C = cov + off[:, :, None] * off[:, None]
     if keys: C, price = (rotated_average(x, s.rope, torch.arange(codec.home.block)) for x in (C, price))
-    kept = 1 - torch.tensor(code_table(codec.strings[0].trellis), dtype=torch.float64) # of the variance, by bits
+    # of the variance, by bits
+    kept = 1 - torch.tensor(code_table(codec.strings[0].trellis), dtype=torch.float64)
     saved = sum(n / codec.group * kept[strings.widths] for n, strings in zip(codec.counts, codec.strings))
     return (price * C).sum() - ((A @ C @ A.mT).diagonal(dim1=-2, dim2=-1) * saved).sum()
 
@@ -100,10 +103,13 @@ def latest_codec(store):
 def check_refresh(cache, places, prices, model):
     "Refuse caches that have no frames to be measured anew."
     if any(layer.parts for layer in cache._mine):
-        raise ValueError("refresh: the rows of this cache begin at different columns; it takes a batch without padding")
+        raise ValueError("refresh: the rows of this cache begin at different columns; "
+                         "it takes a batch without padding")
     paged = any(layer.method == "pages" for layer in cache._mine)
-    if paged or not prices or not places or any(latest_codec(s).home.rope is None for _, s, keys in places if keys):
-        raise ValueError("refresh: it takes a cache of spectral codes that was fed, keys relative to their block, and "
+    if paged or not prices or not places or any(latest_codec(s).home.rope is None for _, s, keys in places
+                                                if keys):
+        raise ValueError("refresh: it takes a cache of spectral codes that was fed, "
+                         "keys relative to their block, and "
                          "prices; make it with prompt_cache, or pass profile.prices")
     for name, a, b in _differences(getattr(cache, "source", {}), describe(model)):
         raise ValueError(f"refresh: the cache was made on a model with {name} = {a}, this one has {b}; "

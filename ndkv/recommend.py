@@ -26,7 +26,8 @@ class LayerCell(Cell):
     bits: dict = field(default_factory=dict)  # layer -> (key bits, value bits)
 
     def cache(self, config, memo=True):
-        return NDCache(config, bits=self.bits, method=self.method, window=self.window, sinks=self.sinks, block=self.block,
+        return NDCache(config, bits=self.bits, method=self.method, window=self.window, sinks=self.sinks,
+                       block=self.block,
                        exact_new=self.window + self.sinks > 0, memo=memo, **self.options)
 
 
@@ -57,7 +58,9 @@ def sensitivities(
     places, out, D = [(l, x) for l in layers for x in (0, 1)], {}, distortion(lloyd_max(bits))
     for i in tqdm(range(0, len(places), 8), desc="sensitivities", disable=not bar, leave=False):
         group = places[i : i + 8]
-        cells = [_layer_cell(method, options, shape, {k: tuple(bits if (k, y) == (l, x) else None for y in (0, 1)) for k in layers}) for l, x in group]
+        cells = [_layer_cell(method, options, shape,
+                             {k: tuple(bits if (k, y) == (l, x) else None for y in (0, 1)) for k in layers})
+                 for l, x in group]
         for place, (kl, *_) in zip(group, _kl(model, tokens, cells, batch, False)): out[place] = kl / D
     return out
 
@@ -100,8 +103,11 @@ class Recommendation:
     def __str__(self):
         error = lambda p: "" if p["stderr"] is None else f" ± {p['stderr']:.0e}"
         line = lambda p, kind: f"{p['bits']:6.3f}  {p['kl']:9.2e}{error(p)}  {kind}"
-        marks = [line(p, "searched" + ("  <- choice" if p is self.choice else "")) for p in self.points] + [line(p, f"{p['setting'][min(p['setting'])][0]} bits everywhere") for p in self.uniform]
-        return f"{self.model}, {self.method}\n  bits   mean KL (nats)\n" + "\n".join(sorted(marks, key=lambda m: float(m.split()[0]))) + f"\n\n{self.command}"
+        marks = [line(p, "searched" + ("  <- choice" if p is self.choice else ""))
+                 for p in self.points] + [line(p, f"{p['setting'][min(p['setting'])][0]} bits everywhere")
+                                          for p in self.uniform]
+        return (f"{self.model}, {self.method}\n  bits   mean KL (nats)\n"
+                + "\n".join(sorted(marks, key=lambda m: float(m.split()[0]))) + f"\n\n{self.command}")
 
 # %% ../nbs/lab/81_recommend.ipynb #f3ce3694
 def _prices(model, tokens, method, choices, options, held, block=64):
@@ -121,7 +127,8 @@ def _choose(path, cost, budget, max_kl, measure_at):
     if budget is not None:
         fits = [i for i, c in enumerate(cost) if c <= budget + 1e-9]
         if not fits:
-            raise ValueError(f"a budget of {budget} bits is below the {cost[0]:.3f} of the fewest bits to choose among; "
+            raise ValueError(f"a budget of {budget} bits is below the {cost[0]:.3f} of the fewest bits to "
+                             "choose among; "
                              "raise it or give choices= with fewer")
         return fits[-1], {}
     low, high, found = -1, len(path) - 1, {len(path) - 1: measure_at(len(path) - 1)}
@@ -154,21 +161,28 @@ def recommend(
 ) -> Recommendation:
     "Search bits over layers, keys and values."
     if (budget is None) == (max_kl is None): raise ValueError("give either a budget of bits or a max_kl")
-    if len(tokens) < 2: raise ValueError("recommend needs two windows or more: one half to measure sensitivities, the other to verify")
+    if len(tokens) < 2:
+        raise ValueError("recommend needs two windows or more: "
+                         "one half to measure sensitivities, the other to verify")
     half, shape = len(tokens) // 2, dict(window=window, sinks=sinks, block=block)
-    held = {i: max(n, 1e-3) for i, n in packed_tokens(layer_reach(model), length, window, sinks, block).items()}  # what holds nothing is almost free
+    # what holds nothing is almost free
+    held = {i: max(n, 1e-3)
+            for i, n in packed_tokens(layer_reach(model), length, window, sinks, block).items()}
     prices, width = _prices(model, tokens, method, choices, options, held, block)
-    s = sensitivities(model, tokens[:half], sorted({l for l, _ in width}), method, choices[0], batch, bar, shape, **options)
+    s = sensitivities(model, tokens[:half], sorted({l for l, _ in width}), method, choices[0], batch, bar,
+                      shape, **options)
     path = bit_path(s, prices, choices)
     cost = [sum(prices[p, b] for p, b in q.items()) / sum(width.values()) for q in path]
     setting = lambda q: {l: (q[l, 0], q[l, 1]) for l, _ in sorted(width)}
 
     def measured(some):
         cells = [_layer_cell(method, options, shape, setting(q)) for q in some]
-        return [dict(bits=bits, kl=kl, stderr=err, setting=c.bits) for c, (kl, err, bits) in zip(cells, _kl(model, tokens[half:], cells, batch, bar))]
+        return ([dict(bits=bits, kl=kl, stderr=err, setting=c.bits)
+                 for c, (kl, err, bits) in zip(cells, _kl(model, tokens[half:], cells, batch, bar))])
 
     i, found = _choose(path, cost, budget, max_kl, lambda i: measured([path[i]])[0])
     spread = sorted({round(j * (len(path) - 1) / max(1, points - 1)) for j in range(points)} - set(found))
     found |= dict(zip(spread, measured([path[j] for j in spread])))
     if i not in found: found |= {i: measured([path[i]])[0]}
-    return Recommendation(method, [found[j] for j in sorted(found)], measured([dict.fromkeys(width, b) for b in choices]), found[i], name, shape)
+    return Recommendation(method, [found[j] for j in sorted(found)],
+                          measured([dict.fromkeys(width, b) for b in choices]), found[i], name, shape)

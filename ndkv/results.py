@@ -56,7 +56,8 @@ def round6(
     if isinstance(value, (list, tuple)): return [round6(v) for v in value]
     if hasattr(value, 'item'): value = value.item()
     if not isinstance(value, float): return value
-    if not math.isfinite(value): raise ValueError(f'a result is {value}; look for the overflow or the empty mean that made it')
+    if not math.isfinite(value):
+        raise ValueError(f'a result is {value}; look for the overflow or the empty mean that made it')
     return float(f'{value:.6g}')
 
 # %% ../nbs/lab/50_results.ipynb #74d5dc24
@@ -98,9 +99,11 @@ def _ask(*command): # Output of a program, or None where it is absent or fails
 def code_version() -> dict: # commit, dirty
     "The commit that is running and whether the tree differs from it."
     if commit := os.environ.get('NDKV_COMMIT'):
-        return dict(commit=commit, dirty=os.environ.get('NDKV_DIRTY', '1').lower() not in ('0', 'false', 'no'))
+        return dict(commit=commit,
+                    dirty=os.environ.get('NDKV_DIRTY', '1').lower() not in ('0', 'false', 'no'))
     commit = _ask('git', 'rev-parse', '--verify', 'HEAD')
-    changed = _ask('git', 'status', '--porcelain', '--', ':/', ':(top,exclude)results', ':(top,exclude)paper/generated')
+    changed = _ask('git', 'status', '--porcelain', '--', ':/', ':(top,exclude)results',
+                   ':(top,exclude)paper/generated')
     return dict(commit=commit or 'unknown', dirty=commit is None or changed != '')
 
 # %% ../nbs/lab/50_results.ipynb #e63dd5c2
@@ -143,7 +146,9 @@ def _locked(folder):
 # %% ../nbs/lab/50_results.ipynb #d9d73cbb
 def _append(path, rows, replace=None): # Lines for which replace(row) holds are left out
     old = path.read_text(encoding='utf8') if path.exists() else ''
-    if old and not old.endswith('\n'): raise ValueError(f'{path}:{old.count(chr(10))+1}: line is cut off; remove it or restore the file before adding rows')
+    if old and not old.endswith('\n'):
+        raise ValueError(f'{path}:{old.count(chr(10))+1}: line is cut off; '
+                         'remove it or restore the file before adding rows')
     if replace: old = ''.join(l for l in old.splitlines(keepends=True) if not replace(json.loads(l)))
     write_atomic(path, old + ''.join(map(json_line, rows)))
 
@@ -208,7 +213,8 @@ def _row(self:Run,
     missing = [f for f in FIELDS if f not in fields]
     if missing: raise ValueError(f'a row needs {missing[0]!r}; add it to row(...)')
     row = round6(dict(fields, run=self.id))
-    if not isinstance(row['value'], (int, float)): raise ValueError(f'value of a row is {row["value"]!r}; it must be a number')
+    if not isinstance(row['value'], (int, float)):
+        raise ValueError(f'value of a row is {row["value"]!r}; it must be a number')
     self.rows.append((into or self.name, row))
     return row
 
@@ -237,14 +243,20 @@ Run.save = _save
 # %% ../nbs/lab/50_results.ipynb #1d17736c
 def _lines(path):
     "(place, row) of every line of a JSONL file; the place is `file.jsonl:14`."
-    if not path.exists(): raise ValueError(f'{path}: no such results file; measure it (`ndkv evaluate`) or restore it from git')
+    if not path.exists():
+        raise ValueError(f'{path}: no such results file; measure it (`ndkv evaluate`) or restore it from git')
     text = path.read_text(encoding='utf8')
     lines = text.split('\n')
-    if lines.pop(): raise ValueError(f'{path.name}:{len(lines)+1}: line is cut off; restore the file from git or remove the line')
+    if lines.pop():
+        raise ValueError(f'{path.name}:{len(lines)+1}: line is cut off; '
+                         'restore the file from git or remove the line')
     for i, line in enumerate(lines, 1):
         try: row = json.loads(line, parse_constant=_not_finite)
-        except ValueError as e: raise ValueError(f'{path.name}:{i}: {e if "finite" in str(e) else "not a JSON object"}; restore the line or measure again') from None
-        if not isinstance(row, dict): raise ValueError(f'{path.name}:{i}: not a JSON object; restore the line or measure again')
+        except ValueError as e:
+            raise ValueError(f'{path.name}:{i}: {e if "finite" in str(e) else "not a JSON object"}; '
+                             'restore the line or measure again') from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{path.name}:{i}: not a JSON object; restore the line or measure again')
         yield f'{path.name}:{i}', row
 
 def _not_finite(text): raise ValueError(f'value is {text}, not a finite number')
@@ -257,7 +269,8 @@ def load_runs(
     runs = {}
     for place, run in _lines(Path(folder)/'runs.jsonl'):
         if 'run' not in run: raise ValueError(f"{place}: a run without its 'run' id; restore the line")
-        if run['run'] in runs: raise ValueError(f'{place}: run {run["run"]} is recorded twice; remove one of the two lines')
+        if run['run'] in runs:
+            raise ValueError(f'{place}: run {run["run"]} is recorded twice; remove one of the two lines')
         runs[run['run']] = run
     return runs
 
@@ -269,9 +282,12 @@ def _check_row(place, row, runs, clean_only):
     value = row['value']
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f'{place}: value is {value!r}, not a finite number; measure it again')
-    if row['run'] not in runs: raise ValueError(f'{place}: run {row["run"]!r} is not in runs.jsonl; restore its line or remove the row')
+    if row['run'] not in runs:
+        raise ValueError(f'{place}: run {row["run"]!r} is not in runs.jsonl; '
+                         'restore its line or remove the row')
     if clean_only and runs[row['run']].get('dirty', True):
-        raise ValueError(f'{place}: run {row["run"]} was made from a tree with uncommitted changes; commit, then measure again')
+        raise ValueError(f'{place}: run {row["run"]} was made from a tree with uncommitted changes; '
+                         'commit, then measure again')
 
 # %% ../nbs/lab/50_results.ipynb #0beef785
 def load_rows(
@@ -280,8 +296,11 @@ def load_rows(
 ) -> list: # Rows in order, each with its place `at`
     "Rows that have passed every check."
     source = Path(source)
-    if not source.exists(): raise ValueError(f'{source}: no such results file or folder; measure it (`ndkv evaluate`) or restore it from git')
-    files = sorted(p for p in source.glob('*.jsonl') if p.name != 'runs.jsonl') if source.is_dir() else [source]
+    if not source.exists():
+        raise ValueError(f'{source}: no such results file or folder; '
+                         'measure it (`ndkv evaluate`) or restore it from git')
+    files = sorted(p for p in source.glob('*.jsonl')
+                   if p.name != 'runs.jsonl') if source.is_dir() else [source]
     if not files: return []
     runs,rows = load_runs(files[0].parent),[]
     for path in files:
@@ -310,7 +329,9 @@ def validate(
     for id, run in runs.items():
         for name, n in run.get('rows', {}).items():
             found = sum(r['run'] == id and r['at'].startswith(f'{name}.jsonl#') for r in rows)
-            if found != n: raise ValueError(f'{name}.jsonl: run {id} wrote {n} rows, {found} are there; restore the file or remove the whole run')
+            if found != n:
+                raise ValueError(f'{name}.jsonl: run {id} wrote {n} rows, {found} are there; '
+                                 'restore the file or remove the whole run')
     return len(rows), len(runs)
 
 # %% ../nbs/lab/50_results.ipynb #29a0997c
@@ -331,7 +352,8 @@ def _sum_of(run, more):
     rows = {n: run['rows'].get(n, 0) + more['rows'].get(n, 0) for n in {**run['rows'], **more['rows']}}
     most = lambda key: max((r[key] for r in (run, more) if r.get(key) is not None), default=None)
     names = [*run.get('joined', []), more['run'], *more.get('joined', [])]
-    return run | dict(rows=rows, wall_seconds=run['wall_seconds'] + more['wall_seconds'], joined=names, peak_gpu_bytes=most('peak_gpu_bytes'), peak_host_bytes=most('peak_host_bytes'))
+    return run | dict(rows=rows, wall_seconds=run['wall_seconds'] + more['wall_seconds'], joined=names,
+                      peak_gpu_bytes=most('peak_gpu_bytes'), peak_host_bytes=most('peak_host_bytes'))
 
 # %% ../nbs/lab/50_results.ipynb #e3cfd795
 def merge(
@@ -347,7 +369,8 @@ def merge(
     with _locked(dst):
         old = load_runs(dst) if (dst/'runs.jsonl').exists() else {}
         names = lambda runs: {n for id, r in runs.items() for n in (id, *r.get('joined', []))}
-        if both := names(new) & names(old): raise ValueError(f'{src}: run {sorted(both)[0]} is already in {dst}; merge a folder only once')
+        if both := names(new) & names(old):
+            raise ValueError(f'{src}: run {sorted(both)[0]} is already in {dst}; merge a folder only once')
         records,ids = _joined(old, new) if join else (new, {id: id for id in new})
         _append(dst/'runs.jsonl', records.values(), lambda line: line['run'] in records)
         for name, group in rows.items(): _append(dst/name, [r | dict(run=ids[r['run']]) for r in group])

@@ -212,7 +212,9 @@ def turboquant_outliers_method(
     s, n = _stats(profile, place, "turboquant_outliers"), round(share * place.head_dim)
     cov, mean = (s.k_post_cov, s.k_post_mean) if place.kind == "k" else (s.v_cov, s.v_mean)
     if not 2 <= n <= place.head_dim - 2:
-        raise ValueError(f"turboquant_outliers: share={share} of {place.head_dim} is {n} channels; give from 2 to {place.head_dim - 2}")
+        raise ValueError(f"turboquant_outliers: share={share} of {place.head_dim} is {n} channels; "
+                         f"give from 2 to {place.head_dim - 2}")
     top = (cov.diagonal(dim1=-2, dim2=-1) + mean.square()).topk(n, -1).indices
-    widths = torch.full((place.heads, place.head_dim), _whole(bits - 0.5, 1, 7)).scatter(-1, top, int(bits + 0.5))
+    widths = torch.full((place.heads, place.head_dim), _whole(bits - 0.5, 1, 7)).scatter(-1, top,
+        int(bits + 0.5))
     return GroupedRates(widths, place.own_seed)

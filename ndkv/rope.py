@@ -31,7 +31,8 @@ class Rope:
     pairing:str="half"        # Partner of channel i: i + rotary_dim/2 ("half"), or its neighbour ("interleaved")
     start:int=0               # First rotary channel
     max_length:int|None=None  # Beyond this length the model changes its frequencies; None = never
-    moved:dict=field(default_factory=dict, repr=False) # device -> (frequencies, their copy there), kept by `on`
+    moved:dict=field(default_factory=dict,
+                     repr=False) # device -> (frequencies, their copy there), kept by `on`
 
     def on(self, device):
         "The frequencies on a device, moved there once: a copy to a GPU makes the host wait."
@@ -51,13 +52,15 @@ class Rope:
     def check(self, length):
         "Refuse positions at which the model's tables depend on the length of the text."
         if self.max_length and length > self.max_length:
-            raise ValueError(f"RoPE: at {length} tokens the model changes its frequencies with the length, and keys "
+            raise ValueError(f"RoPE: at {length} tokens the model changes its frequencies with the length, "
+                             "and keys "
                              f"cached before cannot be undone; stay within {self.max_length} tokens")
 
     def tables(self, positions, dtype=torch.float32):
         "cos, sin `[T, rotary_dim/2]`, rounded to `dtype` as the model rounds them."
         if self.max_length: self.check(int(positions.max()) + 1) # which waits for a GPU
-        return tuple(t.to(dtype).float() for t in rope_tables(self.on(positions.device), positions, self.scaling))
+        return tuple(t.to(dtype).float()
+                     for t in rope_tables(self.on(positions.device), positions, self.scaling))
 
     def _turn(self, f, x, positions, dtype, sign=1):
         cos, sin = self.tables(positions.to(x.device), dtype)
@@ -85,19 +88,24 @@ def rope_candidates(model):
     for m in model.modules():
         for name in [n for n in m._buffers if n.endswith("inv_freq") and "original" not in n and "long" not in n]:
             prefix = name.removesuffix("inv_freq")
-            kind, scaling = getattr(m, "rope_type", "default"), getattr(m, prefix + "attention_scaling", getattr(m, "attention_scaling", 1.))
+            kind = getattr(m, "rope_type", "default")
+            scaling = getattr(m, prefix + "attention_scaling", getattr(m, "attention_scaling", 1.))
             params = (m.config.rope_parameters or {}) if hasattr(m, "config") else {}
             if isinstance(kind, dict): kind, params = kind.get(prefix[:-1]), params.get(prefix[:-1], {})
-            limit = {"dynamic": getattr(m, "original_max_seq_len", None), "longrope": params.get("original_max_position_embeddings")}.get(kind)
-            table = (getattr(m, prefix + "original_inv_freq", m._buffers[name]) if limit else m._buffers[name]).detach().float().cpu().clone()
-            found += [Rope(table, float(scaling), pairing, max_length=limit) for pairing in ("half", "interleaved")]
+            limit = {"dynamic": getattr(m, "original_max_seq_len", None),
+                     "longrope": params.get("original_max_position_embeddings")}.get(kind)
+            table = (getattr(m, prefix + "original_inv_freq", m._buffers[name]) if limit
+                     else m._buffers[name]).detach().float().cpu().clone()
+            found += [Rope(table, float(scaling), pairing, max_length=limit)
+                      for pairing in ("half", "interleaved")]
     return found
 
 # %% ../nbs/model/29_rope.ipynb #310cf620
 def _constant_input(module, args, kw):
     "Give an attention layer the last token's hidden state at every position."
     hold = lambda h: h[:, -1:].expand_as(h)
-    return ((hold(args[0]), *args[1:]), kw) if args else ((), kw | {"hidden_states": hold(kw["hidden_states"])})
+    return ((hold(args[0]), *args[1:]), kw) if args else ((),
+                                                          kw | {"hidden_states": hold(kw["hidden_states"])})
 
 @torch.no_grad()
 def _constant_keys(model, ids):
@@ -126,14 +134,17 @@ def find_rope(
     keys, ropes = _constant_keys(model, ids), {}
     for layer, k in keys.items():
         tables = rope_candidates(model)
-        tables += [replace(r, start=k.shape[-1] - r.rotary_dim) for r in tables if 0 < r.rotary_dim < k.shape[-1]]
+        tables += [replace(r, start=k.shape[-1] - r.rotary_dim) for r in tables
+                   if 0 < r.rotary_dim < k.shape[-1]]
         if not k.any(): # dead keys turn like any others
             ropes[layer] = next((r for r in tables if r.rotary_dim), tables[0])
             continue
         best = min(tables, key=lambda r: _spread(r, k))
         if not _spread(best, k) < max(1e-5, torch.finfo(k.dtype).eps):
-            raise ValueError(f"layer {layer}: no rotary embedding of {type(model).__name__} explains how its keys turn "
-                             f"(best leaves {_spread(best, k):.1%}); this variant cannot be undone, use a post-RoPE "
+            raise ValueError(f"layer {layer}: no rotary embedding of {type(model).__name__} explains how its "
+                             "keys turn "
+                             f"(best leaves {_spread(best, k):.1%}); "
+                             "this variant cannot be undone, use a post-RoPE "
                              "or data-free method")
         ropes[layer] = best
     return ropes

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count, takewhile
 import torch
-from transformers import (EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria,
-                          MinPLogitsWarper, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+from transformers import (EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria,
+                          MaxTimeCriteria,
+                          MinPLogitsWarper, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper,
+                          TopPLogitsWarper)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from torch import Tensor
 from .attention import Call, _check_reader, _why_not, exactly, kernels_pages
@@ -34,8 +36,10 @@ class PoolCall(Call):
         self.held, self.prompt = layer, prompt
 
     def attend(self, module, q, mask, scale, how):
-        if mask is not None and mask.shape[-2:] != (1, 1): # one token that sees itself: transformers makes that mask while a graph is captured
-            raise ValueError("a server gives its model no mask, and this one made its own; use NDCache for this model")
+        # one token that sees itself: transformers makes that mask while a graph is captured
+        if mask is not None and mask.shape[-2:] != (1, 1):
+            raise ValueError("a server gives its model no mask, and this one made its own; "
+                             "use NDCache for this model")
         if self.prompt: return exactly(module, q, self.k, self.v, None, scale, how)
         return self.held.attend(q[:, :, 0], scale, **how)[:, :, None]
 
@@ -53,7 +57,8 @@ class PoolLayer(DynamicLayer):
 
     def lazy_initialization(self, k, v):
         self.codecs = [self.like._codec(x, kind, bits) for x, kind, bits in zip((k, v), "kv", self.like.bits)]
-        self.stores = [torch.empty(self.pool.pages, c.nbytes, dtype=torch.uint8, device=k.device) for c in self.codecs]
+        self.stores = [torch.empty(self.pool.pages, c.nbytes, dtype=torch.uint8, device=k.device)
+                       for c in self.codecs]
         self.exact = [x.new_zeros(self.pool.slots, x.shape[1], self.pool.room, x.shape[3]) for x in (k, v)]
         self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
 
@@ -102,7 +107,8 @@ def _fill(self:PoolLayer, slot, k, v):
     pages, first = self.pool.whole_pages(T), self.pool.found[slot]
     a, b = S + first*p, S + pages*p
     if b > a: self.write(k[:, :, a:b], v[:, :, a:b], self.pool.table[slot, first:pages].to(self.device), a)
-    for buffer, x in zip(self.exact, (k, v)): buffer[slot, :, :T - pages*p] = torch.cat([x[0, :, :S], x[0, :, b:]], 1)
+    for buffer, x in zip(self.exact, (k, v)):
+        buffer[slot, :, :T - pages*p] = torch.cat([x[0, :, :S], x[0, :, b:]], 1)
 
 def _flush(self:PoolLayer, at, table, packed):
     "Code the oldest page of the slots `at` into the pages `table` `[n, 1]`; `packed`: their tokens in pages so far."
@@ -139,11 +145,13 @@ def _attend(self:PoolLayer, q, scale=None, **how):
     pool, B, capped = self.pool, len(q), any(x is not None for x in how.values())
     plan = None if capped else self.reads(scale, q.device)
     if plan is None and q.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError("no kernel reads this model's pages here, and decoding waits for the GPU; make the server with graph=False")
+        raise ValueError("no kernel reads this model's pages here, and decoding waits for the GPU; "
+                         "make the server with graph=False")
     if plan is None: return torch.cat([_attend_slot(self, q, slot, scale, how) for slot in range(B)])
     table, packed, fresh = (t[:B].to(q.device) for t in (pool.table, pool.packed, pool.fresh))
     exact = [buffer[:B] for buffer in self.exact]
-    return kernels_pages.attend_pages(plan, q, *self.stores, table[:, :pool.width].contiguous(), packed // pool.page, (*exact, fresh + 1))
+    return kernels_pages.attend_pages(plan, q, *self.stores, table[:, :pool.width].contiguous(),
+                                      packed // pool.page, (*exact, fresh + 1))
 
 PoolLayer.reads, PoolLayer.attend = _reads, _attend
 
@@ -166,23 +174,37 @@ class PagePool(Minded, DynamicCache):
         if why := _why_not(config): raise ValueError(why)
         _check_reader(config)
         like = NDCache(config, bits, "pages", profile, window, sinks, seed=seed, length=length)
-        if window < 1: raise ValueError("a pool codes a page before the step that fills it, so its window must hold the new token; give window=1 or more")
-        if any(None in layer.bits for layer in like.layers): raise ValueError(f"bits={bits!r}: a pool has pages of keys and values in every layer; give each its bits, or use NDCache")
+        if window < 1:
+            raise ValueError("a pool codes a page before the step that fills it, "
+                             "so its window must hold the new token; give window=1 or more")
+        if any(None in layer.bits for layer in like.layers):
+            raise ValueError(f"bits={bits!r}: a pool has pages of keys and values in every layer; "
+                             "give each its bits, or use NDCache")
         super().__init__(config=config)
         self.sinks, self.window, self.page, self.slots, self.pages = sinks, window, PAGE, slots, pages
         self.room = sinks + window + PAGE + 1 # of an `NDCache` the window is full beside a new token
         self.layers = [PoolLayer(self, layer, kernel) for layer in like.layers]
         self.most = self.width = max(self.whole_pages(length), 1)
         make = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=device)
-        self.table, self.packed, self.fresh, self.active = make(slots, self.most), make(slots), make(slots), make(slots)
+        self.table = make(slots, self.most)
+        self.packed = make(slots)
+        self.fresh = make(slots)
+        self.active = make(slots)
         self.rows, self.filling = torch.arange(slots, device=device), None
-        self.free, self.held, self.lengths = list(range(pages))[::-1], {}, {} # page ids; slot -> its pages; slot -> [packed, fresh]
-        self.uses, self.known, self.found = Counter(), {}, {} # page -> requests; key of a prefix -> its last page; slot -> pages that were there
+        self.free = list(range(pages))[::-1] # page ids
+        self.held = {} # slot -> its pages
+        self.lengths = {} # slot -> [packed, fresh]
+        self.uses = Counter() # page -> requests
+        self.known = {} # key of a prefix -> its last page
+        self.found = {} # slot -> pages that were there
 
-    def whole_pages(self, n): return max(n - self.sinks - self.window, 0) // self.page # of a request of `n` tokens
+    def whole_pages(self, n):
+        return max(n - self.sinks - self.window, 0) // self.page # of a request of `n` tokens
 
     @property
-    def nbytes(self): return sum(t.nbytes for l in self.layers for t in (*l.stores, *l.exact)) + sum(t.nbytes for t in (self.table, self.packed, self.fresh, self.active, self.rows))
+    def nbytes(self):
+        return sum(t.nbytes for l in self.layers for t in (*l.stores, *l.exact)) + sum(t.nbytes
+            for t in (self.table, self.packed, self.fresh, self.active, self.rows))
     @property
     def batch(self): return max(self.held, default=-1) + 1 # rows of a step: up to the last slot in use
 
@@ -266,7 +288,8 @@ class Request:
 
     def is_finished(self):
         "Was its last token the last?"
-        return (self.error is not None or len(self.generated_tokens) == self.max_new_tokens or self.generated_tokens[-1] in self.eos
+        return (self.error is not None or len(self.generated_tokens) == self.max_new_tokens
+                or self.generated_tokens[-1] in self.eos
                 or any(stop(self.ids(), None).item() for stop in self.stops))
 
 # %% ../nbs/serve/59_serving.ipynb #0fb03f03
@@ -286,7 +309,8 @@ def _refused(config) -> dict: # name -> value
     return {k: v for k, v in asked.items() if v is not None and v != usual.get(k, False)}
 
 # %% ../nbs/serve/59_serving.ipynb #46ac8b70
-ROWWISE = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper # look at nothing but a row of scores
+# look at nothing but a row of scores
+ROWWISE = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper
 
 def _alike(request):
     "A key that is equal for requests whose tokens can be chosen in one batch."
@@ -314,7 +338,8 @@ class Server:
         slots:int=8,    # Requests at a time
         length:int=4096,# Tokens of the longest request, prompt and answer
         pages:int|None=None, # Pages in each layer; None = enough for all slots at `length`
-        generation_config:GenerationConfig|None=None, # Default: the model's own, which also fills in what this one leaves out
+        generation_config:GenerationConfig
+                 |None=None, # Default: the model's own, which also fills in what this one leaves out
         graph:bool=False, # Replay steps as CUDA graphs?
         tokenizer=None, # Of the model; only `stop_strings` need it
         **kw            # Of `PagedCache`: bits, profile, kernel, window, sinks, seed
@@ -322,7 +347,8 @@ class Server:
         refuse_prompt_learning(model)
         device = model.get_input_embeddings().weight.device
         if graph and not (kw.get("kernel", True) and _kernel_runs(device, kw.get("profile"))):
-            raise ValueError("graph=True replays kernels, and pages are decoded without one here; make the server with graph=False")
+            raise ValueError("graph=True replays kernels, and pages are decoded without one here; "
+                             "make the server with graph=False")
         self.model, self.device, self.tokenizer = model, device, tokenizer
         self.config, self.graph, self.graphs, self.names = generation_config, graph, {}, count()
         self._settings()
@@ -333,7 +359,9 @@ class Server:
         self.pool.pages = pages = slots * self.pool.most if pages is None else pages
         self.pool.free = list(range(pages))[::-1]
         self.tokens, self.logits = torch.zeros(slots, dtype=torch.long, device=self.device), None
-        self.waiting, self.running, self.done = deque(), {}, [] # running: slot -> request; done: not handed out yet
+        self.waiting = deque()
+        self.running = {} # slot -> request
+        self.done = [] # not handed out yet
         self.kept = dict(logits_to_keep=1) if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 # %% ../nbs/serve/59_serving.ipynb #4c6cff46
@@ -342,28 +370,45 @@ def _settings(self:Server,
     **given                 # For one request
 ) -> GenerationConfig: # Complete; `max_length` is None where nobody named one
     "What is asked of one request, or one line about what can't be done."
-    config, named = generation_config or self.config, [given.get("max_length"), self.model.generation_config.max_length]
+    config = generation_config or self.config
+    named = [given.get("max_length"), self.model.generation_config.max_length]
     if config is not None: named.append(config.max_length)
     config, _ = self.model._prepare_generation_config(config)
     if all(n is None for n in named): config.max_length = None
-    if unknown := config.update(**given): raise ValueError(f"{', '.join(unknown)}: no setting of a generation config; transformers.GenerationConfig lists them")
-    for name, value in _refused(config).items(): raise ValueError(f"{name}={value!r} asks for more than one token a step from the scores of this step, which is what the server does; leave it out, or use NDCache with generate")
-    if config.stop_strings is not None and self.tokenizer is None: raise ValueError("stop_strings are looked for in text; give the server the model's tokenizer, Server(model, tokenizer=...)")
+    if unknown := config.update(**given):
+        raise ValueError(f"{', '.join(unknown)}: no setting of a generation config; "
+                         "transformers.GenerationConfig lists them")
+    for name, value in _refused(config).items():
+        raise ValueError(f"{name}={value!r} asks for more than one token a step from the scores of this "
+                         "step, which is what the server does; leave it out, or use NDCache with generate")
+    if config.stop_strings is not None and self.tokenizer is None:
+        raise ValueError("stop_strings are looked for in text; "
+                         "give the server the model's tokenizer, Server(model, tokenizer=...)")
     if config.eos_token_id is not None: # a negative one never comes
-        config.eos_token_id = [e for e in torch.as_tensor(config.eos_token_id).flatten().tolist() if e >= 0] or None
+        config.eos_token_id = [e for e in torch.as_tensor(config.eos_token_id).flatten().tolist()
+                               if e >= 0] or None
     return config
 
 def _fit(self:Server, config, ids) -> int: # Tokens to generate at most
     "The length of an answer, as `generate` works it out, or one line why the request doesn't fit."
     L, known = len(ids), self.model.get_input_embeddings().weight.shape[0]
     if not ids: raise ValueError("the prompt is empty; give at least one token")
-    if strange := [i for i in ids if not 0 <= i < known]: raise ValueError(f"token {strange[0]} is none of the model's, 0 to {known - 1}; use its own tokenizer")
+    if strange := [i for i in ids if not 0 <= i < known]:
+        raise ValueError(f"token {strange[0]} is none of the model's, 0 to {known - 1}; "
+                         "use its own tokenizer")
     room = self.positions - L
     n = config.max_new_tokens or (min(20, room) if config.max_length is None else config.max_length - L)
-    if config.max_new_tokens is None and n < 1: raise ValueError(f"a prompt of {L} tokens leaves no room in {L + n}; give max_new_tokens, or a larger max_length")
-    if n > room: raise ValueError(f"{L} + {n} tokens are more than the {self.positions} positions of the model; ask for less")
+    if config.max_new_tokens is None and n < 1:
+        raise ValueError(f"a prompt of {L} tokens leaves no room in {L + n}; "
+                         "give max_new_tokens, or a larger max_length")
+    if n > room:
+        raise ValueError(f"{L} + {n} tokens are more than the {self.positions} positions of the model; "
+                         "ask for less")
     need = self.pool.whole_pages(L + n)
-    if L + n > self.length or need > self.pool.pages: raise ValueError(f"{L} + {n} tokens need {need} pages; the server was made for {self.length} tokens a request and has {self.pool.pages} pages, so ask for less or make it larger")
+    if L + n > self.length or need > self.pool.pages:
+        raise ValueError(f"{L} + {n} tokens need {need} pages; "
+                         f"the server was made for {self.length} tokens a request and has {self.pool.pages} "
+                         "pages, so ask for less or make it larger")
     return n
 
 Server._settings, Server._fit = _settings, _fit
@@ -373,17 +418,24 @@ def _lists(self:Server, config, ids):
     "Processors and criteria of one request; the end by length and by `eos` it checks itself."
     self.model._prepare_special_tokens(config, device=self.device)
     prompt = torch.tensor([ids], device=self.device)
-    make = lambda: self.model._get_logits_processor(config, len(ids), prompt, device=self.device, model_kwargs={})
+    make = lambda: self.model._get_logits_processor(config, len(ids), prompt, device=self.device,
+                                                    model_kwargs={})
     head = self.model.get_output_embeddings()
-    if processors := make(): processors(prompt, torch.zeros(1, self.model.config.get_text_config().vocab_size if head is None else head.weight.shape[0], device=self.device))
+    if processors := make():
+        processors(prompt, torch.zeros(1, self.model.config.get_text_config().vocab_size if head is None
+                                       else head.weight.shape[0], device=self.device))
     stops = self.model._get_stopping_criteria(config, StoppingCriteriaList(), self.tokenizer)
-    return make(), [c for c in stops if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))] # made anew: some count their calls
+    # made anew: some count their calls
+    return make(), [c for c in stops if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
 
 def _request(self:Server, input_ids, name, seed=None, **settings):
     "A `Request`, checked."
-    if isinstance(input_ids, str): raise ValueError("the prompt is text; give its token ids, tokenizer(text).input_ids")
+    if isinstance(input_ids, str):
+        raise ValueError("the prompt is text; give its token ids, tokenizer(text).input_ids")
     ids = torch.as_tensor(input_ids).tolist()
-    if any(not isinstance(i, int) for i in ids): raise ValueError("the prompt is no flat list of token ids; give one prompt at a time, a list of whole numbers")
+    if any(not isinstance(i, int) for i in ids):
+        raise ValueError("the prompt is no flat list of token ids; "
+                         "give one prompt at a time, a list of whole numbers")
     config = self._settings(**settings)
     n, eos = self._fit(config, ids), config.eos_token_id
     config.max_length = len(ids) + n
@@ -406,7 +458,8 @@ def _add_request(self:Server,
     input_ids:list,      # Token ids of the prompt
     request_id:str|None=None, # None = one is made
     max_new_tokens:int|None=None, # None = of the generation config, or 20
-    seed:int|None=None,  # Of its samples, which are then the same in any company; None = PyTorch's own generator
+    seed:int
+                 |None=None,  # Of its samples, which are then the same in any company; None = PyTorch's own generator
     **settings           # Of a generation config, for this request: eos_token_id, temperature, bad_words_ids, …
 ) -> str: # The id
     "Queue a prompt."
@@ -425,9 +478,13 @@ def _prefill(self:Server, request, slot):
     ids = torch.tensor([request.prompt_ids], device=self.device)
     self.pool.filling = slot
     positions = torch.arange(ids.shape[1], device=self.device)[None]
-    try: out = self.model(input_ids=ids, position_ids=positions, past_key_values=self.pool, use_cache=True, **self.kept)
+    try:
+        out = self.model(input_ids=ids, position_ids=positions, past_key_values=self.pool, use_cache=True,
+                         **self.kept)
     finally: self.pool.filling = None
-    if out.past_key_values is not self.pool: raise ValueError(f"{type(self.model).__name__} put another cache in the place of the pool; serve the model that it wraps")
+    if out.past_key_values is not self.pool:
+        raise ValueError(f"{type(self.model).__name__} put another cache in the place of the pool; "
+                         "serve the model that it wraps")
     self._keep(out.logits, slice(slot, slot + 1))
 
 @torch.no_grad()
@@ -435,7 +492,8 @@ def _decode(self:Server, B):
     "Scores and the likeliest token for the first `B` slots, from `tokens` to `logits` and `tokens`."
     pool = self.pool
     positions = (pool.packed[:B] + pool.fresh[:B]).long()[:, None]
-    logits = self.model(input_ids=self.tokens[:B, None], position_ids=positions, past_key_values=pool, use_cache=True).logits
+    logits = self.model(input_ids=self.tokens[:B, None], position_ids=positions, past_key_values=pool,
+                        use_cache=True).logits
     self._keep(logits, slice(0, B))
     pool.fresh[:B] += pool.active[:B]
 
@@ -485,7 +543,8 @@ def _warm(self:Server):
     pool = self.pool
     for k in (1, 2, 16): # launches differ for one page, and for multiples of 16
         n = pool.sinks + pool.window + (k + 1)*pool.page - 1 # the next token fills the buffer
-        if n + 2 <= self.length and k < pool.pages: self.generate_batch([[0]*n], max_new_tokens=2, eos_token_id=None)
+        if n + 2 <= self.length and k < pool.pages:
+            self.generate_batch([[0]*n], max_new_tokens=2, eos_token_id=None)
     if self.graph:
         for i in range((pool.slots - 1).bit_length() + 1): self._replay(1 << i)
 
@@ -498,7 +557,9 @@ def _take(self:Server, slots):
     for slot in slots:
         request = self.running[slot]
         if request.error is None: request.generated_tokens.append(tokens[slot])
-        else: warnings.warn(f"{request.request_id} ended after {len(request.generated_tokens)} tokens: {request.error}")
+        else:
+            warnings.warn(f"{request.request_id} ended after {len(request.generated_tokens)} tokens: "
+                          f"{request.error}")
         if request.is_finished():
             self.pool.release(slot)
             self.done.append(self.running.pop(slot))
@@ -507,7 +568,8 @@ def _start(self:Server, request, slot):
     "The prompt and the first token of a request; one that fails stays first in the queue."
     request.slot = slot
     for stop in request.stops:
-        if isinstance(stop, MaxTimeCriteria): stop.initial_timestamp = time.time() # counts from here, not from the queue
+        # counts from here, not from the queue
+        if isinstance(stop, MaxTimeCriteria): stop.initial_timestamp = time.time()
     try: self._prefill(request, slot)
     except BaseException: # say, out of memory
         self.pool.release(slot)
@@ -521,7 +583,8 @@ def _step(self:Server) -> list: # Requests that are finished
     while self.waiting:
         request = self.waiting[0]
         if request.keys is None: request.keys = self.pool.keys(request.prompt_ids)
-        slot = self.pool.admit(request.prompt_ids, len(request.prompt_ids) + request.max_new_tokens, request.keys)
+        slot = self.pool.admit(request.prompt_ids, len(request.prompt_ids) + request.max_new_tokens,
+                               request.keys)
         if slot is None: break
         self._start(request, slot)
     if self.running:
@@ -539,7 +602,9 @@ def _generate_batch(self:Server,
     "Serve a list of prompts to the end, as `model.generate_batch` does."
     new, done = [], {}
     for i, ids in enumerate(inputs):
-        try: new.append(self._request(ids, self._free_name(None, new), None if seed is None else seed + i, **settings))
+        try:
+            new.append(self._request(ids, self._free_name(None, new), None if seed is None else seed + i,
+                                     **settings))
         except ValueError as e: raise ValueError(f"prompt {i}: {e}") from None
     self.waiting.extend(new) # all or none
     while self.waiting or self.running:

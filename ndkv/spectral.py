@@ -33,15 +33,19 @@ def klt(
     "Karhunen–Loève frame of vectors whose errors are weighed."
     eye = torch.eye(cov.shape[-1], dtype=torch.float64)
     cost = weight.double().diagonal(dim1=-2, dim2=-1).mean(-1)
-    if not torch.isfinite(cov).all() or not torch.isfinite(cost).all(): raise ValueError("klt: a covariance or weight is not finite; collect the profile from more text, or in float32")
-    W = weight.double() + cost.clamp_min(max(1e-6 * cost.amax().item(), 1e-30))[..., None, None] * ridge * eye  # errors of a head that nothing reads are almost free
+    if not torch.isfinite(cov).all() or not torch.isfinite(cost).all():
+        raise ValueError("klt: a covariance or weight is not finite; "
+                         "collect the profile from more text, or in float32")
+    # errors of a head that nothing reads are almost free
+    W = weight.double() + cost.clamp_min(max(1e-6 * cost.amax().item(), 1e-30))[..., None, None] * ridge * eye
     w, U = torch.linalg.eigh(W)
     w = w.clamp_min(1e-12 * w.amax(-1, keepdim=True))
     root, back = (U * w.sqrt()[..., None, :]) @ U.mT, (U / w.sqrt()[..., None, :]) @ U.mT
     lam, P = torch.linalg.eigh(root @ cov.double() @ root)
     lam = lam.flip(-1).clamp_min(max(lam.amax().item() * 1e-10, 1e-30))
     P = P.flip(-1)
-    return Frame((P.mT @ root).float(), (back @ P).float(), None if mean is None else mean.float(), lam.sqrt().float())
+    return Frame((P.mT @ root).float(), (back @ P).float(), None if mean is None else mean.float(),
+                 lam.sqrt().float())
 
 # %% ../nbs/model/34_spectral.ipynb #344b4e1e
 class BitRow:
@@ -77,7 +81,8 @@ class BitRow:
         "Its tables on a device, moved there once."
         if device not in self._at:
             start = self.end - self.widths
-            at = dict(channel=self.channel, place=self.place, eight=torch.arange(8), byte=start // 8, shift=start % 8, mask=(1 << self.widths) - 1)
+            at = dict(channel=self.channel, place=self.place, eight=torch.arange(8), byte=start // 8,
+                      shift=start % 8, mask=(1 << self.widths) - 1)
             self._at[device] = {k: v.to(device) for k, v in at.items()}
         return self._at[device]
 
@@ -91,7 +96,8 @@ def norm_bits(
     level: float,  # What a bit removes at the water level, > 0
 ) -> Tensor:  # int64 [H]
     "Bits of each head's norm."
-    first = 0.75 * (OCTAVES * math.log(2)) ** 2 / 12 * lam.double().sum(-1)  # what the first bit removes; each further one a quarter of it
+    # what the first bit removes; each further one a quarter of it
+    first = 0.75 * (OCTAVES * math.log(2)) ** 2 / 12 * lam.double().sum(-1)
     return ((first / level).clamp_min(1e-30).log2() / 2).ceil().clamp(*NORM_BITS).long()
 
 
@@ -101,7 +107,8 @@ def norm_code(
 ) -> Tensor:  # int64
     "Logarithm of a norm in steps of 8 / 2^bits octaves, clamped to -4 … 4."
     size = 2.0 ** bits.to(norm.device)
-    return (norm.double().clamp_min(1e-30).log2() * size / OCTAVES + size / 2).round().clamp_min(0).minimum(size - 1).long()
+    return (norm.double().clamp_min(1e-30).log2() * size / OCTAVES
+            + size / 2).round().clamp_min(0).minimum(size - 1).long()
 
 
 def norm_value(
@@ -137,7 +144,8 @@ class Home:
         return self.rope.apply(z + self._turned(mean, positions - s0), s0)
 
     def _turned(self, mean, offsets):
-        every = offsets if len(offsets) <= self.block else torch.arange(self.block, device=offsets.device) # they repeat
+        # they repeat
+        every = offsets if len(offsets) <= self.block else torch.arange(self.block, device=offsets.device)
         out = replace(self.rope, scaling=1.0).apply(mean[:, None].expand(-1, len(every), -1), every)
         return out if every is offsets else out.index_select(1, offsets)
 
@@ -164,7 +172,8 @@ class Rows:
     def value(self):
         "What they stand for, float32 [n, D]."
         out = torch.empty(len(self.bits), self.width)
-        for b, t in self.strings.items(): out[self.bits == b] = _entries(b, self.width).unpack(t).float() - (2 ** (b - 1) - 1)
+        for b, t in self.strings.items():
+            out[self.bits == b] = _entries(b, self.width).unpack(t).float() - (2 ** (b - 1) - 1)
         return out * self.scale.float()
 
 
@@ -177,7 +186,8 @@ class _Bytes:
 def _entries(bits, width): return _Bytes if bits == 8 else BitRow([bits] * width)
 
 # %% ../nbs/model/34_spectral.ipynb #04601c79
-CHANNEL_BYTES = lambda D, bits=8: 2 * -(-D * bits // 8) + 6  # Of a coded channel: row and column, their scales, √λ
+# Of a coded channel: row and column, their scales, √λ
+CHANNEL_BYTES = lambda D, bits=8: 2 * -(-D * bits // 8) + 6
 HEAD_BYTES = lambda D: 4 * D + D / 2  # Of a head: mean, widths
 
 
@@ -199,7 +209,8 @@ class SmallFrame:
     @property
     def nbytes(self):
         "Bytes of everything; half a byte a channel for what widths and entries have."
-        return sum(t.nbytes for t in [*self.rows, *self.columns, *self.scale, self.mean]) + self.on.numel() // 2
+        return sum(t.nbytes
+                   for t in [*self.rows, *self.columns, *self.scale, self.mean]) + self.on.numel() // 2
 
     def frame(self):
         "What it stands for, zero where nothing is coded; `A` takes back exactly what `A_inv` gives."
@@ -230,7 +241,8 @@ def code_table(
     max_bits: int = 8,  # Largest width
 ) -> list[float]:  # D(0..max_bits)
     "Distortion of a unit Gaussian for each width."
-    return [trellis_distortion(b, trellis) if trellis and 1 <= b <= 4 else d for b, d in enumerate(distortion_table(max_bits))]
+    return ([trellis_distortion(b, trellis) if trellis and 1 <= b <= 4 else d
+             for b, d in enumerate(distortion_table(max_bits))])
 
 
 
@@ -246,7 +258,8 @@ WIDER = 1, 1.25, 1.6, 2, 2.5, 3.2  # Factors on the RMS that the encoder tries a
 @cache
 def _reach(trellis):
     "Largest level of each width, 0 to 8 bits."
-    return [0.0] + [(Trellis([b], trellis).table[b] if trellis and b < 5 else lloyd_max(b).levels).max().item() for b in range(1, 9)]
+    return [0.0] + [(Trellis([b], trellis).table[b] if trellis and b < 5
+                     else lloyd_max(b).levels).max().item() for b in range(1, 9)]
 
 
 class Strings:
@@ -257,17 +270,20 @@ class Strings:
         widths: Tensor,  # Bits of each channel [H, D], 0 to 8
         lam: Tensor,  # Variances [H, D], which weigh errors
         trellis: int = 0,  # States of the trellis for channels of 1 to 4 bits; 0 = Lloyd–Max for all
-        norm: Tensor | int = 8,  # Bits of the norm of each head [H], or of all; heads without coded channels have none
+        norm: Tensor
+        | int = 8,  # Bits of the norm of each head [H], or of all; heads without coded channels have none
     ):
         self.widths, self.lam = widths.long(), lam
         self.wide, self.live = _wide(self.widths, trellis), (self.widths > 0).any(1)
         self.trellis, self.norms = trellis, torch.as_tensor(norm).expand(len(widths))
         self.norm = self.norms[self.live]
         ring = (self.widths > 0) & ~self.wide
-        self.rings = {h: Trellis(self.widths[h, on].tolist(), trellis) for h, on in enumerate(ring) if on.any()}
+        self.rings = {h: Trellis(self.widths[h, on].tolist(), trellis) for h, on in enumerate(ring)
+                      if on.any()}
         self.woven = {h: ring[h].nonzero()[:, 0] for h in self.rings}
         self.row = BitRow(self.norm.tolist() + self.widths[self.wide].tolist())
-        self.books = {b: (lloyd_max(b), (self.widths[self.wide] == b).nonzero()[:, 0]) for b in self.widths[self.wide].unique().tolist()}
+        self.books = {b: (lloyd_max(b), (self.widths[self.wide] == b).nonzero()[:, 0])
+                      for b in self.widths[self.wide].unique().tolist()}
         self.sizes = [r.nbytes for r in self.rings.values()] + [self.row.nbytes]
         self._at = {}
 
@@ -281,14 +297,16 @@ class Strings:
     def encode(self, u: Tensor) -> Tensor:
         "Vectors [B, H, N, D] over √λ -> uint8 [B, 1, N, nbytes]."
         at = self._on(u.device)
-        rho = ((u.square() * at["coded"][:, None]).sum(-1) / at["count"][:, None]).sqrt()  # RMS of the channels that are coded
+        # RMS of the channels that are coded
+        rho = ((u.square() * at["coded"][:, None]).sum(-1) / at["count"][:, None]).sqrt()
         rho = rho.clamp_min(1e-30) * self._wider(u / rho.clamp_min(1e-30)[..., None])
         u = u / rho[..., None]
         strings = [ring.find(u[:, h][..., at["woven"][h]], at["roots"][h]) for h, ring in self.rings.items()]
         wide = u.movedim(1, 2).flatten(2)[..., at["wide"]]
         codes = torch.zeros(wide.shape, dtype=torch.long, device=u.device)
         for book, i in at["books"]: codes[..., i] = book.encode(wide[..., i]).long()
-        norm = norm_code((rho * self._gain(u, self._directions(strings, codes)))[:, at["live"]].mT, at["norm"])
+        norm = norm_code((rho * self._gain(u, self._directions(strings, codes)))[:, at["live"]].mT,
+                         at["norm"])
         return torch.cat([*strings, self.row.pack(torch.cat([norm, codes], -1))], -1)[:, None]
 
     def decode(self, strings: Tensor) -> Tensor:
@@ -306,26 +324,34 @@ class Strings:
         for book, i in at["books"]: wide[..., i] = book.levels[codes[..., i].long()]
         u = torch.zeros(*codes.shape[:2], *self.widths.shape, device=codes.device)
         u.flatten(2)[..., at["wide"]] = wide
-        for (h, ring), s in zip(self.rings.items(), strings): u[:, :, h, at["woven"][h]] = ring.decode(s.contiguous())
+        for (h, ring), s in zip(self.rings.items(), strings):
+            u[:, :, h, at["woven"][h]] = ring.decode(s.contiguous())
         return u.movedim(2, 1).contiguous()
 
     def _on(self, device):
         "Indices and tables on a device, moved there once: a copy to a GPU makes the host wait."
         if device not in self._at:
             on = self.widths > 0
-            at = dict(coded=on.float(), count=on.sum(-1).clamp_min(1), wide=self.wide.flatten().nonzero()[:, 0], live=self.live.nonzero()[:, 0], norm=self.norm, lam=self.lam.double())
-            at = {k: v.to(device) for k, v in at.items()} | dict(books=[(book.to(device), i.to(device)) for book, i in self.books.values()])
+            at = dict(coded=on.float(), count=on.sum(-1).clamp_min(1),
+                      wide=self.wide.flatten().nonzero()[:, 0], live=self.live.nonzero()[:, 0],
+                      norm=self.norm, lam=self.lam.double())
+            at = {k: v.to(device)
+                  for k, v in at.items()} | dict(books=[(book.to(device), i.to(device))
+                                                        for book, i in self.books.values()])
             D, reach = (torch.tensor(t)[self.widths].to(device) for t in (code_table(self.trellis), _reach(self.trellis)))
             dear = self.lam.float().to(device) * at["coded"]
-            at |= dict(dear=dear[:, None], reach=reach[:, None], coarse=(dear * D).sum(-1)[:, None], wider=torch.tensor(WIDER, device=device))
+            at |= dict(dear=dear[:, None], reach=reach[:, None], coarse=(dear * D).sum(-1)[:, None],
+                       wider=torch.tensor(WIDER, device=device))
             root = lambda lam: (lam.float() / lam.max()).sqrt().to(device)
-            self._at[device] = at | dict(woven={h: i.to(device) for h, i in self.woven.items()}, roots={h: root(self.lam[h, i]) for h, i in self.woven.items()})
+            self._at[device] = at | dict(woven={h: i.to(device) for h, i in self.woven.items()},
+                                         roots={h: root(self.lam[h, i]) for h, i in self.woven.items()})
         return self._at[device]
 
     def _wider(self, z):
         "Factor of `WIDER` on the norm of each vector [B, H, N, D], of the least expected error."
         at, z = self._on(z.device), z.abs()
-        cost = [s * s * at["coarse"] + (at["dear"] * (z - s * at["reach"]).clamp_min(0).square()).sum(-1) for s in WIDER]
+        cost = [s * s * at["coarse"] + (at["dear"] * (z - s * at["reach"]).clamp_min(0).square()).sum(-1)
+                for s in WIDER]
         return at["wider"][torch.stack(cost).argmin(0)]
 
     def _gain(self, u, u_hat):
@@ -353,19 +379,22 @@ class Classes:
         direction, ends = self._on(x.device)
         score = torch.einsum("bhtd,hd->bht", x.float(), direction).unflatten(-1, (-1, self.group))
         score = score - score.mean(-1, keepdim=True)
-        score = (1000 * score / score.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).round()  # equal up to rounding errors: the earlier token first
+        # equal up to rounding errors: the earlier token first
+        score = (1000 * score / score.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).round()
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return torch.bucketize(rank.contiguous(), ends, right=True)
 
     def _on(self, device):
         "Direction, and where the classes end, on a device, moved there once."
-        if device not in self.moved: self.moved[device] = self.direction.to(device).float(), torch.tensor(self.counts, device=device).cumsum(0)
+        if device not in self.moved:
+            self.moved[device] = self.direction.to(device).float(), torch.tensor(self.counts, device=device).cumsum(0)
         return self.moved[device]
 
     def part(self, u: Tensor, which: Tensor) -> list[Tensor]:
         "Vectors [B, H, T, D] and their classes -> those of each class in order, [B, H, T / group * count, D]."
         order = which.argsort(dim=-1, stable=True)[..., None].expand(-1, -1, -1, -1, u.shape[-1])
-        return [t.flatten(2, 3) for t in u.unflatten(2, (-1, self.group)).gather(3, order).split(self.counts, 3)]
+        return ([t.flatten(2, 3)
+                 for t in u.unflatten(2, (-1, self.group)).gather(3, order).split(self.counts, 3)])
 
     def join(self, parts: list[Tensor], which: Tensor) -> Tensor:
         "The inverse of `part`."
@@ -383,14 +412,20 @@ class SpectralCodec:
         widths: Tensor | list,  # Bits of each channel [H, D], 0 to 8; a list of them for the classes
         home: Home = Home(),  # Coordinates
         trellis: int = 0,  # States of the trellis for channels of 1 to 4 bits; 0 = Lloyd–Max for all
-        norm: Tensor | int | list = 8,  # Bits of the norm of each head [H], or of all; a list of them for the classes
+        norm: Tensor | int
+        | list = 8,  # Bits of the norm of each head [H], or of all; a list of them for the classes
         classes: Classes | None = None,  # Of the tokens
     ):
         widths = widths if isinstance(widths, list) else [widths]
         norm = norm if isinstance(norm, list) else [norm] * len(widths)
-        self.widths, self.home, self.classes, self._at = torch.stack([w.long() for w in widths]).amax(0), home, classes, {}
-        if self.widths.shape != frame.scale.shape or min(w.min() for w in widths) < 0 or self.widths.max() > 8:
-            raise ValueError(f"SpectralCodec: widths {list(self.widths.shape)} must be [H, D] = {list(frame.scale.shape)}, each 0 to 8; take them from `plan`")
+        self.widths = torch.stack([w.long() for w in widths]).amax(0)
+        self.home = home
+        self.classes = classes
+        self._at = {}
+        if self.widths.shape != frame.scale.shape or min(w.min()
+                                                         for w in widths) < 0 or self.widths.max() > 8:
+            raise ValueError(f"SpectralCodec: widths {list(self.widths.shape)} must be [H, "
+                             f"D] = {list(frame.scale.shape)}, each 0 to 8; take them from `plan`")
         self.counts = classes.counts if classes else (1,)
         self.group = sum(self.counts)  # tokens an entry along the token axis
         self.small = SmallFrame(frame, self.widths)
@@ -400,13 +435,17 @@ class SpectralCodec:
     @property
     def nbytes(self):
         "Of a group of tokens, its classes included."
-        return sum(n * s.nbytes for n, s in zip(self.counts, self.strings)) + class_bytes(len(self.widths), self.counts)
+        return sum(n * s.nbytes for n, s in zip(self.counts, self.strings)) + class_bytes(len(self.widths),
+            self.counts)
 
     @property
-    def bits_per_element(self): return 8 * self.nbytes / self.group / self.widths.numel()  # all-in: codes, norms and classes
+    def bits_per_element(self):
+        return 8 * self.nbytes / self.group / self.widths.numel()  # all-in: codes, norms and classes
 
     @property
-    def frame_bits(self): return 8 * self.small.nbytes / self.widths.numel()  # an element of one token; divide by the tokens that share the frame
+    def frame_bits(self):
+        # an element of one token; divide by the tokens that share the frame
+        return 8 * self.small.nbytes / self.widths.numel()
 
     @torch.no_grad()
     def encode(
@@ -419,7 +458,8 @@ class SpectralCodec:
         u = (self.home.enter(x, positions, frame.mean) @ frame.A.mT) / head_rows(frame.scale)
         if not self.classes: return {"codes": self.strings[0].encode(u)}
         which = self.classes.pick(x if self.home.rope is None else self.home.rope.undo(x.float(), positions))
-        rows = [s.encode(t).unflatten(2, (-1, n)).flatten(3) for s, t, n in zip(self.strings, self.classes.part(u, which), self.counts)]
+        rows = [s.encode(t).unflatten(2, (-1, n)).flatten(3)
+                for s, t, n in zip(self.strings, self.classes.part(u, which), self.counts)]
         return {"codes": torch.cat(rows, -1), "class": _two_bits(self.group).pack(which)}
 
     @torch.no_grad()
@@ -431,8 +471,10 @@ class SpectralCodec:
     ) -> Tensor:  # [B, H, T, D]
         "The vectors, back in the coordinates of the cache."
         rows = enc["codes"].split([n * s.nbytes for n, s in zip(self.counts, self.strings)], -1)
-        parts = [s.decode(r.unflatten(3, (n, -1)).flatten(2, 3)) for s, r, n in zip(self.strings, rows, self.counts)]
-        u = self.classes.join(parts, _two_bits(self.group).unpack(enc["class"]).long()) if self.classes else parts[0]
+        parts = [s.decode(r.unflatten(3, (n, -1)).flatten(2, 3))
+                 for s, r, n in zip(self.strings, rows, self.counts)]
+        u = self.classes.join(parts,
+                              _two_bits(self.group).unpack(enc["class"]).long()) if self.classes else parts[0]
         frame, positions = self._on(u.device), torch.arange(pos, pos + u.shape[2], device=u.device)
         return self.home.leave((u * head_rows(frame.scale)) @ frame.A_inv.mT, positions, frame.mean).to(dtype)
 
@@ -452,7 +494,9 @@ class _ByHead:
     "`Strings` whose heads share no byte."
 
     def __init__(self, strings):
-        self.parts, self.widths, self.norm = [strings.of(slice(h, h + 1)) for h in range(len(strings.widths))], strings.widths, strings.norm
+        self.parts = [strings.of(slice(h, h + 1)) for h in range(len(strings.widths))]
+        self.widths = strings.widths
+        self.norm = strings.norm
         self.sizes = [p.nbytes for p in self.parts]
 
     @property
@@ -460,7 +504,8 @@ class _ByHead:
 
     def encode(self, u): return torch.cat([p.encode(u[:, h : h + 1]) for h, p in enumerate(self.parts)], -1)
 
-    def decode(self, strings): return torch.cat([p.decode(s) for p, s in zip(self.parts, strings.split(self.sizes, -1))], 1)
+    def decode(self, strings):
+        return torch.cat([p.decode(s) for p, s in zip(self.parts, strings.split(self.sizes, -1))], 1)
 
 
 @cache
@@ -486,15 +531,18 @@ def key_frame(
         everywhere = torch.arange(min(4096, s.rope.max_length or 4096))
         return klt(s.k_post_cov, rotated_average(price, s.rope, everywhere), s.k_post_mean, ridge)
     offsets = torch.arange(block)
-    return klt(rotated_average(s.k_cov, s.rope, offsets), rotated_average(price, s.rope, offsets), s.k_mean, ridge)
+    return klt(rotated_average(s.k_cov, s.rope, offsets), rotated_average(price, s.rope, offsets), s.k_mean,
+               ridge)
 
 
 def _near(lam, widths, table, least=0, beside=0):
     "Widths [n] of at least `least` bits that fill, with `beside` other bits, the number of bytes nearest to what `widths` take."
     low, high = least * len(lam), (len(table) - 1) * len(lam)
     total = int(widths.sum())
-    total += min(range(-7, 8), key=lambda i: ((total + i + beside) % 8 > 0, not low <= total + i <= high, abs(i)))
-    if not low <= total <= high or low == high: return widths.long()  # no whole number of bytes: a few bits stay empty
+    total += min(range(-7, 8),
+                 key=lambda i: ((total + i + beside) % 8 > 0, not low <= total + i <= high, abs(i)))
+    # no whole number of bytes: a few bits stay empty
+    if not low <= total <= high or low == high: return widths.long()
     return least + allocate(lam, total - low, table[least:]).long()
 
 
@@ -523,7 +571,8 @@ def whole_bytes(
         widths[h, on] = _near(lam[h, on], widths[h, on], table[:5])
     norm = norm * (widths > 0).any(1)
     flexible = wide if trellis else torch.ones_like(wide)
-    if flexible.any(): widths[flexible] = _near(lam[flexible], widths[flexible], table, 5 if trellis else 0, int(norm.sum()))
+    if flexible.any():
+        widths[flexible] = _near(lam[flexible], widths[flexible], table, 5 if trellis else 0, int(norm.sum()))
     else: norm = _near_norms(norm)
     return widths, norm
 
@@ -544,12 +593,14 @@ def water(
     shares: list[Tensor],  # [C] of the tokens
     bits: float,  # For all channels of one token, on average
     table: list,  # D(0..max_bits)
-    frame: float | list = 0.0,  # Bits a token that a channel's row and column of the frame cost, if it is coded in any class; of all spectra, or of each
+    frame: float
+    | list = 0.0,  # Bits a token that a channel's row and column of the frame cost, if it is coded in any class; of all spectra, or of each
     held: list | None = None,  # Tokens of each spectrum's layer for one of the fullest; None = all alike
 ) -> tuple[list[Tensor], float]:  # Widths [C, H, D], and the level
     "Reverse water-filling: a bit is given where it removes more than the level, a channel where it removes more than it costs."
     t = torch.tensor(table, dtype=torch.float64)
-    spectra = [s * torch.linspace(1, 1.001, s[0].numel(), dtype=torch.float64).view_as(s[0]) for s in spectra]  # equal channels may get unequal bits
+    # equal channels may get unequal bits
+    spectra = [s * torch.linspace(1, 1.001, s[0].numel(), dtype=torch.float64).view_as(s[0]) for s in spectra]
     held, frame = held or [1.0] * len(spectra), frame if isinstance(frame, list) else [frame] * len(spectra)
     def at(level):
         widths, cost = [], 0.0
@@ -575,27 +626,37 @@ def spend(
     table: list,  # D(0..max_bits)
     trellis: int = 0,  # States; 0 = Lloyd–Max
     norm: int | None = None,  # Bits of every norm; None = as the water level says
-    tokens: float | None = None,  # Of the fullest layer that share the frames, which are then paid from the budget
+    tokens: float
+    | None = None,  # Of the fullest layer that share the frames, which are then paid from the budget
     held: list | None = None,  # As in `water`
 ) -> list[list[tuple[Tensor, Tensor]]]:  # Widths [H, D] and bits of norms [H] of each class
     "Water-filling in full bytes, norms, classes and frames paid."
-    shares, held = [torch.tensor(c, dtype=torch.float64) / sum(c) for c in counts], held or [1.0] * len(spectra)
+    shares = [torch.tensor(c, dtype=torch.float64) / sum(c) for c in counts]
+    held = held or [1.0] * len(spectra)
     frame = [8 * CHANNEL_BYTES(s.shape[-1]) / tokens if tokens else 0.0 for s in spectra]
-    room = sum(m * (bits * s[0].numel() / 8 - class_bytes(s.shape[1], c) / sum(c)) for s, c, m in zip(spectra, counts, held))
+    room = sum(m * (bits * s[0].numel() / 8 - class_bytes(s.shape[1], c) / sum(c))
+               for s, c, m in zip(spectra, counts, held))
     room -= sum(HEAD_BYTES(s.shape[-1]) * s.shape[1] for s in spectra) / tokens if tokens else 0.0
     total, over, out = room, 1.0, []
     while over > 0 and total > 0:
         widths, level = water(spectra, shares, 8 * total, table, frame, held)
-        norms = [torch.stack([norm_bits(c, level * m) if norm is None else torch.full((len(c),), norm) for c in s]) for s, m in zip(spectra, held)]
-        out = [[whole_bytes(c * w.any(0), x, n, table, trellis) for c, x, n in zip(s, w, ns)] for s, w, ns in zip(spectra, widths, norms)]
-        over = sum(m * _mean_bytes(share, classes, trellis) for share, classes, m in zip(shares, out, held)) - room
-        over += sum(f / 8 * torch.stack([w for w, _ in classes]).any(0).sum().item() for f, classes in zip(frame, out))
+        norms = [torch.stack([norm_bits(c, level * m) if norm is None else torch.full((len(c),), norm)
+                              for c in s]) for s, m in zip(spectra, held)]
+        out = [[whole_bytes(c * w.any(0), x, n, table, trellis) for c, x, n in zip(s, w, ns)]
+               for s, w, ns in zip(spectra, widths, norms)]
+        over = sum(m * _mean_bytes(share, classes, trellis)
+                   for share, classes, m in zip(shares, out, held)) - room
+        over += sum(f / 8 * torch.stack([w for w, _ in classes]).any(0).sum().item()
+                    for f, classes in zip(frame, out))
         total -= max(over, 0.25) if over > 0 else 0
-    if over > 0 or not any(w.any() for classes in out for w, _ in classes): raise ValueError(f"plan: {bits} bits an element do not even pay for the norms{' and frames' * bool(tokens)}; give more")
+    if over > 0 or not any(w.any() for classes in out for w, _ in classes):
+        raise ValueError(f"plan: {bits} bits an element do not even pay for the "
+                         f"norms{' and frames' * bool(tokens)}; give more")
     return out
 
 
-def _mean_bytes(share, classes, trellis): return sum(n * token_bytes(*c, trellis) for n, c in zip(share.tolist(), classes))  # of a token
+def _mean_bytes(share, classes, trellis):
+    return sum(n * token_bytes(*c, trellis) for n, c in zip(share.tolist(), classes))  # of a token
 
 
 def classes_of(
@@ -624,32 +685,43 @@ def plan(
     equal: bool = False,  # The same bits for keys and values of every layer, instead of one water level
     ridge: float = 0.01,  # As in `klt`
     norm: int | None = None,  # Bits of every norm; None = as the water level says
-    classes: tuple | None = SHARES,  # Of the tokens, where the profile has forecasts and `group` can be cut so; None = all tokens alike
-    group: int | None = None,  # Tokens ranked together, a divisor of the cache's block; None = the largest that also divides 64
-    tokens: int | None = None,  # That share the frames, which are then paid from the budget; None = frames are not in the budget
+    classes: tuple
+    | None = SHARES,  # Of the tokens, where the profile has forecasts and `group` can be cut so; None = all tokens alike
+    group: int
+    | None = None,  # Tokens ranked together, a divisor of the cache's block; None = the largest that also divides 64
+    tokens: int
+    | None = None,  # That share the frames, which are then paid from the budget; None = frames are not in the budget
     length: int = 4096,  # Tokens of text after which the budget holds, over the layers as they are filled then
     window: int = 128,  # Of the cache
     model=None,  # Model or configuration whose layers hold them; None = as the profile describes it
 ) -> dict[tuple[int, str], SpectralCodec]:  # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget of bits."
     prices, group = prices or profile.prices, group or math.gcd(block or 64, 64)
-    if not prices: raise ValueError("plan: the profile holds no prices of errors; make it with `calibrate`, or pass `prices`")
+    if not prices:
+        raise ValueError("plan: the profile holds no prices of errors; "
+                         "make it with `calibrate`, or pass `prices`")
     held = held_tokens(profile, length, window, first, block or 64, model)
     if missing := sorted(held.keys() - profile.layers.keys()) if model is not None or profile.model else ():
-        raise ValueError(f"plan: the cache packs layer {missing[0]}, the profile describes {sorted(profile.layers)}: its attention reads something else than the cache holds; use a method without a profile, such as method='rotation'")
+        raise ValueError(f"plan: the cache packs layer {missing[0]}, "
+                         f"the profile describes {sorted(profile.layers)}: "
+                         "its attention reads something else than the cache holds; "
+                         "use a method without a profile, such as method='rotation'")
     frames, homes = {}, {}
     for i, s in ((i, s) for i, s in profile.layers.items() if i in held):
         frames[i, "k"], frames[i, "v"] = key_frame(s, prices[i][0], block, ridge), klt(s.v_cov, prices[i][1], s.v_mean, ridge)
         homes[i, "k"], homes[i, "v"] = Home(s.rope, block, first) if block else Home(), Home()
     kinds = {key: classes_of(profile, key, group, classes) for key in frames}
-    spectra = {key: torch.stack([w[:, None] * f.scale.double() ** 2 for w in kinds[key][1]]) for key, f in frames.items()}
+    spectra = {key: torch.stack([w[:, None] * f.scale.double() ** 2 for w in kinds[key][1]])
+               for key, f in frames.items()}
     table, out = code_table(trellis, max_bits), {}
     for keys in [[key] for key in frames] if equal else _filled_and_empty(frames, held):
         most = max(held[i] for i, _ in keys)
         weights = [held[i] / most for i, _ in keys] if most else None
         sharing = tokens * most / length if tokens and most else None  # of `length` tokens `most` are packed
-        spent = spend([spectra[k] for k in keys], [kinds[k][2] for k in keys], bits, table, trellis, norm, sharing, weights)
-        out |= {k: SpectralCodec(frames[k], [w for w, _ in s], homes[k], trellis, [n for _, n in s], kinds[k][0]) for k, s in zip(keys, spent)}
+        spent = spend([spectra[k] for k in keys], [kinds[k][2] for k in keys], bits, table, trellis, norm,
+                      sharing, weights)
+        out |= {k: SpectralCodec(frames[k], [w for w, _ in s], homes[k], trellis, [n for _, n in s],
+                                 kinds[k][0]) for k, s in zip(keys, spent)}
     return out
 
 
@@ -663,8 +735,11 @@ def held_tokens(
 ) -> dict[int, int]:  # Layer -> packed tokens, for the layers that hold any keys and values
     "What the layers of a profile will hold."
     reach = profile.model.get("reach") if model is None else layer_reach(model)
-    if reach is None and profile.model: raise ValueError("plan: this profile does not say how many tokens its layers hold; pass model=model.config, or calibrate anew")
-    return packed_tokens(reach or [None] * (1 + max(profile.layers)), length, window, sinks, block)  # a made-up profile: all see everything
+    if reach is None and profile.model:
+        raise ValueError("plan: this profile does not say how many tokens its layers hold; "
+                         "pass model=model.config, or calibrate anew")
+    # a made-up profile: all see everything
+    return packed_tokens(reach or [None] * (1 + max(profile.layers)), length, window, sinks, block)
 
 
 def _filled_and_empty(keys, held):
@@ -687,10 +762,12 @@ def frame_bits(
 ) -> float:  # Bits for each element of one token of the fullest layer; over T such tokens that share the frames, a T-th of it
     "Memory of the frames of all layers that hold something, in bits an element."
     n, most = _elements(codecs, held), max(held.values()) if held else 1
-    return most * sum(c.frame_bits * c.widths.numel() for key, c in codecs.items() if n[key]) / max(sum(n.values()), 1)
+    return most * sum(c.frame_bits * c.widths.numel() for key, c in codecs.items()
+                      if n[key]) / max(sum(n.values()), 1)
 
 
-def _elements(codecs, held): return {key: (held[key[0]] if held else 1) * c.widths.numel() for key, c in codecs.items()}
+def _elements(codecs, held):
+    return {key: (held[key[0]] if held else 1) * c.widths.numel() for key, c in codecs.items()}
 
 # %% ../nbs/model/34_spectral.ipynb #7b648d34
 class Refreshed:
@@ -705,7 +782,8 @@ class Refreshed:
         self.parts = [*getattr(codec, "parts", [(0, codec)])]  # first position, codec
         last = self.parts[-1][1]
         widths, norms = zip(*((s.widths, s.norms) for s in last.strings))
-        self.parts.append((start, SpectralCodec(frame, list(widths), last.home, last.strings[0].trellis, list(norms), last.classes)))
+        self.parts.append((start, SpectralCodec(frame, list(widths), last.home, last.strings[0].trellis,
+                                                list(norms), last.classes)))
         self.group, self.widths, self.bits_per_element = last.group, last.widths, last.bits_per_element
 
     @property
@@ -714,7 +792,8 @@ class Refreshed:
     def _pieces(self, pos, n):
         "Which codec codes which of `n` tokens from position `pos` on: (codec, from, to)."
         ends = [start for start, _ in self.parts[1:]] + [pos + n]
-        found = [(c, max(start, pos) - pos, min(end, pos + n) - pos) for (start, c), end in zip(self.parts, ends)]
+        found = [(c, max(start, pos) - pos, min(end, pos + n) - pos)
+                 for (start, c), end in zip(self.parts, ends)]
         return [(c, a, b) for c, a, b in found if a < b]
 
     def encode(self, x, pos=0):
@@ -725,4 +804,5 @@ class Refreshed:
     def decode(self, enc, pos=0, dtype=torch.float32):
         "As `SpectralCodec.decode`."
         g = self.group
-        return torch.cat([c.decode({k: t[:, :, a // g : b // g] for k, t in enc.items()}, pos + a, dtype) for c, a, b in self._pieces(pos, enc["codes"].shape[2] * g)], 2)
+        return torch.cat([c.decode({k: t[:, :, a // g : b // g] for k, t in enc.items()}, pos + a, dtype)
+                          for c, a, b in self._pieces(pos, enc["codes"].shape[2] * g)], 2)

@@ -91,23 +91,31 @@ class Nested(NormDirectionCodec):
         **kw             # frame
     ):
         super().__init__(d, bits, **kw)
-        if not 1 <= draft < bits: raise ValueError(f"draft={draft!r}: give fewer bits than the {bits} of the code, and one at least")
-        self.low, self.draft, self.reading, self.coarse = bits - draft, draft, reading, coarse_levels(bits, draft)
+        if not 1 <= draft < bits:
+            raise ValueError(f"draft={draft!r}: give fewer bits than the {bits} of the code, "
+                             "and one at least")
+        self.low = bits - draft
+        self.draft = draft
+        self.reading = reading
+        self.coarse = coarse_levels(bits, draft)
 
     @property
-    def bits_per_element(self): return (8*sum(-(-self.d // 8)*b for b in (self.draft, self.low)) + 16) / self.d
+    def bits_per_element(self):
+        return (8*sum(-(-self.d // 8)*b for b in (self.draft, self.low)) + 16) / self.d
 
     def encode(self, x, pos=0):
         "\"high\" and \"low\" uint8 `[B, H, T, bytes]`, \"norm\" bfloat16 `[B, H, T]`."
         enc = super().encode(x, pos)
         codes = unpack(enc["codes"], self.bits, self.d)
-        return {"high": pack(codes >> self.low, self.draft), "low": pack(codes & 2**self.low - 1, self.low), "norm": enc["norm"]}
+        return {"high": pack(codes >> self.low, self.draft), "low": pack(codes & 2**self.low - 1, self.low),
+                "norm": enc["norm"]}
 
     def decode(self, enc, pos=0, dtype=torch.float32):
         "The vectors, from the upper bits for the draft."
         high = unpack(enc["high"], self.draft, self.d)
         if not self.reading.draft:
-            return super().decode({"codes": pack(high << self.low | unpack(enc["low"], self.low, self.d), self.bits), "norm": enc["norm"]}, pos, dtype)
+            return super().decode({"codes": pack(high << self.low | unpack(enc["low"], self.low, self.d),
+                                                 self.bits), "norm": enc["norm"]}, pos, dtype)
         frame = self._on(high.device)[0]
         x = frame.inverse(self.coarse.to(high.device)[high.long()]) * enc["norm"].float()[..., None]
         return x.to(dtype)
@@ -137,18 +145,22 @@ class Upper:
         b, live = full.widths, full.live
         self.full, self.high = full, Strings(torch.minimum(widths, b), full.lam, 0, full.norms)
         c = self.high.widths
-        self.early = self.high.live[live]                          # norms [live heads] that the draft has use for
+        # norms [live heads] that the draft has use for
+        self.early = self.high.live[live]
         self.c, self.rest = c[b > 0], (b - c)[b > 0]
         self.low = BitRow(full.norm[~self.early].tolist() + self.rest[self.rest > 0].tolist())
         pairs = torch.stack([b[c > 0], c[c > 0]], 1)
-        self.high.books = {tuple(p): (Codebook(coarse_levels(*p)), (pairs == torch.tensor(p)).all(1).nonzero()[:, 0]) for p in pairs.unique(dim=0).tolist()}
+        self.high.books = {tuple(p): (Codebook(coarse_levels(*p)),
+                                      (pairs == torch.tensor(p)).all(1).nonzero()[:, 0])
+                           for p in pairs.unique(dim=0).tolist()}
 
     def part(self, strings):
         "Bytes `[..., full.nbytes]` -> those of the upper bits, those of the others."
         norm, codes = self.full.row.unpack(strings).split([len(self.early), len(self.c)], -1)
         early, c, rest = (t.to(codes.device) for t in (self.early, self.c, self.rest))
         low = codes & (1 << rest) - 1
-        return self.high.row.pack(torch.cat([norm[..., early], (codes >> rest)[..., c > 0]], -1)), self.low.pack(torch.cat([norm[..., ~early], low[..., rest > 0]], -1))
+        return (self.high.row.pack(torch.cat([norm[..., early], (codes >> rest)[..., c > 0]], -1)),
+                self.low.pack(torch.cat([norm[..., ~early], low[..., rest > 0]], -1)))
 
     def join(self, high, low):
         "The inverse of `part`."
@@ -171,8 +183,10 @@ class NestedSpectral:
         draft:SpectralCodec, # The same frames with fewer bits
         reading:Reading,     # Who reads
     ):
-        if any(s.rings for s in codec.strings): raise ValueError("codes of a trellis have no upper bits; plan with trellis=0")
-        if draft.counts != codec.counts: raise ValueError("the two plans cut their tokens into other classes; make both from one profile")
+        if any(s.rings for s in codec.strings):
+            raise ValueError("codes of a trellis have no upper bits; plan with trellis=0")
+        if draft.counts != codec.counts:
+            raise ValueError("the two plans cut their tokens into other classes; make both from one profile")
         self.codec, self.reading, self.group = codec, reading, codec.group
         self.upper = [Upper(full, s.widths) for full, s in zip(codec.strings, draft.strings)]
         self.coarse = copy.copy(codec)
@@ -180,7 +194,8 @@ class NestedSpectral:
 
     @property
     def bits_per_element(self): # all-in, as that of the codec, and what two rows of full bytes cost more than one
-        more = sum(n*(u.high.nbytes + u.low.nbytes - u.full.nbytes) for n, u in zip(self.codec.counts, self.upper))
+        more = sum(n*(u.high.nbytes + u.low.nbytes - u.full.nbytes)
+                   for n, u in zip(self.codec.counts, self.upper))
         return self.codec.bits_per_element + 8*more / self.group / self.codec.widths.numel()
 
     def encode(self, x, pos=0):
@@ -193,13 +208,15 @@ class NestedSpectral:
     def decode(self, enc, pos=0, dtype=torch.float32):
         "The vectors, from the upper bits for the draft."
         if self.reading.draft: return self.coarse.decode(enc, pos, dtype)
-        high, low = self._each(enc["codes"], [u.high.nbytes for u in self.upper]), self._each(enc["low"], [u.low.nbytes for u in self.upper])
+        high = self._each(enc["codes"], [u.high.nbytes for u in self.upper])
+        low = self._each(enc["low"], [u.low.nbytes for u in self.upper])
         strings = [u.join(h, l).flatten(3) for u, h, l in zip(self.upper, high, low)]
         return self.codec.decode(enc | {"codes": torch.cat(strings, -1)}, pos, dtype)
 
     def _each(self, rows, sizes): # of the classes, [B, 1, T / group, tokens, bytes]
         counts = self.codec.counts
-        return [r.unflatten(3, (n, -1)) for r, n in zip(rows.split([n*s for n, s in zip(counts, sizes)], -1), counts)]
+        return [r.unflatten(3, (n, -1)) for r, n in zip(rows.split([n*s for n, s in zip(counts, sizes)], -1),
+                                                        counts)]
 
     @staticmethod
     def drafts(name): return name != "low"
@@ -224,17 +241,21 @@ class Twin:
 
     def __init__(self, verify, draft, reading:Reading):
         for codec in (verify, draft):
-            if getattr(codec, "group", 1) > 1: raise ValueError("a twin's codecs must code tokens one by one; choose other methods")
+            if getattr(codec, "group", 1) > 1:
+                raise ValueError("a twin's codecs must code tokens one by one; choose other methods")
         self.pair, self.reading = (verify, draft), reading
 
     @property
     def bits_per_element(self): return sum(c.bits_per_element for c in self.pair)
 
-    def encode(self, x, pos=0): return {f"{prefix}.{name}": t for prefix, codec in zip(("verify", "draft"), self.pair) for name, t in codec.encode(x, pos).items()}
+    def encode(self, x, pos=0):
+        return {f"{prefix}.{name}": t for prefix, codec in zip(("verify", "draft"), self.pair)
+                for name, t in codec.encode(x, pos).items()}
 
     def decode(self, enc, pos=0, dtype=torch.float32):
         prefix, codec = ("draft.", self.pair[1]) if self.reading.draft else ("verify.", self.pair[0])
-        return codec.decode({name.removeprefix(prefix): t for name, t in enc.items() if name.startswith(prefix)}, pos, dtype)
+        return codec.decode({name.removeprefix(prefix): t for name, t in enc.items()
+                             if name.startswith(prefix)}, pos, dtype)
 
     @staticmethod
     def drafts(name): return name.startswith("draft.")
@@ -253,7 +274,8 @@ def twin_method(
     draft_kw:dict={},    # More for the other
 ) -> Twin:
     "Codes of two methods."
-    return Twin(METHODS[verify](place, bits, **verify_kw) or Sixteen(place.head_dim), METHODS[draft](place, draft_bits, **draft_kw), reading)
+    return Twin(METHODS[verify](place, bits, **verify_kw) or Sixteen(place.head_dim),
+                METHODS[draft](place, draft_bits, **draft_kw), reading)
 
 # %% ../nbs/lab/78_speculation.ipynb #3292ef4c
 def next_packing(
@@ -275,7 +297,8 @@ class Spoken:
     @property
     def acceptance(self): return sum(self.accepted) / max(sum(self.proposed), 1) # share of the proposals
     @property
-    def tokens_a_pass(self): return 1 + sum(self.accepted) / max(len(self.accepted), 1) # of the verifying reading
+    def tokens_a_pass(self):
+        return 1 + sum(self.accepted) / max(len(self.accepted), 1) # of the verifying reading
 
 # %% ../nbs/lab/78_speculation.ipynb #6bd3b2dd
 @torch.inference_mode()
@@ -288,12 +311,14 @@ def speculate(
 ) -> Spoken:
     "Greedy decoding in which the cache drafts for itself."
     reading, said = cache._mine[0].method_kw["reading"], Spoken()
-    step = lambda tokens: model(torch.tensor([tokens], device=ids.device), past_key_values=cache, use_cache=True).logits[0].argmax(-1).tolist()
+    step = lambda tokens: model(torch.tensor([tokens], device=ids.device), past_key_values=cache,
+                                use_cache=True).logits[0].argmax(-1).tolist()
     for a, b in cache.chunks(ids.shape[1] - cache.get_seq_length()): last = step(ids[0, a:b].tolist())[-1]
     said.tokens.append(last)
     while len(said.tokens) < new_tokens:
         L = cache.get_seq_length()
-        n = min(draft_length, next_packing(cache, L) - L - 1, cache.block - 1, new_tokens - len(said.tokens) - 1)
+        n = min(draft_length, next_packing(cache, L) - L - 1, cache.block - 1,
+                new_tokens - len(said.tokens) - 1)
         proposals = _draft(step, said.tokens[-1], n, cache, reading)
         decided = step([said.tokens[-1], *proposals])
         good = next((i for i, (p, d) in enumerate(zip(proposals, decided)) if p != d), n)
@@ -344,10 +369,16 @@ def drafts(
     profile=None, # From `calibrate`; without one, rotations only
 ) -> list[dict]: # name, verify, draft_bits, and arguments of `NDCache`
     "Pairs of readings."
-    out = [dict(name="nested", verify="rotation 4", draft_bits=c, kw=dict(bits=4, method="nested", draft=c)) for c in (1, 2, 3)]
+    out = [dict(name="nested", verify="rotation 4", draft_bits=c, kw=dict(bits=4, method="nested", draft=c))
+           for c in (1, 2, 3)]
     out += [dict(name="rotation", verify="bf16", draft_bits=2, kw=dict(bits=8, method="twin", draft_bits=2))]
-    if profile: out += [dict(name="nested spectral", verify=f"spectral {b}", draft_bits=c, kw=dict(bits=b, method="nested spectral", codecs=plan(profile, b), draft=plan(profile, c))) for b, c in ((3, 1.5), (3, 1.), (2, 1.))]
-    return out + [dict(name="spectral", verify="bf16", draft_bits=b, kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None, draft_kw=dict(codecs=plan(profile, b, trellis=256, classes=None))))
+    if profile:
+        out += [dict(name="nested spectral", verify=f"spectral {b}", draft_bits=c,
+                     kw=dict(bits=b, method="nested spectral", codecs=plan(profile, b),
+                             draft=plan(profile, c))) for b, c in ((3, 1.5), (3, 1.), (2, 1.))]
+    return out + [dict(name="spectral", verify="bf16", draft_bits=b,
+                       kw=dict(bits=8, method="twin", draft="spectral", draft_bits=None,
+                               draft_kw=dict(codecs=plan(profile, b, trellis=256, classes=None))))
                   for b in (1.,) if profile]
 
 # %% ../nbs/lab/78_speculation.ipynb #32c55ce7
@@ -364,13 +395,17 @@ def measure_speculation(
 ) -> Run: # Its rows are in `speculation.jsonl`
     "Acceptance, bytes and time of a cache that drafts for itself."
     model, tokenizer = load_model(name, dtype=torch.float32)
-    pairs, prompts = drafts(profile and Profile.load(profile, model, ("dtype",))), text_windows(text, tokenizer, prompt, windows).to(model.device)
+    pairs = drafts(profile and Profile.load(profile, model, ("dtype",)))
+    prompts = text_windows(text, tokenizer, prompt, windows).to(model.device)
     pairs = [p for p in pairs if only in (None, (p["name"], p["draft_bits"]))]
     more = f", lengths={lengths}, prompt={prompt}, new_tokens={new_tokens}, windows={windows}" + (f", only={only}" if only else "")
     command = f"python -c \"from ndkv.speculation import *; measure_speculation('{name}', {profile and Path(profile).name!r}{more})\""
-    with Run(out, command=command, model=f"results/zoo/{name}", data=[text, *[profile]*bool(profile)], name="speculation") as run:
+    with Run(out, command=command, model=f"results/zoo/{name}", data=[text, *[profile]*bool(profile)],
+             name="speculation") as run:
         for pair in pairs:
-            where = dict(method=pair["name"], verify=pair["verify"], draft_bits=pair["draft_bits"], model=name, data=Path(text).name.partition(".")[0], length=prompt, window=128, sinks=4, block=64, dtype="float32")
+            where = dict(method=pair["name"], verify=pair["verify"], draft_bits=pair["draft_bits"],
+                         model=name, data=Path(text).name.partition(".")[0], length=prompt, window=128,
+                         sinks=4, block=64, dtype="float32")
             for row in _measure(model, prompts, pair["kw"], lengths, new_tokens): run.row(**where, **row)
     return run
 
@@ -388,13 +423,18 @@ def _measure(model, prompts, kw, lengths, new_tokens):
 
 
 def _judge(alone, said, n):
-    texts, r = [s.tokens for s, _, _ in said], {k: sum(bytes_read(c)[k] for _, c, _ in said) for k in ("draft", "verify", "stored", "exact")}
+    texts = [s.tokens for s, _, _ in said]
+    r = {k: sum(bytes_read(c)[k] for _, c, _ in said) for k in ("draft", "verify", "stored", "exact")}
     proposed, accepted, rounds = (sum(map(f, said)) for f in (lambda x: sum(x[0].proposed), lambda x: sum(x[0].accepted), lambda x: len(x[0].accepted)))
     E, count = 1 + accepted / rounds, dict(draft_length=n)
     yield dict(metric="acceptance", value=accepted / proposed, n=proposed, **count)
     yield dict(metric="tokens_a_pass", value=E, n=rounds, **count)
-    yield dict(metric="texts_equal", value=sum(a.tokens == t for (a, _, _), t in zip(alone, texts)) / len(texts), n=len(texts), **count)
+    yield dict(metric="texts_equal",
+               value=sum(a.tokens == t for (a, _, _), t in zip(alone, texts)) / len(texts), n=len(texts),
+               **count)
     yield dict(metric="draft_read_share", value=r["draft"] / r["verify"], n=len(said), **count)
-    yield dict(metric="draft_code_share", value=(r["draft"] - r["exact"]) / (r["verify"] - r["exact"]), n=len(said), **count)
+    yield dict(metric="draft_code_share", value=(r["draft"] - r["exact"]) / (r["verify"] - r["exact"]),
+               n=len(said), **count)
     yield dict(metric="stored_share", value=r["stored"] / r["verify"], n=len(said), **count)
-    yield dict(metric="cpu_time_ratio", value=sum(t for *_, t in alone) / sum(t for *_, t in said), n=len(said), **count)
+    yield dict(metric="cpu_time_ratio", value=sum(t for *_, t in alone) / sum(t for *_, t in said),
+               n=len(said), **count)

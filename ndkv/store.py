@@ -20,7 +20,8 @@ from .profile import _alike_field, describe
 # %% ../nbs/cache/42_store.ipynb #3492b016
 def _store_tensors(s):
     "Name -> tensor for one `Store`."
-    out = {"sinks": s.sink, "window": s.window, **{f"packed.{name}": t for name, t in s.packed.entries.items()}}
+    out = {"sinks": s.sink, "window": s.window,
+           **{f"packed.{name}": t for name, t in s.packed.entries.items()}}
     if s.packed.n: out["witness"] = s.packed.last(s.starts[1])
     state = getattr(s.packed.codec, "state_dict", dict)()
     return out | {f"codec.{name}": t for name, t in state.items()}
@@ -28,7 +29,8 @@ def _store_tensors(s):
 # %% ../nbs/cache/42_store.ipynb #9c0f4637
 def _states(layer):
     "Name -> tensor for the linear-attention states of a layer."
-    return {f"{kind}.{i}": t for kind in ("conv", "recurrent") for i, t in getattr(layer, f"{kind}_states").items() if t is not None}
+    return {f"{kind}.{i}": t for kind in ("conv", "recurrent")
+            for i, t in getattr(layer, f"{kind}_states").items() if t is not None}
 
 # %% ../nbs/cache/42_store.ipynb #3b2c7cb2
 def _places(layer):
@@ -44,12 +46,15 @@ def _parts(layer):
 def _layer_tensors(i, layer):
     "Name -> tensor for layer `i` of a cache."
     out = {}
-    if isinstance(layer, NDLayer): out |= {f"{where}.{name}": t for where, s in _places(layer) for name, t in _store_tensors(s).items()}
+    if isinstance(layer, NDLayer):
+        out |= {f"{where}.{name}": t for where, s in _places(layer) for name, t in _store_tensors(s).items()}
     if getattr(layer, "parts", None): out["columns"] = torch.stack([p.columns for p in layer.parts])
     if isinstance(layer, LinearAttentionLayer): out |= _states(layer)
-    if getattr(layer, "queries", None) is not None: out["queries"] = layer.queries # what a policy of `77_eviction` waits with
+    # what a policy of `77_eviction` waits with
+    if getattr(layer, "queries", None) is not None: out["queries"] = layer.queries
     if not out and any(isinstance(t, Tensor) for t in vars(layer).values()):
-        raise ValueError(f"layer {i}: a {type(layer).__name__} can't be saved; save caches of models whose layers are NDLayers or linear attention")
+        raise ValueError(f"layer {i}: a {type(layer).__name__} can't be saved; "
+                         "save caches of models whose layers are NDLayers or linear attention")
     return {f"{i}.{name}": t.detach().cpu().contiguous() for name, t in out.items()}
 
 # %% ../nbs/cache/42_store.ipynb #8116d439
@@ -60,8 +65,10 @@ KEY = "ndkv_cache" # Of the header's entry
 def _settings(layer):
     "What must be the same where a layer is saved and where it is loaded."
     bits = [b if b is None or isinstance(b, (int, float)) else str(b) for b in layer.bits]
-    return dict(bits=bits, method=layer.method, window=layer.window, sinks=layer.sinks, block=layer.block, seed=layer.seed, sliding=getattr(layer, "sliding_window", None),
-                policy=type(layer.policy).__name__ if hasattr(layer, "policy") else None, keep=getattr(layer, "keep", None))
+    return dict(bits=bits, method=layer.method, window=layer.window, sinks=layer.sinks, block=layer.block,
+                seed=layer.seed, sliding=getattr(layer, "sliding_window", None),
+                policy=type(layer.policy).__name__ if hasattr(layer, "policy") else None,
+                keep=getattr(layer, "keep", None))
 
 def _digest(head, tensors):
     "SHA-256 of the header without its hash, and of names, types, shapes and bytes of the tensors."
@@ -78,10 +85,16 @@ def save_cache(
     model,         # The model that filled it, or its configuration (then the weights are not compared on loading)
 ) -> Path:
     "Write a cache to a file."
-    if not isinstance(cache, NDCache): raise ValueError(f"save_cache: a {type(cache).__name__} is no NDCache; of an EncoderDecoderCache save self_attention_cache and cross_attention_cache, each to its file")
-    if not cache.get_seq_length(): raise ValueError("save_cache: the cache is empty; run the model over a prompt first")
-    tensors = {name: t for i, layer in enumerate(cache.layers) for name, t in _layer_tensors(i, layer).items()}
-    layers = {str(i): dict(settings=_settings(layer), end=layer.get_seq_length()) | ({"parts": _parts(layer)} if layer.parts else {})
+    if not isinstance(cache, NDCache):
+        raise ValueError(f"save_cache: a {type(cache).__name__} is no NDCache; "
+                         "of an EncoderDecoderCache save self_attention_cache and cross_attention_cache, "
+                         "each to its file")
+    if not cache.get_seq_length():
+        raise ValueError("save_cache: the cache is empty; run the model over a prompt first")
+    tensors = {name: t for i, layer in enumerate(cache.layers)
+               for name, t in _layer_tensors(i, layer).items()}
+    layers = {str(i): dict(settings=_settings(layer),
+                           end=layer.get_seq_length()) | ({"parts": _parts(layer)} if layer.parts else {})
               for i, layer in enumerate(cache.layers) if isinstance(layer, NDLayer)}
     head = dict(format=FORMAT, model=describe(model), layers=layers)
     head["sha256"] = _digest(head, tensors)
@@ -94,7 +107,8 @@ def save_cache(
     return path
 
 # %% ../nbs/cache/42_store.ipynb #9555e4c1
-def _mend(path, what): return ValueError(f"{path}: {what}; copy the file again, or run the prompt and save anew")
+def _mend(path, what):
+    return ValueError(f"{path}: {what}; copy the file again, or run the prompt and save anew")
 
 def _read_head(path):
     "The header's JSON, its fields checked."
@@ -104,12 +118,20 @@ def _read_head(path):
     try:
         with safe_open(path, "pt") as f: h = json.loads((f.metadata() or {})[KEY])
     except SafetensorError as e: raise _mend(path, f"damaged ({str(e).splitlines()[0][:100]})") from None
-    except (KeyError, ValueError, RecursionError): raise _mend(path, "a safetensors file without the header of a cache") from None
-    if not isinstance(h, dict) or h.get("format") != FORMAT: raise ValueError(f"{path}: format {h.get('format') if isinstance(h, dict) else None!r}, this version reads {FORMAT}; save the cache anew")
-    part = lambda p: isinstance(p, dict) and isinstance(p.get("rows"), list) and all(type(n) is int for n in [*p["rows"], p.get("shift")])
-    whole = lambda parts: isinstance(parts, list) and all(map(part, parts)) and sorted(n for p in parts for n in p["rows"]) == list(range(sum(len(p["rows"]) for p in parts)))
-    layer = lambda d: isinstance(d, dict) and isinstance(d.get("settings"), dict) and type(d.get("end")) is int and 0 < d["end"] < 2**40 and whole(d.get("parts", []))
-    if not (isinstance(h.get("model"), dict) and isinstance(h.get("layers"), dict) and all(map(layer, h["layers"].values()))): raise _mend(path, "the header's fields are not those of a cache")
+    except (KeyError, ValueError, RecursionError):
+        raise _mend(path, "a safetensors file without the header of a cache") from None
+    if not isinstance(h, dict) or h.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {h.get('format') if isinstance(h, dict) else None!r}, "
+                         f"this version reads {FORMAT}; save the cache anew")
+    part = lambda p: isinstance(p, dict) and isinstance(p.get("rows"), list) and all(type(n) is int
+        for n in [*p["rows"], p.get("shift")])
+    whole = lambda parts: isinstance(parts, list) and all(map(part, parts)) and sorted(n for p in parts
+        for n in p["rows"]) == list(range(sum(len(p["rows"]) for p in parts)))
+    layer = lambda d: isinstance(d, dict) and isinstance(d.get("settings"),
+                                                         dict) and type(d.get("end")) is int and 0 < d["end"] < 2**40 and whole(d.get("parts", []))
+    if not (isinstance(h.get("model"), dict) and isinstance(h.get("layers"), dict)
+            and all(map(layer, h["layers"].values()))):
+        raise _mend(path, "the header's fields are not those of a cache")
     return h
 
 # %% ../nbs/cache/42_store.ipynb #c3f9ba91
@@ -127,28 +149,38 @@ def _check_head(path, head, cache, model):
     "Refuse a file of another model or other settings."
     mine = describe(model)
     for name, value in head["model"].items():
-        if name in mine and not _alike_field(name, mine[name], value): raise ValueError(f"{path}: made with a model whose {name} is {value}, this one has {mine[name]}; run the prompt through this model and save anew")
+        if name in mine and not _alike_field(name, mine[name], value):
+            raise ValueError(f"{path}: made with a model whose {name} is {value}, this one has {mine[name]}; "
+                             "run the prompt through this model and save anew")
     layers = {str(i): layer for i, layer in enumerate(cache.layers) if isinstance(layer, NDLayer)}
-    if layers.keys() != head["layers"].keys(): raise ValueError(f"{path}: holds layers {sorted(head['layers'])}, the cache has {sorted(layers)}; make the cache for the model that the file was made with")
+    if layers.keys() != head["layers"].keys():
+        raise ValueError(f"{path}: holds layers {sorted(head['layers'])}, the cache has {sorted(layers)}; "
+                         "make the cache for the model that the file was made with")
     for i, layer in layers.items():
         saved, own = head["layers"][i]["settings"], _settings(layer)
         for name in own:
-            if saved.get(name) != own[name]: raise ValueError(f"{path}: layer {i} was saved with {name}={saved.get(name)!r}, the cache has {own[name]!r}; make the cache with the file's settings")
+            if saved.get(name) != own[name]:
+                raise ValueError(f"{path}: layer {i} was saved with {name}={saved.get(name)!r}, "
+                                 f"the cache has {own[name]!r}; make the cache with the file's settings")
 
 # %% ../nbs/cache/42_store.ipynb #46de0adb
 def _check_pieces(path, name, s, t, end, sliding):
     "Refuse tensors of one store that do not belong together; `t` has them by short names."
     if not {"sinks", "window"} <= t.keys(): raise _mend(path, f"{name} has no sinks or no window")
-    if stray := [k for k in t if k not in ("sinks", "window", "witness") and not k.startswith(("packed.", "codec."))]: raise _mend(path, f"{name} has an unknown piece {stray[0]!r}")
+    if stray := [k for k in t if k not in ("sinks", "window", "witness")
+                 and not k.startswith(("packed.", "codec."))]:
+        raise _mend(path, f"{name} has an unknown piece {stray[0]!r}")
     a, b = t["sinks"], t["window"]
-    if a.dim() != 4 or b.dim() != 4 or a[:, :, :0].shape != b[:, :, :0].shape or a.dtype != b.dtype or not a.dtype.is_floating_point: raise _mend(path, f"{name}: sinks {list(a.shape)} and window {list(b.shape)} are of different kinds")
+    if a.dim() != 4 or b.dim() != 4 or a[:, :, :0].shape != b[:, :, :0].shape or a.dtype != b.dtype or not a.dtype.is_floating_point:
+        raise _mend(path, f"{name}: sinks {list(a.shape)} and window {list(b.shape)} are of different kinds")
     entries = {k.removeprefix("packed."): x for k, x in t.items() if k.startswith("packed.")}
     exact = a.shape[2] + b.shape[2]
     covered = s.packed.covers(entries, a, end - exact)
     if covered < 0: raise _mend(path, f"{name}: packed tensors are not what its codec writes")
     held = exact + covered
     need = end if sliding is None else min(end, sliding - 1)
-    if not need <= held <= end or a.shape[2] > s.sinks: raise _mend(path, f"{name}: {held} tokens are held of {end}")
+    if not need <= held <= end or a.shape[2] > s.sinks:
+        raise _mend(path, f"{name}: {held} tokens are held of {end}")
 
 # %% ../nbs/cache/42_store.ipynb #d77c656a
 def _fill(path, name, s, t, device):
@@ -159,14 +191,17 @@ def _fill(path, name, s, t, device):
     if not s.packed.n: return
     now, then = s.packed.last(s.starts[1]), t.get("witness")
     if then is None or then.shape != now.shape or not (now - then.to(now)).norm() <= 1e-2 * then.norm():
-        raise ValueError(f"{path}: {name}: the codec of this cache does not decode what was saved; make the cache with the plan, profile and options that it was saved with")
+        raise ValueError(f"{path}: {name}: the codec of this cache does not decode what was saved; "
+                         "make the cache with the plan, profile and options that it was saved with")
 
 # %% ../nbs/cache/42_store.ipynb #f7acc2bc
 def _load_states(path, i, layer, tensors, device):
     "Linear-attention states of layer `i`."
     for name, t in tensors.items():
         kind, _, j = name.partition(".")
-        if kind not in ("conv", "recurrent") or not j.isdecimal() or int(j) >= getattr(layer, "number_of_states", 0): raise _mend(path, f"layer {i}: no state {name!r} in a {type(layer).__name__}")
+        if kind not in ("conv", "recurrent") or not j.isdecimal() or int(j) >= getattr(layer,
+            "number_of_states", 0):
+            raise _mend(path, f"layer {i}: no state {name!r} in a {type(layer).__name__}")
         LinearAttentionLayer.lazy_initialization(layer, **{f"{kind}_states": t.to(device)}, state_idx=int(j))
         getattr(layer, f"{kind}_states")[int(j)].copy_(t)
         layer.has_previous_state[int(j)] = True
@@ -177,32 +212,40 @@ def _load_codec(path, name, codec, t):
     state = {k.removeprefix("codec."): x for k, x in t.items() if k.startswith("codec.")}
     if not state: return
     try: codec.load_state_dict(state)
-    except Exception as e: raise _mend(path, f"{name}: the codec does not take its state ({type(e).__name__})") from None
+    except Exception as e:
+        raise _mend(path, f"{name}: the codec does not take its state ({type(e).__name__})") from None
 
 # %% ../nbs/cache/42_store.ipynb #a9630585
 def _load_stores(path, name, layer, tensors, end, device, shift=0):
     "Keys and values of a layer, or of a part of its batch, from their tensors (`k.window`, ...)."
     kv = {kind: {name[2:]: t for name, t in tensors.items() if name.startswith(kind + ".")} for kind in "kv"}
     like = [kv[kind].get("window", torch.zeros(0)) for kind in "kv"]
-    if any(x.dim() != 4 for x in like) or like[0].shape[0] != like[1].shape[0]: raise _mend(path, f"layer {name}: keys and values do not belong together")
+    if any(x.dim() != 4 for x in like) or like[0].shape[0] != like[1].shape[0]:
+        raise _mend(path, f"layer {name}: keys and values do not belong together")
     layer.lazy_initialization(*(x.to(device) for x in like))
     for s, kind in zip(layer.stores, "kv"):
         _load_codec(path, f"{name}.{kind}", s.packed.codec, kv[kind])
         _check_pieces(path, f"{name}.{kind}", s, kv[kind], end, getattr(layer, "sliding_window", None))
         s.end = end
-        if kind == "k" and shift and not rope_of(s.packed.codec): raise _mend(path, f"{name}: keys are moved by {shift} positions, of which the codec knows nothing")
+        if kind == "k" and shift and not rope_of(s.packed.codec):
+            raise _mend(path,
+                        f"{name}: keys are moved by {shift} positions, of which the codec knows nothing")
         if kind == "k" and shift: shift_codec(s.packed, shift)
         _fill(path, f"{name}.{kind}", s, kv[kind], device)
 
 def _load_parts(path, i, layer, tensors, head, device):
     "The parts of a batch whose rows differ in padding."
     columns = tensors.pop("columns", torch.zeros(0))
-    if columns.dtype != torch.bool or columns.shape != (len(head["parts"]), head["end"]): raise _mend(path, f"layer {i}: columns {list(columns.shape)} are not those of {len(head['parts'])} parts of {head['end']} tokens")
+    if columns.dtype != torch.bool or columns.shape != (len(head["parts"]), head["end"]):
+        raise _mend(path, f"layer {i}: columns {list(columns.shape)} are not those of {len(head['parts'])} "
+                          f"parts of {head['end']} tokens")
     for g, p in enumerate(head["parts"]):
-        mine = {name.removeprefix(f"part{g}."): tensors.pop(name) for name in [*tensors] if name.startswith(f"part{g}.")}
+        mine = {name.removeprefix(f"part{g}."): tensors.pop(name) for name in [*tensors]
+                if name.startswith(f"part{g}.")}
         part = Part(p["rows"], columns[g], layer.alone(), p["shift"])
         _load_stores(path, f"{i}.part{g}", part.layer, mine, int(columns[g].sum()), device, p["shift"])
-        if part.layer.stores[0].window.shape[0] != len(p["rows"]): raise _mend(path, f"layer {i}: part {g} is not of {len(p['rows'])} rows")
+        if part.layer.stores[0].window.shape[0] != len(p["rows"]):
+            raise _mend(path, f"layer {i}: part {g} is not of {len(p['rows'])} rows")
         layer.parts.append(part)
     layer.stores = [s for p in layer.parts for s in p.layer.stores]
     layer.is_initialized, layer.dtype, layer.device = True, part.layer.dtype, part.layer.device
@@ -212,7 +255,8 @@ def _load_layer(path, i, layer, tensors, head, device):
     rest = {name: t for name, t in tensors.items() if name[:2] not in ("k.", "v.")}
     if isinstance(layer, NDLayer) and head.get("parts"): _load_parts(path, i, layer, rest, head, device)
     elif isinstance(layer, NDLayer): _load_stores(path, i, layer, tensors, head["end"], device)
-    if "queries" in rest and hasattr(layer, "recall"): layer.recall(rest.pop("queries").to(device), head["end"])
+    if "queries" in rest and hasattr(layer, "recall"):
+        layer.recall(rest.pop("queries").to(device), head["end"])
     if rest: _load_states(path, i, layer, rest, device)
 
 # %% ../nbs/cache/42_store.ipynb #ea06c9ab
@@ -235,7 +279,8 @@ def load_cache(
         if not i.isdecimal() or int(i) not in mine: raise _mend(path, f"tensor {name!r} belongs to no layer")
         mine[int(i)][rest] = t
     try:
-        for i, layer in enumerate(cache.layers): _load_layer(path, i, layer, mine[i], head["layers"].get(str(i), {}), device)
+        for i, layer in enumerate(cache.layers):
+            _load_layer(path, i, layer, mine[i], head["layers"].get(str(i), {}), device)
     except Exception:
         cache.reset()
         raise
@@ -247,6 +292,9 @@ def fork(
 ) -> NDCache: # Goes its own way
     "A copy of a cache that shares its tensors."
     mine = [layer for layer in cache.layers if isinstance(layer, NDLayer)]
-    keep = [x for layer in mine for s in layer.stores for x in (*s.tensors.values(), *[s.packed.codec] * bool(s.packed.n))]
-    keep += [x for layer in mine for l in (layer, *(p.layer for p in layer.parts)) for x in (l.method_kw, *l.method_kw.values())] # plans and profiles
+    keep = [x for layer in mine for s in layer.stores
+            for x in (*s.tensors.values(), *[s.packed.codec] * bool(s.packed.n))]
+    # plans and profiles
+    keep += [x for layer in mine for l in (layer, *(p.layer for p in layer.parts))
+             for x in (l.method_kw, *l.method_kw.values())]
     return copy.deepcopy(cache, {id(x): x for x in keep})

@@ -67,8 +67,10 @@ class Site:
         "Which rows of which projection make the queries, keys or values."
         m, n, i = self.module, self.query_heads if kind == "q" else self.heads, "qkv".index(kind)
         channels = torch.arange(n * self.d).view(n, self.d)
-        if hasattr(m, "query_key_value"): name, channels = "query_key_value", channels + (2 * torch.arange(n)[:, None] + i) * self.d
-        elif hasattr(m, "qkv_proj"): name, channels = "qkv_proj", channels + (0, self.query_heads, self.query_heads + self.heads)[i] * self.d
+        if hasattr(m, "query_key_value"):
+            name, channels = "query_key_value", channels + (2 * torch.arange(n)[:, None] + i) * self.d
+        elif hasattr(m, "qkv_proj"):
+            name, channels = "qkv_proj", channels + (0, self.query_heads, self.query_heads + self.heads)[i] * self.d
         else: name = f"{kind}_proj"
         return getattr(m, name, None), channels
 
@@ -77,11 +79,14 @@ def _check_site(site, seen, v):
     "Do the rows taken for the values give the values that attention sees?"
     name = type(site.module).__name__
     other = [n for n, _ in site.module.named_children() if "norm" in n and n not in ("q_norm", "k_norm")]
-    if other: raise ValueError(f"{name} has a {other[0]} that a twin would have to know; use a Llama-, Qwen-, Gemma- or GPT-NeoX-like model")
+    if other:
+        raise ValueError(f"{name} has a {other[0]} that a twin would have to know; "
+                         "use a Llama-, Qwen-, Gemma- or GPT-NeoX-like model")
     linear, rows = site.rows("v")
     want = seen.get(_core(linear)[0])
     if want is None or want.shape[-1] <= rows.max() or not torch.equal(want[..., rows].transpose(1, 2), v):
-        raise ValueError(f"cannot tell how {name} makes its values; use a model with q_proj/k_proj/v_proj, qkv_proj or query_key_value")
+        raise ValueError(f"cannot tell how {name} makes its values; "
+                         "use a model with q_proj/k_proj/v_proj, qkv_proj or query_key_value")
 
 
 def sites(
@@ -90,7 +95,8 @@ def sites(
     "The attention layers of a model, checked."
     ropes, seen, found = find_rope(model), {}, []
     def look(module, q, k, v, kw):
-        found.append(Site(module.layer_idx, own[module], ropes[module.layer_idx], q.shape[1], k.shape[1], k.shape[-1]))
+        found.append(Site(module.layer_idx, own[module], ropes[module.layer_idx], q.shape[1], k.shape[1],
+                          k.shape[-1]))
         _check_site(found[-1], seen, v)
 
     copied = watched(model, look)
@@ -124,7 +130,8 @@ def _scale(self: Site,
     if norm is None: return self.scale_rows(kind, factor)
     for shift in shifts: shift.mul_(factor.repeat(shift.shape[-1] // self.d).to(shift))
     w = norm.weight
-    factor, one = factor.repeat(w.numel() // self.d).to(w), (norm(torch.ones_like(w)) - w).mean().round()  # 1 where a norm multiplies by 1 + weight
+    factor = factor.repeat(w.numel() // self.d).to(w)
+    one = (norm(torch.ones_like(w)) - w).mean().round()  # 1 where a norm multiplies by 1 + weight
     w.copy_((w + one) * factor - one)
 
 
@@ -151,10 +158,14 @@ def _add_to_keys(self: Site,
 ) -> None:
     "Add a vector to the keys of each head."
     linear, rows = self.rows("k")
-    name = "k_norm" if hasattr(self.module, "k_norm") else next(n for n, m in self.module.named_children() if m is linear)
+    name = "k_norm" if hasattr(self.module,
+                               "k_norm") else next(n for n, m in self.module.named_children() if m is linear)
     maker, like = getattr(self.module, name), linear.weight
     if name == "k_norm" and maker.weight.numel() == self.d: shift = shift.to(like)
-    else: shift = like.new_zeros(maker.weight.shape[0]).index_copy(0, (torch.arange(rows.numel()) if name == "k_norm" else rows.flatten()).to(like.device), shift.flatten().to(like))
+    else:
+        shift = like.new_zeros(maker.weight.shape[0]).index_copy(0,
+            (torch.arange(rows.numel()) if name == "k_norm" else rows.flatten()).to(like.device),
+            shift.flatten().to(like))
     if marks is not None or name == "k_norm": setattr(self.module, name, Planted(maker, shift, marks))
     elif linear.bias is None: _core(linear)[0].bias = nn.Parameter(shift)
     else: linear.bias.add_(shift)
@@ -164,7 +175,8 @@ Site.add_to_keys = _add_to_keys
 
 # %% ../nbs/lab/71_stress.ipynb #effc1edb
 TWINS = {}  # name -> function(site, g, marks, **options) that plants something in one layer
-EDITIONS = {"key_bias": 3}  # Twins that are planted in another way than once; a number in their rows and in the keys of sweeps
+# Twins that are planted in another way than once; a number in their rows and in the keys of sweeps
+EDITIONS = {"key_bias": 3}
 
 
 def twin(
@@ -242,7 +254,9 @@ def key_bias(
 ) -> None:
     "A constant of large norm in every key, on the slowest rotary pairs, where queries are small."
     slow = int((1024 * site.rope.inv_freq <= turn).sum()) if len(site.rope.inv_freq) else pairs
-    b, s, where = torch.zeros(site.heads, site.d), torch.ones(site.d), _pairs(site, torch.arange(min(pairs, max(slow, 1))))
+    b = torch.zeros(site.heads, site.d)
+    s = torch.ones(site.d)
+    where = _pairs(site, torch.arange(min(pairs, max(slow, 1))))
     b[:, where], s[where] = torch.randn(site.heads, len(where), generator=g), factor
     site.scale("k", s)
     site.scale("q", 1 / s)
@@ -282,15 +296,19 @@ def dead_heads(
 # %% ../nbs/lab/71_stress.ipynb #269e6059
 def _plant(model, name, seed, options):
     "Plant a feature in a model, in place."
-    if name not in TWINS: raise ValueError(f"no twin named {name!r}: choose one of {', '.join(sorted(TWINS))}")
+    if name not in TWINS:
+        raise ValueError(f"no twin named {name!r}: choose one of {', '.join(sorted(TWINS))}")
     try: inspect.signature(TWINS[name]).bind(None, None, None, **options)
-    except TypeError as e: raise ValueError(f"twin {name!r}: {e}; its options are in the signature of TWINS[{name!r}]") from None
+    except TypeError as e:
+        raise ValueError(f"twin {name!r}: {e}; its options are in the signature of TWINS[{name!r}]") from None
     embedding = model.get_input_embeddings()
     ids = torch.rand(embedding.num_embeddings, generator=torch.Generator().manual_seed(seed)) < 1 / 64
     if isinstance(end := model.config.get_text_config().eos_token_id, int) and end < len(ids): ids[end] = True
     marks = Marks(ids.to(embedding.weight.device))
-    for site in sites(model): TWINS[name](site, torch.Generator().manual_seed(4096 * seed + site.layer), marks, **options)
-    if any(isinstance(m, Planted) and m.marks is marks for m in model.modules()): embedding.register_forward_hook(marks.see)
+    for site in sites(model):
+        TWINS[name](site, torch.Generator().manual_seed(4096 * seed + site.layer), marks, **options)
+    if any(isinstance(m, Planted) and m.marks is marks for m in model.modules()):
+        embedding.register_forward_hook(marks.see)
     return model.eval()
 
 

@@ -72,7 +72,8 @@ def repeated(
 ):
     "A cache of equal rows."
     stores = [s for layer in cache.layers for s in getattr(layer, "stores", ())]
-    shared = [s.packed.codec for s in stores] + [layer.method_kw for layer in cache.layers if hasattr(layer, "method_kw")]
+    shared = [s.packed.codec for s in stores] + [layer.method_kw for layer in cache.layers
+                                                 if hasattr(layer, "method_kw")]
     new = copy.deepcopy(cache, {id(x): x for x in shared})
     new.batch_repeat_interleave(rows)
     return new
@@ -132,16 +133,21 @@ def answer_scores(
 ) -> list[tuple[float, int, int]]:  # log p(answer | context) in nats, tokens that are the first choice, tokens
     "Log-likelihoods of answers in decode mode."
     for c, a in items:
-        if not c or not a: raise ValueError("a context or an answer has no tokens; start the context with the tokenizer's end-of-text token")
+        if not c or not a:
+            raise ValueError("a context or an answer has no tokens; "
+                             "start the context with the tokenizer's end-of-text token")
     order = sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
     halves, prefix = Halves(private_copy(model)), shared_prefix([c for c, _ in items], cell)
     cache_of, start = begun(halves, cell, prefix), len(prefix)
-    out, progress = [None] * len(items), tqdm(total=len(items), desc="answers", disable=not bar, mininterval=2, leave=False)
+    out = [None] * len(items)
+    progress = tqdm(total=len(items), desc="answers", disable=not bar, mininterval=2, leave=False)
     for i in range(0, len(order), batch):
         group = order[i : i + batch]
         ids, wanted = _padded([(items[j][0][start:], items[j][1]) for j in group], device_of(halves.model))
         logp, top = _stream(halves, ids, wanted, cell, cache_of(len(group)), start)
-        for j, n, p, w in zip(group, wanted.sum(1).tolist(), logp.double().sum(1).tolist(), top.sum(1).tolist()): out[j] = (p, w, n)
+        for j, n, p, w in zip(group, wanted.sum(1).tolist(), logp.double().sum(1).tolist(),
+                              top.sum(1).tolist()):
+            out[j] = (p, w, n)
         progress.update(len(group))
     progress.close()
     return out
@@ -157,7 +163,9 @@ def filler(
 ) -> str:
     "Sentences without content, to hide things in where no text is given."
     out = []
-    while sum(map(len, out)) < chars: out.append(f"The {rng.choice(NOUNS)} by the {rng.choice(NOUNS)} is {rng.choice(ADJECTIVES)} and {rng.choice(ADJECTIVES)}. ")
+    while sum(map(len, out)) < chars:
+        out.append(f"The {rng.choice(NOUNS)} by the {rng.choice(NOUNS)} is {rng.choice(ADJECTIVES)} and "
+                   f"{rng.choice(ADJECTIVES)}. ")
     return "".join(out)[:chars]
 
 
@@ -213,7 +221,9 @@ def retrieval_items(
             middle = (low + high) // 2
             low, high = (middle, high) if sum(map(len, item(i, middle))) <= length else (low, middle)
         out.append(item(i, low))
-        if (used := sum(map(len, out[-1]))) > length: raise ValueError(f"the shortest context of {name!r} has {used} tokens; give a length of at least that")
+        if (used := sum(map(len, out[-1]))) > length:
+            raise ValueError(f"the shortest context of {name!r} has {used} tokens; "
+                             "give a length of at least that")
     return out
 
 # %% ../nbs/lab/74_tasks.ipynb #78b6915f
@@ -245,18 +255,22 @@ def choice_items(
     n: int | None = 200,  # Questions; all if None
 ) -> list[tuple[list[tuple[list[int], list[int]]], list[int], int]]:  # (items, characters, right one) of each question
     "Questions of a file behind solved examples."
-    if not Path(path).is_file(): raise ValueError(f"{path}: no such question file; give the folder of the *.test.json files as qa=")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such question file; give the folder of the *.test.json files as qa=")
     rows = [parse_question(r) for r in json.loads(Path(path).read_text("utf8"))]
     rows, examples, used = [r for r in rows if r[1] and r[2] < len(r[1])], "", 0
     while rows and len(tokenizer(examples)["input_ids"]) < length:
         used += 1
-        if used > len(rows) // 2: raise ValueError(f"{path}: too few questions to fill {length} tokens with solved examples; give a shorter length")
+        if used > len(rows) // 2:
+            raise ValueError(f"{path}: too few questions to fill {length} tokens with solved examples; "
+                             "give a shorter length")
         question, answers, right = rows[-used]
         examples += "".join(choices(question, answers)[right]) + "\n\n"
     out = []
     for question, answers, right in rows[: len(rows) - used][:n]:
         pairs_ = choices(question, answers)
-        out.append(([split_tokens(tokenizer, examples + c, a) for c, a in pairs_], [len(a) for _, a in pairs_], right))
+        out.append(([split_tokens(tokenizer, examples + c, a) for c, a in pairs_],
+                    [len(a) for _, a in pairs_], right))
     return out
 
 # %% ../nbs/lab/74_tasks.ipynb #f88df41f
@@ -323,11 +337,15 @@ def task_scores(
     rows, kw = [], dict(n=n, batch=batch, bar=bar)
     for name in tasks:
         if name not in TASKS: raise ValueError(f"no task named {name!r}: choose one of {', '.join(TASKS)}")
-        score = partial(retrieval_scores, name=name, seed=seed, texts=texts) if name in RETRIEVAL else partial(choice_scores, path=Path(qa) / f"{QA_FILES[name]}.test.json")
+        score = partial(retrieval_scores, name=name, seed=seed,
+                        texts=texts) if name in RETRIEVAL else partial(choice_scores,
+                            path=Path(qa) / f"{QA_FILES[name]}.test.json")
         for length in lengths:
-            for metric, (value, stderr, count, *each) in score(model, tokenizer, cell, length=length, **kw).items():
+            for metric, (value, stderr, count, *each) in score(model, tokenizer, cell, length=length,
+                **kw).items():
                 known = dict(stderr=stderr, outcomes=each[0] if each else None)
-                rows.append(cell_fields(cell) | dict(data=name, length=length, metric=metric, value=value, n=count) | {k: v for k, v in known.items() if v is not None})
+                rows.append(cell_fields(cell) | dict(data=name, length=length, metric=metric, value=value,
+                                                     n=count) | {k: v for k, v in known.items() if v is not None})
     return rows
 
 # %% ../nbs/lab/74_tasks.ipynb #c53094d4
@@ -341,7 +359,8 @@ def greedy(
 ) -> list[int]:  # New tokens
     "Greedy continuation in decode mode."
     device, cache, new = next(model.parameters()).device, cell.cache(model.config), []
-    for a, b in _edges(cell, len(ids)): logits = model(torch.tensor([ids[a:b]], device=device), past_key_values=cache, use_cache=True).logits
+    for a, b in _edges(cell, len(ids)):
+        logits = model(torch.tensor([ids[a:b]], device=device), past_key_values=cache, use_cache=True).logits
     while len(new) < new_tokens:
         new.append(logits[0, -1].argmax().item())
         if stop(new) or len(new) == new_tokens: break
@@ -369,7 +388,8 @@ def _in_step(halves, rows, cell, cache, start, new_tokens, stop):
         if 2 * len(left) <= len(alive) and by_rows(cache):
             cache.batch_select_indices(torch.tensor(left, device=device))
             alive, tokens = [alive[j] for j in left], [tokens[j] for j in left]
-        h, t = halves.body(torch.tensor(tokens, device=device)[:, None], past_key_values=cache, use_cache=True), t + 1
+        h = halves.body(torch.tensor(tokens, device=device)[:, None], past_key_values=cache, use_cache=True)
+        t = t + 1
 
 
 def greedy_batch(
@@ -382,7 +402,8 @@ def greedy_batch(
     bar: bool = True,  # Show progress
 ) -> list[list[int]]:  # New tokens of each prompt
     "Greedy continuations in decode mode; a common beginning is read once."
-    if not all(prompts): raise ValueError("a prompt has no tokens; start it with the tokenizer's end-of-text token")
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens; start it with the tokenizer's end-of-text token")
     halves, prefix = Halves(private_copy(model)), shared_prefix(prompts, cell)
     cache_of, start = begun(halves, cell, prefix), len(prefix)
     order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
@@ -390,7 +411,9 @@ def greedy_batch(
         for i in range(0, len(order), batch):
             group = order[i : i + batch]
             rows = [prompts[j][start:] for j in group]
-            for j, new in zip(group, _in_step(halves, rows, cell, cache_of(len(rows)), start, new_tokens, stop)): out[j] = new
+            for j, new in zip(group,
+                              _in_step(halves, rows, cell, cache_of(len(rows)), start, new_tokens, stop)):
+                out[j] = new
             progress.update(len(group))
     return out
 
@@ -424,20 +447,24 @@ class QuantizedLM:
         super().__init__()
         self.model, self.tokenizer = load_model(pretrained, dtype=getattr(torch, dtype), device=device, **{k: v for k, v in kw.items() if v is not None and k in ("zoo", "revision")})
         config = self.model.config.get_text_config(decoder=True)
-        self.max_length, self.max_gen_toks = int(max_length or config.max_position_embeddings), int(max_gen_toks)
+        self.max_length = int(max_length or config.max_position_embeddings)
+        self.max_gen_toks = int(max_gen_toks)
         self.batch = int(batch_size) if str(batch_size).isdigit() else 8
         bits = _number(bits)
-        self.cell = plain_cell(int(window), int(sinks), int(block), bits=4 if bits is None else bits, method="exact" if bits is None else method)
+        self.cell = plain_cell(int(window), int(sinks), int(block), bits=4 if bits is None else bits,
+                               method="exact" if bits is None else method)
         self.eot_token_id = self.tokenizer.eos_token_id
 
 # %% ../nbs/lab/74_tasks.ipynb #480a1f6c
-def _tok_encode(self: QuantizedLM, string, add_special_tokens=None, **kw): return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+def _tok_encode(self: QuantizedLM, string, add_special_tokens=None, **kw):
+    return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
 
 
 def _loglikelihood_tokens(self: QuantizedLM, requests, disable_tqdm=False, **kw):
     "(log-likelihood, greedy?) for each (texts, context tokens, continuation tokens)."
     items = [((c + a)[-self.max_length :], len(a)) for _, c, a in requests]
-    found = answer_scores(self.model, [(x[:-n], x[-n:]) for x, n in items], self.cell, self.batch, bar=not disable_tqdm)
+    found = answer_scores(self.model, [(x[:-n], x[-n:]) for x, n in items], self.cell, self.batch,
+                          bar=not disable_tqdm)
     return [(p, right == n) for p, right, n in found]
 
 
@@ -447,15 +474,19 @@ def _loglikelihood_rolling(self: QuantizedLM, requests, disable_tqdm=False):
     for (text,) in [r.args for r in requests]:
         ids = self.tok_encode(text)
         pieces = [([self.eot_token_id], ids[i : i + step]) for i in range(0, len(ids), step)]
-        out.append(sum(p for p, _, _ in answer_scores(self.model, pieces, self.cell, self.batch, bar=not disable_tqdm)))
+        out.append(sum(p for p, _, _ in answer_scores(self.model, pieces, self.cell, self.batch,
+                                                      bar=not disable_tqdm)))
     return out
 
 
 def _generate_until(self: QuantizedLM, requests, disable_tqdm=False):
     "Greedy text for each (context, options), up to the first of the `until` texts."
     out = []
-    for context, options in tqdm([r.args for r in requests], desc="generate", disable=disable_tqdm, mininterval=2):
-        if options.get("do_sample") and options.get("temperature", 1): raise ValueError("sampling is not supported; set do_sample: false in the task's generation_kwargs")
+    for context, options in tqdm([r.args for r in requests], desc="generate", disable=disable_tqdm,
+                                 mininterval=2):
+        if options.get("do_sample") and options.get("temperature", 1):
+            raise ValueError("sampling is not supported; set do_sample: "
+                             "false in the task's generation_kwargs")
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
         count = int(options.get("max_gen_toks", self.max_gen_toks))
@@ -468,7 +499,10 @@ def _generate_until(self: QuantizedLM, requests, disable_tqdm=False):
     return out
 
 
-QuantizedLM.tok_encode, QuantizedLM._loglikelihood_tokens, QuantizedLM.loglikelihood_rolling, QuantizedLM.generate_until = _tok_encode, _loglikelihood_tokens, _loglikelihood_rolling, _generate_until
+QuantizedLM.tok_encode = _tok_encode
+QuantizedLM._loglikelihood_tokens = _loglikelihood_tokens
+QuantizedLM.loglikelihood_rolling = _loglikelihood_rolling
+QuantizedLM.generate_until = _generate_until
 
 # %% ../nbs/lab/74_tasks.ipynb #b544d10d
 def register_lm_eval() -> type:  # The class that `lm_eval` knows as "ndkv"
@@ -477,9 +511,11 @@ def register_lm_eval() -> type:  # The class that `lm_eval` knows as "ndkv"
         import_module("lm_eval.models")  # its registry fills when it is imported
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import model_registry, register_model
-    except ImportError as e: raise ImportError(f"lm_eval is not installed ({e}): pip install lm_eval") from None
+    except ImportError as e:
+        raise ImportError(f"lm_eval is not installed ({e}): pip install lm_eval") from None
     if "ndkv" in model_registry: return model_registry.get("ndkv")
-    return register_model("ndkv")(type("NDKVLM", (QuantizedLM, TemplateLM), {"tokenizer_name": property(lambda self: self.tokenizer.name_or_path)}))
+    return register_model("ndkv")(type("NDKVLM", (QuantizedLM, TemplateLM),
+                                       {"tokenizer_name": property(lambda self: self.tokenizer.name_or_path)}))
 
 
 def lm_eval_main() -> None:

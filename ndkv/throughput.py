@@ -29,8 +29,10 @@ from .serving import PagePool, Server, users
 
 # %% ../nbs/lab/78_throughput.ipynb #185d9164
 SHAPES = {
-    "llama8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128256),
-    "tiny": dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=128),
+    "llama8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                    num_key_value_heads=8, head_dim=128, vocab_size=128256),
+    "tiny": dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=64, vocab_size=128),
 }
 
 def random_model(
@@ -39,14 +41,16 @@ def random_model(
     dtype=torch.bfloat16,
 ):
     "A Llama with random weights."
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2**18, rope_theta=5e5, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2**18, rope_theta=5e5, bos_token_id=None,
+                         eos_token_id=None)
     with torch.device(device): return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 def random_tokens(model, batch, length):
     "(layer, keys, values) `[B, H, T, D]` for every layer."
     w, like = model.get_input_embeddings().weight, DynamicCache(config=model.config)
     with torch.no_grad(): model(torch.zeros(1, 1, dtype=torch.long, device=w.device), past_key_values=like)
-    for i, layer in enumerate(like.layers): yield i, *(torch.randn(batch, x.shape[1], length, x.shape[3], device=w.device, dtype=w.dtype) for x in (layer.keys, layer.values))
+    for i, layer in enumerate(like.layers):
+        yield i, *(torch.randn(batch, x.shape[1], length, x.shape[3], device=w.device, dtype=w.dtype) for x in (layer.keys, layer.values))
 
 # %% ../nbs/lab/78_throughput.ipynb #b983ab21
 @dataclass
@@ -60,10 +64,12 @@ class Filled:
 def _stepper(model, cache, batch, length):
     "A step through a cache of `transformers`, in place on its own tokens and positions."
     device = model.get_input_embeddings().weight.device
-    tokens, at = torch.zeros(batch, dtype=torch.long, device=device), torch.full((batch, 1), length, device=device)
+    tokens = torch.zeros(batch, dtype=torch.long, device=device)
+    at = torch.full((batch, 1), length, device=device)
     @torch.no_grad()
     def step():
-        logits = model(input_ids=tokens[:, None], position_ids=at, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=tokens[:, None], position_ids=at, past_key_values=cache,
+                       use_cache=True).logits
         tokens.copy_(logits[:, -1].argmax(-1))
         at.add_(1)
     return step
@@ -74,8 +80,10 @@ def _fill(model, cache, batch, length, attention="sdpa"):
     return Filled(_stepper(model, cache, batch, length), cache, storage_bytes(tensors_in(cache.layers)))
 
 def dynamic(model, batch, length): return _fill(model, DynamicCache(config=model.config), batch, length)
-def static(model, batch, length): return _fill(model, StaticCache(config=model.config, max_cache_len=length + 64), batch, length)
-def quantized(model, batch, length, **kw): return _fill(model, QuantizedCache(config=model.config, **kw), batch, length)
+def static(model, batch, length):
+    return _fill(model, StaticCache(config=model.config, max_cache_len=length + 64), batch, length)
+def quantized(model, batch, length, **kw):
+    return _fill(model, QuantizedCache(config=model.config, **kw), batch, length)
 
 # %% ../nbs/lab/78_throughput.ipynb #5de1dc5b
 class _FixedLayer(DynamicLayer):
@@ -138,14 +146,17 @@ def made_profile(model):
     def spectrum():
         basis = torch.linalg.qr(torch.randn(H, D, D, generator=g, dtype=torch.float64))[0]
         return (basis * variance[:, None]) @ basis.mT
-    one, mean = torch.eye(D, dtype=torch.float64).expand(H, D, D), torch.randn(H, D, generator=g, dtype=torch.float64) / D**.5
+    one = torch.eye(D, dtype=torch.float64).expand(H, D, D)
+    mean = torch.randn(H, D, generator=g, dtype=torch.float64) / D**.5
     k, v = spectrum(), spectrum()
     rope = Rope(c.rope_parameters["rope_theta"]**(-torch.arange(0, D, 2) / D))
     stats = LayerStats(9999, mean, k, mean, k, .3*mean, v, one, one, one, rope)
     ranks = 5 * torch.exp(-torch.arange(PAGE, dtype=torch.float64) / 24).expand(H, PAGE) + .2
     each = lambda x: dict.fromkeys(range(c.num_hidden_layers), x)
     direction = torch.randn(H, D, generator=g, dtype=torch.float64)
-    return Profile(each(stats), describe(model), prices=each((one, one)), forecasts=each((direction, direction, ranks[:, :64], ranks[:, :64])), importance=each((ranks, ranks)))
+    return Profile(each(stats), describe(model), prices=each((one, one)),
+                   forecasts=each((direction, direction, ranks[:, :64], ranks[:, :64])),
+                   importance=each((ranks, ranks)))
 
 # %% ../nbs/lab/78_throughput.ipynb #d93bf2ff
 def tiered(model, batch, length, bits=2, **kw):
@@ -191,7 +202,9 @@ METHODS = {"dynamic": dynamic, "static": static, "fixed": fixed, "generate2": in
            **{f"packed{b}": (lambda m, n, t, b=b: packed(m, n, t, bits=b)) for b in (4, 3, 2)},
            **{f"pages{b}": (lambda m, n, t, b=b: tiered(m, n, t, bits=b)) for b in (3, 2, 1)}}
 if find_spec("optimum"): METHODS["quanto4"] = lambda m, n, t: quantized(m, n, t, backend="quanto", nbits=4)
-if hasattr(cache_utils, "Fp8QuantizedLayer"): METHODS["fp8"] = lambda m, n, t: quantized(m, n, t, backend="fp8") # transformers 5.23
+# transformers 5.23
+if hasattr(cache_utils, "Fp8QuantizedLayer"):
+    METHODS["fp8"] = lambda m, n, t: quantized(m, n, t, backend="fp8")
 BF16, PACKED = ("dynamic", "static", "fixed"), ("packed4", "packed3", "packed2")
 
 # %% ../nbs/lab/78_throughput.ipynb #26ddc002
@@ -208,7 +221,8 @@ def measure_cell(
     try:
         filled = METHODS[method](model, batch, length)
         s = time_steps(filled.step, n) + filled.extra()
-        out = dict(step_ms=1e3*s, tokens_per_s=batch / s, cache_bytes=filled.nbytes, peak_bytes=torch.cuda.max_memory_allocated() if gpu else filled.nbytes)
+        out = dict(step_ms=1e3*s, tokens_per_s=batch / s, cache_bytes=filled.nbytes,
+                   peak_bytes=torch.cuda.max_memory_allocated() if gpu else filled.nbytes)
     except RuntimeError as e: # an OutOfMemoryError, or what a capture makes of it
         if not isinstance(e, torch.OutOfMemoryError) and "captur" not in str(e): raise
     del filled
@@ -241,7 +255,8 @@ def largest_batch(
 
 
 # %% ../nbs/lab/78_throughput.ipynb #c2031043
-ORDER = ("fixed", "pages2", "dynamic", "generate2", "pages1", "pages3", "packed4", "packed2", "packed3", "static", "quanto4", "fp8")
+ORDER = ("fixed", "pages2", "dynamic", "generate2", "pages1", "pages3", "packed4", "packed2", "packed3",
+         "static", "quanto4", "fp8")
 
 def generate_bench(
     run:Run,              # Takes the rows
@@ -255,11 +270,15 @@ def generate_bench(
 ) -> list: # (method, length, batch) that were left out
     "Tokens a second and memory of every contestant; see the notebook's first section."
     some = [m for m in ORDER if m in METHODS and (not only or m in only.split(","))]
-    if not some: raise ValueError(f"only={only}: no contestant is called so; there are {', '.join(m for m in ORDER if m in METHODS)}")
+    if not some:
+        raise ValueError(f"only={only}: no contestant is called so; "
+                         f"there are {', '.join(m for m in ORDER if m in METHODS)}")
     start, model, left = time.monotonic(), random_model(shape, device, dtype), []
     total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
     def note(method, length, batch, cell):
-        for metric, value in cell.items(): run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:])
+        for metric, value in cell.items():
+            run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length,
+                    value=value, dtype=str(dtype)[6:])
         run.save()
     for length in lengths:
         for method in some:
@@ -269,7 +288,8 @@ def generate_bench(
                 seen[batch] = measure_cell(model, method, batch, length)
                 if seen[batch] is None: break
                 note(method, length, batch, seen[batch])
-            if total and sum(map(bool, seen.values())) > 1 and method in ("fixed", "dynamic", "pages2", "pages1", "packed4", "packed2") and time.monotonic() - start < seconds:
+            if total and sum(map(bool, seen.values())) > 1 and method in ("fixed", "dynamic", "pages2",
+                "pages1", "packed4", "packed2") and time.monotonic() - start < seconds:
                 batch, cell = largest_batch(model, method, length, seen, total)
                 note(method, length, batch, dict(cell if batch not in seen else {}, largest_batch=batch))
     return left
@@ -289,9 +309,12 @@ def prefill(
     for i in range(n + 1):
         if i == 1 and gpu: torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with torch.no_grad(): model(ids, past_key_values=make(model.config), use_cache=True, logits_to_keep=1).logits.argmax(-1).tolist()
+        with torch.no_grad():
+            model(ids, past_key_values=make(model.config), use_cache=True,
+                  logits_to_keep=1).logits.argmax(-1).tolist()
         if i: times.append(time.perf_counter() - start)
-    return dict(ttft_ms=1e3*statistics.median(times), **(dict(prefill_peak_bytes=torch.cuda.max_memory_allocated() - own) if gpu else {}))
+    return dict(ttft_ms=1e3*statistics.median(times),
+                **(dict(prefill_peak_bytes=torch.cuda.max_memory_allocated() - own) if gpu else {}))
 
 def prefill_bench(
     run:Run,              # Takes the rows
@@ -303,14 +326,18 @@ def prefill_bench(
 ):
     "The first token, with an ordinary cache and with tiered pages of 2 bits."
     model = random_model(shape, device, dtype)
-    ids, profile = torch.randint(0, model.config.vocab_size, (batch, length), device=device), made_profile(model)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+    profile = made_profile(model)
     start = time.perf_counter()
     codecs = page_codecs(model.config, profile, 2, window=128, sinks=4, length=length)
     planned = dict(plan_seconds=time.perf_counter() - start)
-    caches = dict(dynamic=(lambda c: DynamicCache(config=c), "sdpa"), pages2=(lambda c: NDCache(c, method="pages", codecs=codecs), "ndkv_packed"))
+    caches = dict(dynamic=(lambda c: DynamicCache(config=c), "sdpa"),
+                  pages2=(lambda c: NDCache(c, method="pages", codecs=codecs), "ndkv_packed"))
     for method, (make, attention) in caches.items():
-        for metric, value in (prefill(model, make, ids, attention) | (planned if method == "pages2" else {})).items():
-            run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length, value=value, dtype=str(dtype)[6:])
+        for metric, value in (prefill(model, make, ids,
+                                      attention) | (planned if method == "pages2" else {})).items():
+            run.row(method=method, metric=metric, model=f"{shape}, random", batch=batch, length=length,
+                    value=value, dtype=str(dtype)[6:])
         gc.collect()
         if device == "cuda": torch.cuda.empty_cache()
 
@@ -323,9 +350,12 @@ def cpu_bench(
     dtype=torch.float32,
 ) -> dict: # name -> slow-down
     "Decode steps on a CPU, as a multiple of `DynamicCache`'s time."
-    load = lambda attention: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    load = lambda attention: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
+        attn_implementation=attention).eval()
     plain, by_tiles = load("sdpa"), load("ndkv_packed")
-    make = {"dynamic": (plain, DynamicCache(config=plain.config)), "ndcache4": (plain, NDCache(plain.config, bits=4)), "ndcache4_memo": (plain, NDCache(plain.config, bits=4, memo=True)),
+    make = {"dynamic": (plain, DynamicCache(config=plain.config)),
+            "ndcache4": (plain, NDCache(plain.config, bits=4)),
+            "ndcache4_memo": (plain, NDCache(plain.config, bits=4, memo=True)),
             **{f"paged{b}": (by_tiles, PagedCache(by_tiles.config, bits=b)) for b in (4, 3, 2)}}
     times, steps = {name: [] for name in make}, {}
     for name, (model, cache) in make.items():
@@ -337,10 +367,13 @@ def cpu_bench(
             t = time.perf_counter(); step()
             if r: times[name].append(time.perf_counter() - t) # the first round codes what has left the window
     slow = {name: statistics.median(a/b for a, b in zip(t, times["dynamic"])) for name, t in times.items()}
-    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c, NDCache) else storage_bytes(tensors_in(c.layers))
+    size = lambda c: c.nbytes + c.report()["memo_bytes"] if isinstance(c,
+        NDCache) else storage_bytes(tensors_in(c.layers))
     for name, t in times.items():
-        for metric, value in dict(slowdown=slow[name], tokens_per_s=1/statistics.median(t), cache_bytes=size(make[name][1])).items():
-            run.row(method=name, metric=metric, model=folder.name, batch=1, length=length, value=value, n=rounds, dtype=str(dtype)[6:], threads=torch.get_num_threads())
+        for metric, value in dict(slowdown=slow[name], tokens_per_s=1/statistics.median(t),
+                                  cache_bytes=size(make[name][1])).items():
+            run.row(method=name, metric=metric, model=folder.name, batch=1, length=length, value=value,
+                    n=rounds, dtype=str(dtype)[6:], threads=torch.get_num_threads())
     return slow
 
 # %% ../nbs/lab/78_throughput.ipynb #89afcddd
@@ -358,11 +391,14 @@ def serve_bench(
     "Serve a queue, then the same requests one by one."
     device, queue, at = device or ("cuda" if torch.cuda.is_available() else "cpu"), [], 0
     gpu = device != "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="ndkv_packed").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
+                                                 attn_implementation="ndkv_packed").to(device).eval()
     for n in lengths: queue.append(ids[at:at+n]); at += n
     def alone(prompt, n):
         prompt = torch.tensor([prompt], device=device)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=PagedCache(model.config, **kw), max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt),
+                             past_key_values=PagedCache(model.config, **kw), max_new_tokens=n,
+                             do_sample=False, eos_token_id=-1, pad_token_id=0)
         return out[0, prompt.shape[1]:].tolist()
     server = Server(model, slots=slots, length=max(lengths) + new, graph=gpu, **kw)
     if gpu: # kernels are compiled and graphs captured before the clock starts
@@ -372,9 +408,13 @@ def serve_bench(
     answers = server.generate_batch(queue, max_new_tokens=new, eos_token_id=-1).values()
     served, same = time.perf_counter() - t, 0
     t = time.perf_counter()
-    for request in answers: same += sum(a == b for a, b in zip(alone(request.prompt_ids, new), request.generated_tokens))
-    found = dict(same_tokens=same / (new*len(queue)), tokens_per_s=new*len(queue) / served, speedup=(time.perf_counter() - t) / served, pool_bytes=server.pool.nbytes)
-    for metric, value in found.items(): run.row(method="server", metric=metric, model=folder.name, value=value, slots=slots, requests=len(queue), dtype=str(dtype)[6:], **kw)
+    for request in answers:
+        same += sum(a == b for a, b in zip(alone(request.prompt_ids, new), request.generated_tokens))
+    found = dict(same_tokens=same / (new*len(queue)), tokens_per_s=new*len(queue) / served,
+                 speedup=(time.perf_counter() - t) / served, pool_bytes=server.pool.nbytes)
+    for metric, value in found.items():
+        run.row(method="server", metric=metric, model=folder.name, value=value, slots=slots,
+                requests=len(queue), dtype=str(dtype)[6:], **kw)
     return found
 
 
@@ -391,8 +431,10 @@ def users_bench(
     config._attn_implementation = "ndkv_packed"
     for bits in (4, 3, 2):
         found = users(config, length, bits=bits)
-        for metric, value in dict(users_ratio=found["ratio"], pool_bytes=found["pool"], one_bytes=found["one"]).items():
-            run.row(method=f"paged{bits}", metric=metric, model=f"{shape}, {layers} layers", bits=bits, length=length, slots=16, window=128, value=value)
+        for metric, value in dict(users_ratio=found["ratio"], pool_bytes=found["pool"],
+                                  one_bytes=found["one"]).items():
+            run.row(method=f"paged{bits}", metric=metric, model=f"{shape}, {layers} layers", bits=bits,
+                    length=length, slots=16, window=128, value=value)
 
 # %% ../nbs/lab/78_throughput.ipynb #c2d95f13
 def mixed_queue(
@@ -404,7 +446,8 @@ def mixed_queue(
 ) -> list: # (token ids, tokens of the answer)
     "Random requests; lengths of prompts are log-uniform, of answers uniform."
     r = random.Random(seed)
-    return [([r.randrange(vocab) for _ in range(round(math.exp(r.uniform(*map(math.log, prompt)))))], r.randint(*new)) for _ in range(requests)]
+    return [([r.randrange(vocab) for _ in range(round(math.exp(r.uniform(*map(math.log, prompt)))))],
+             r.randint(*new)) for _ in range(requests)]
 
 def pool_size(
     config,     # Of the model, with `_attn_implementation` "ndkv_packed"
@@ -423,7 +466,9 @@ def pool_size(
     need = [pool.whole_pages(len(ids) + n) for ids, n in queue]
     slots = min(most, len(queue), int(memory / (slot + page*statistics.mean(need))))
     pages = min((memory - slots*slot) // page, slots*pool.most)
-    if slots < 1 or pages < max(need): raise ValueError(f"{memory} bytes hold {slots} slots and {max(pages, 0)} pages; the longest request needs {max(need)}, so give more memory")
+    if slots < 1 or pages < max(need):
+        raise ValueError(f"{memory} bytes hold {slots} slots and {max(pages, 0)} pages; "
+                         f"the longest request needs {max(need)}, so give more memory")
     return slots, pages
 
 
@@ -444,7 +489,8 @@ def serve_packed(model, queue, memory, most, limit, **kw) -> Served:
     model.set_attn_implementation("ndkv_packed")
     w, c = model.get_input_embeddings().weight, model.config
     slots, pages = pool_size(c, queue, memory, most, w.dtype, **kw)
-    server = Server(model, slots, max(len(ids) + n for ids, n in queue), pages, GenerationConfig(do_sample=False), graph=w.is_cuda, **kw)
+    server = Server(model, slots, max(len(ids) + n for ids, n in queue), pages,
+                    GenerationConfig(do_sample=False), graph=w.is_cuda, **kw)
     empty = w.new_empty(1, c.num_key_value_heads, 0, c.head_dim)
     for layer in server.pool.layers: layer.lazy_initialization(empty, empty)
     server.warm()
@@ -455,7 +501,8 @@ def serve_packed(model, queue, memory, most, limit, **kw) -> Served:
         at_once = max(at_once, len(server.running) + len(finished))
         done |= {r.request_id - 1: r.generated_tokens for r in finished}
     seconds, part = time.perf_counter() - start, sum(len(r.generated_tokens) for r in server.running.values())
-    return Served(done, sum(map(len, done.values())) + part, seconds, server.pool.nbytes, at_once, dict(slots=slots, **kw))
+    return Served(done, sum(map(len, done.values())) + part, seconds, server.pool.nbytes, at_once,
+                  dict(slots=slots, **kw))
 
 
 
@@ -472,14 +519,18 @@ def serve_static(model, queue, memory, most, limit) -> Served:
         T, n = max(len(queue[i][0]) for i in which), max(queue[i][1] for i in which)
         ids = torch.tensor([[0]*(T - len(queue[i][0])) + queue[i][0] for i in which], device=device)
         mask = torch.tensor([[0]*(T - len(queue[i][0])) + [1]*len(queue[i][0]) for i in which], device=device)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0)[:, T:].tolist() # a random model has no end of text
+        # a random model has no end of text
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False,
+                             pad_token_id=0)[:, T:].tolist()
         return {i: tokens[:queue[i][1]] for i, tokens in zip(which, out)}
     need = lambda which: len(which) * (max(len(queue[i][0]) for i in which) + max(queue[i][1] for i in which))
     batches = []
     for i in sorted(range(len(queue)), key=lambda i: len(queue[i][0])):
         if batches and len(batches[-1]) < most and need(batches[-1] + [i]) <= room: batches[-1].append(i)
         elif need([i]) <= room: batches.append([i])
-        else: raise ValueError(f"{memory} bytes hold {room} tokens, and request {i} needs {need([i])}; give more memory")
+        else:
+            raise ValueError(f"{memory} bytes hold {room} tokens, and request {i} needs {need([i])}; "
+                             "give more memory")
     held, at_once = max(map(need, batches)) * _token_bytes(model), max(map(len, batches))
     random.Random(0).shuffle(batches) # if time ends, those that are left are like the others
     batch(min(batches, key=need)[:1])
@@ -492,23 +543,30 @@ def serve_static(model, queue, memory, most, limit) -> Served:
 # %% ../nbs/lab/78_throughput.ipynb #96e4d7ab
 def _varlen(q, k, v, at_q, at_k, most_q, most_k, scale):
     "Causal attention of sequences laid end to end `[tokens, H, D]`, the last query on the last key."
-    return torch.ops.aten._flash_attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), at_q.int(), at_k.int().clone(), most_q, most_k, 0., True, False, scale=scale)[0]
+    return torch.ops.aten._flash_attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), at_q.int(),
+                                                   at_k.int().clone(), most_q, most_k, 0., True, False,
+                                                   scale=scale)[0]
 
-def _paged_flash(module, q, k, v, attention_mask, scaling=None, cache=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_seqlen_q=None, max_seqlen_k=None, **kwargs):
+def _paged_flash(module, q, k, v, attention_mask, scaling=None, cache=None, cu_seq_lens_q=None,
+                 cu_seq_lens_k=None, max_seqlen_q=None, max_seqlen_k=None, **kwargs):
     k, v = cache.update(key_states=k, value_states=v, layer_idx=module.layer_idx, read_index=kwargs["read_index"], write_index=kwargs["write_index"])
-    return _varlen(q.transpose(1, 2).squeeze(0), k, v, cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q, max_seqlen_k, scaling), None
+    return (_varlen(q.transpose(1, 2).squeeze(0), k, v, cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q,
+                    max_seqlen_k, scaling), None)
 
 AttentionInterface.register("paged|flash_of_torch", _paged_flash)
 
 def _varlen_is_right(device):
     "Does PyTorch's kernel run here, with fewer KV heads than heads and fewer queries than keys?"
     q, k, v = (torch.randn(n, h, 128, device=device, dtype=torch.bfloat16) for n, h in ((5, 8), (13, 2), (13, 2)))
-    try: out = _varlen(q, k, v, torch.tensor([0, 3, 5], device=device), torch.tensor([0, 4, 13], device=device), 3, 9, 128**-.5)
+    try:
+        out = _varlen(q, k, v, torch.tensor([0, 3, 5], device=device),
+                      torch.tensor([0, 4, 13], device=device), 3, 9, 128**-.5)
     except (RuntimeError, TypeError): return False
     for a, b, c, d in ((0, 3, 0, 4), (3, 5, 4, 13)):
         x, y, z = (t.transpose(0, 1)[None].float() for t in (q[a:b], k[c:d].repeat_interleave(4, 1), v[c:d].repeat_interleave(4, 1)))
         seen = torch.ones(b - a, d - c, dtype=torch.bool, device=device).tril(d - c - b + a)
-        if (F.scaled_dot_product_attention(x, y, z, attn_mask=seen)[0].transpose(0, 1) - out[a:b].float()).abs().max() > .05: return False
+        if (F.scaled_dot_product_attention(x, y, z, attn_mask=seen)[0].transpose(0, 1) - out[a:b].float()).abs().max() > .05:
+            return False
     return True
 
 def serve_transformers(model, queue, memory, most, limit, attention=None, block=256) -> Served:
@@ -519,23 +577,32 @@ def serve_transformers(model, queue, memory, most, limit, attention=None, block=
     model.config._attn_implementation_internal = attention # the setter would look for a package of that name
     each = block * _token_bytes(model)
     blocks = memory // each - 2 # it adds two
-    if blocks*block < max(len(ids) + n for ids, n in queue): raise ValueError(f"{memory} bytes are {blocks} blocks of {block} tokens, too few for the longest request; give more memory")
-    asked = dict(num_blocks=blocks, max_batch_tokens=min(8192 if "flash" in attention else 2048, blocks*block), max_requests_per_batch=most, max_blocks_per_request=0, allow_block_sharing=False, **(dict(page_size=block, auto_switch_to_flash=False) if new else dict(block_size=block)))
+    if blocks*block < max(len(ids) + n for ids, n in queue):
+        raise ValueError(f"{memory} bytes are {blocks} blocks of {block} tokens, "
+                         "too few for the longest request; give more memory")
+    asked = dict(num_blocks=blocks,
+                 max_batch_tokens=min(8192 if "flash" in attention else 2048, blocks*block),
+                 max_requests_per_batch=most, max_blocks_per_request=0, allow_block_sharing=False,
+                 **(dict(page_size=block, auto_switch_to_flash=False) if new else dict(block_size=block)))
     manager = model.init_continuous_batching(GenerationConfig(do_sample=False, max_new_tokens=max(n for _, n in queue), eos_token_id=-1, pad_token_id=0), ContinuousBatchingConfig(**asked))
     try:
         manager.warmup()
         manager.start()
         start, done, at_once = time.perf_counter(), {}, 0
-        for i, (ids, n) in enumerate(queue): manager.add_request(ids, request_id=str(i), max_new_tokens=n, eos_token_id=-1)
+        for i, (ids, n) in enumerate(queue):
+            manager.add_request(ids, request_id=str(i), max_new_tokens=n, eos_token_id=-1)
         while len(done) < len(queue) and time.perf_counter() - start < limit:
             result = manager.get_result(timeout=.05)
             if result is None and not manager.is_running(): raise RuntimeError("its thread has ended")
             if result is not None and result.error: raise RuntimeError(result.error)
-            if result is not None and result.is_finished(): done[int(result.request_id)] = result.generated_tokens
+            if result is not None and result.is_finished():
+                done[int(result.request_id)] = result.generated_tokens
             at_once = max(at_once, len(manager.batch_processor.scheduler.active_requests))
         running = list(manager.batch_processor.scheduler.active_requests.values()) if len(done) < len(queue) else []
-        seconds, part = time.perf_counter() - start, sum(len(r.generated_tokens) for r in running if int(r.request_id) not in done)
-        return Served(done, sum(map(len, done.values())) + part, seconds, (blocks + 2)*each, at_once, dict(attention=attention))
+        seconds = time.perf_counter() - start
+        part = sum(len(r.generated_tokens) for r in running if int(r.request_id) not in done)
+        return Served(done, sum(map(len, done.values())) + part, seconds, (blocks + 2)*each, at_once,
+                      dict(attention=attention))
     finally:
         manager.stop(block=True, timeout=30, hard_stop=True)
         manager.destroy()
@@ -547,7 +614,9 @@ def _serve_stock(model, queue, memory, most, limit):
     "`serve_transformers` with the best attention that runs."
     if model.device.type == "cuda" and _varlen_is_right(model.device):
         try: return serve_transformers(model, queue, memory, most, limit, "paged|flash_of_torch")
-        except Exception as e: _say(f"transformers with PyTorch's flash attention: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}; paged|sdpa is next")
+        except Exception as e:
+            _say(f"transformers with PyTorch's flash attention: {type(e).__name__}: "
+                 f"{next(iter(str(e).splitlines()), '')}; paged|sdpa is next")
         gc.collect()
         torch.cuda.empty_cache()
     return serve_transformers(model, queue, memory, most, limit)
@@ -555,7 +624,8 @@ def _serve_stock(model, queue, memory, most, limit):
 
 
 # %% ../nbs/lab/78_throughput.ipynb #b60c2f75
-SERVERS = {"server4": lambda *a: serve_packed(*a, bits=4), "transformers": _serve_stock, "server2": lambda *a: serve_packed(*a, bits=2), "static": serve_static}
+SERVERS = {"server4": lambda *a: serve_packed(*a, bits=4), "transformers": _serve_stock,
+           "server2": lambda *a: serve_packed(*a, bits=2), "static": serve_static}
 
 def queue_bench(
     run:Run,               # Takes the rows
@@ -581,10 +651,15 @@ def queue_bench(
         if left <= 0: _say(f"{name}: left out, time is over"); continue
         try:
             s = found[name] = SERVERS[name](model, queue, memory, most, left / (len(names) - i))
-            for metric, value in dict(tokens_per_s=s.tokens / s.seconds, wall_s=s.seconds, kv_bytes=s.kv_bytes, requests_at_once=s.at_once).items():
-                run.row(method=name.rstrip("24"), metric=metric, model=f"{shape}, random", value=value, requests=len(s.answers), queue=requests, memory=memory, dtype=str(dtype)[6:], **s.notes)
+            for metric, value in dict(tokens_per_s=s.tokens / s.seconds, wall_s=s.seconds,
+                                      kv_bytes=s.kv_bytes, requests_at_once=s.at_once).items():
+                run.row(method=name.rstrip("24"), metric=metric, model=f"{shape}, random", value=value,
+                        requests=len(s.answers), queue=requests, memory=memory, dtype=str(dtype)[6:],
+                        **s.notes)
             run.save()
-            _say(f"{name}: {len(s.answers)} of {requests} requests, {s.tokens} tokens in {s.seconds:.1f} s, {s.tokens / s.seconds:.0f} tokens/s, at most {s.at_once} at once in {s.kv_bytes/2**30:.2f} GiB")
+            _say(f"{name}: {len(s.answers)} of {requests} requests, {s.tokens} tokens in {s.seconds:.1f} s, "
+                 f"{s.tokens / s.seconds:.0f} tokens/s, at most {s.at_once} at once in "
+                 f"{s.kv_bytes/2**30:.2f} GiB")
         except Exception as e: _say(f"{name}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()

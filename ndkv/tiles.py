@@ -81,7 +81,8 @@ def _live(mask, at, heads, a, b):
 def _as_they_lie(past, q):
     "Can pages be read without decoding: of codes that have such a way, on this device, all of them, by few queries?"
     codec = getattr(getattr(past, "packed", None), "codec", None)
-    if not isinstance(codec, EqualisedPageCodec) or codec.bits > 4 or past.skip or not past.packed.n: return False
+    if not isinstance(codec, EqualisedPageCodec) or codec.bits > 4 or past.skip or not past.packed.n:
+        return False
     return past.packed.entries["pages"].device == q.device and q.shape[1]//codec.heads*q.shape[2] <= PAGE
 
 
@@ -109,12 +110,15 @@ def attend_past(
     "Attention over a past that is decoded a tile at a time."
     (B, Hq, n, D), H = q.shape, keys.new.shape[1]
     if mask is not None and mask.shape[-1] != keys.length:
-        raise ValueError(f"attention: a mask of {mask.shape[-1]} columns for {keys.length} tokens; give one for what the cache returns")
+        raise ValueError(f"attention: a mask of {mask.shape[-1]} columns for {keys.length} tokens; "
+                         "give one for what the cache returns")
     some, rows = max(1, scores // (B*Hq*tile)), []
     for i in range(0, n, some):
-        x = q[:, :, i:i+some].float().unflatten(1, (H, -1)).flatten(2, 3) * (D**-.5 if scale is None else scale)
+        x = q[:, :, i:i+some].float().unflatten(1, (H, -1)).flatten(2,
+            3) * (D**-.5 if scale is None else scale)
         at = torch.arange(i, min(i + some, n), device=q.device).repeat(Hq//H) + keys.length - n
-        rows.append((x, at, None if mask is None else mask[:, :, i:i+some], _Softmax(x, values.new.shape[-1], cap)))
+        rows.append((x, at, None if mask is None else mask[:, :, i:i+some],
+                     _Softmax(x, values.new.shape[-1], cap)))
     a = 0
     packed = all(_as_they_lie(p, q) for p in (keys, values))
     for k, v in zip(*((p.tiles(tile, True) if packed else p.tiles(tile)) for p in (keys, values))):
@@ -123,5 +127,7 @@ def attend_past(
             p = soft.weights(scores(x), _live(seen, at, H, a, a + n)) # which rescales the output so far
             soft.out += sums(p)
         a += n
-    for x, at, _, soft in rows if sink is not None else (): soft.drain(sink.view(H, -1).repeat_interleave(len(at)*H//Hq, 1))
-    return torch.cat([soft.result().unflatten(2, (Hq//H, -1)).flatten(1, 2) for *_, soft in rows], 2).to(q.dtype)
+    for x, at, _, soft in rows if sink is not None else ():
+        soft.drain(sink.view(H, -1).repeat_interleave(len(at)*H//Hq, 1))
+    return torch.cat([soft.result().unflatten(2, (Hq//H, -1)).flatten(1, 2) for *_, soft in rows],
+                     2).to(q.dtype)

@@ -54,12 +54,15 @@ def _written_out(query, key, value, scaling, window, softcap):
     return s.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(-1) @ value
 
 
-def causal_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kw):
+def causal_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
+                     softcap=None, **kw):
     "Causal attention over whole windows for training: query [B, Hq, T, D], key and value [B, H, T, D]."
     T, gqa = query.shape[2], query.shape[1] != key.shape[1]
     if softcap is None and (sliding_window is None or sliding_window >= T):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
-    elif not query.is_cuda and query.requires_grad: out = _written_out(query, key, value, scaling or query.shape[-1] ** -0.5, sliding_window or T, softcap)
+    elif not query.is_cuda and query.requires_grad:
+        out = _written_out(query, key, value, scaling or query.shape[-1] ** -0.5, sliding_window or T,
+                           softcap)
     else:
         cap = (lambda s, b, h, q, k: softcap * torch.tanh(s / softcap)) if softcap else None
         mask = _window_mask(T, min(sliding_window or T, T), query.device)
@@ -148,7 +151,8 @@ def fit(
     run, opt, curve, step = torch.compile(model) if compile else model, optimizer_for(model, lr), [], 0
     if keep and keep.exists(): step, curve, steps = _resume(keep, model, opt, mix)
     began = saved = time.monotonic()
-    bar, timed = tqdm(desc="train", total=steps, initial=step, mininterval=5), None  # timed: step and time when compilation was over
+    bar = tqdm(desc="train", total=steps, initial=step, mininterval=5)
+    timed = None  # timed: step and time when compilation was over
     while step < steps:
         for g in opt.param_groups: g["lr"] = lr * wsd(step, steps, warmup)
         loss = train_step(run, opt, *mix(batch), parts)
@@ -156,7 +160,9 @@ def fit(
             curve.append((step, round(loss.item(), 4)))
             bar.set_postfix(loss=curve[-1][1])
             now = time.monotonic()
-            if timed and minutes: bar.total = steps = steps_in_time(step + 1, steps, began + 60 * minutes - now, (step - timed[0]) / (now - timed[1]))
+            if timed and minutes:
+                bar.total = steps = steps_in_time(step + 1, steps, began + 60 * minutes - now,
+                                                  (step - timed[0]) / (now - timed[1]))
             timed = timed or (step, now)
         step += 1
         bar.update()
@@ -176,7 +182,8 @@ def _tokens(kind, path, tok, cache, haystacks=4000):
     file = Path(cache) / f"{Path(path).name.split('.')[0]}-{kind}-{stamp}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs that start together, one encodes and the others wait
+        # of several runs that start together, one encodes and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if file.exists(): return np.load(file)
         docs = read_documents(path)
         if kind == "novels": docs = split_novels(docs)[0]
@@ -201,7 +208,8 @@ def token_streams(
 
 # %% ../nbs/lab/70_training.ipynb #6073dab8
 BUDGET = 4421 * 32 * 4096
-RATES = {"llama_90m": 1.4e-3, "llama_300m": 8e-4}  # Peak learning rates other than the zoo's 2e-3: about one over the width
+# Peak learning rates other than the zoo's 2e-3: about one over the width
+RATES = {"llama_90m": 1.4e-3, "llama_300m": 8e-4}
 
 # %% ../nbs/lab/70_training.ipynb #db9acd53
 def train(
@@ -230,20 +238,26 @@ def train(
     tok = wrap.backend_tokenizer
     streams = token_streams(tok, wiki, novels, cache)
     config = zoo_config(name, **dict(dict(vocab_size=tok.get_vocab_size()), **overrides))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="ndkv_causal").to(device)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                             attn_implementation="ndkv_causal").to(device)
     steps, start, lr = max(1, round(tokens / (batch * length))), time.time(), lr or RATES.get(name, 2e-3)
     mix = Mix(streams, WEIGHTS, length, seed, device)
-    parts = next(p for p in range(-(-n_parameters(model) // 80_000_000), batch + 1) if batch % p == 0)  # 80 M parameters and 32 windows fit 80 GB
+    # 80 M parameters and 32 windows fit 80 GB
+    parts = next(p for p in range(-(-n_parameters(model) // 80_000_000), batch + 1) if batch % p == 0)
     point = keep and Path(keep) / f"{name}-{seed}-{steps}.pt"
-    curve = fit(model, mix, steps, batch, lr, min(200, max(1, steps // 10)), device == "cuda", parts, minutes, point, every)
+    curve = fit(model, mix, steps, batch, lr, min(200, max(1, steps // 10)), device == "cuda", parts, minutes,
+                point, every)
     steps, took = curve[-1][0] + 1, (time.time() - start) / 60
     save_model(model, wrap, out)
     if point: point.unlink(missing_ok=True)
     val_tokens = windows(encode_documents(tok, read_documents(val), desc="validation"), length)
     loss = held_out_loss(load_model(out, device=device)[0], val_tokens)
-    done = dict(model=name, parameters=n_parameters(model), tokens=steps * batch * length, length=length, batch=batch, lr=lr, seed=seed, minutes=round(took, 2),
-                device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__, val_loss=round(loss, 4), val_ppl=round(math.exp(loss), 3),
-                val_tokens=val_tokens.numel(), stream_tokens={k: len(v) for k, v in streams.items()}, weights=WEIGHTS,
+    done = dict(model=name, parameters=n_parameters(model), tokens=steps * batch * length, length=length,
+                batch=batch, lr=lr, seed=seed, minutes=round(took, 2),
+                device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__,
+                val_loss=round(loss, 4), val_ppl=round(math.exp(loss), 3),
+                val_tokens=val_tokens.numel(), stream_tokens={k: len(v) for k, v in streams.items()},
+                weights=WEIGHTS,
                 data={Path(p).name: text_sha256(p) for p in [*wiki, *novels, val]}, curve=curve)
     (Path(out) / "training.json").write_text(json.dumps(done, indent=1))
     (Path(out) / "README.md").write_text(card(done))

@@ -338,7 +338,8 @@ def _plan_kind(vectors, ropes, weights, bits, span, tries, test):
         if spent <= bits: best, low = made, middle
         else: high = middle
     if best: return best
-    raise ValueError(f"kvtc: empty entries of {span} tokens take more than {bits} bits; use a larger block or more bits")
+    raise ValueError(f"kvtc: empty entries of {span} tokens take more than {bits} bits; "
+                     "use a larger block or more bits")
 
 # %% ../nbs/lab/62_transform_rivals.ipynb #34fae3f6
 @method("kvtc")
@@ -467,9 +468,11 @@ class Container(Codec):
         self.payload = self.size - 1 - heads * self.tokens
         rate = 8 * (self.payload - 3) / self.numbers
         if rate < 0.1:
-            raise ValueError(f"dquant: {bits:g} bits leave {max(rate, 0):.2f} a number after means and scales of {span} "
+            raise ValueError(f"dquant: {bits:g} bits leave {max(rate, 0):.2f} a number after means and "
+                             f"scales of {span} "
                              f"tokens of {heads} heads of {d}; give more bits or a larger block")
-        if rate > 4.5: raise ValueError(f"dquant: {bits:g} bits are more than its 32 levels can use; give at most 4.5")
+        if rate > 4.5:
+            raise ValueError(f"dquant: {bits:g} bits are more than its 32 levels can use; give at most 4.5")
         self.steps, self.means, self.freq = _tables(round(rate, 3))
 
 # %% ../nbs/lab/62_transform_rivals.ipynb #8b2c8a04

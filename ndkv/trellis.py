@@ -57,7 +57,8 @@ def _viterbi(
     x:Tensor,     # Targets `[n, N]`
     tables:list,  # n tables `[2^L]`
     widths:list,  # n widths
-    start:Tensor|None=None, # int64 `[N]`, the state before the first *and* after the last value; None = any states
+    start:Tensor
+    |None=None, # int64 `[N]`, the state before the first *and* after the last value; None = any states
     room:Tensor|None=None,  # Memory for `_forward`
 ) -> Tensor: # int64 `[n, N]`, the state after each value
     "States of least squared error for N vectors."
@@ -65,7 +66,8 @@ def _viterbi(
     cost = x.new_zeros(S, x.shape[1])
     if start is not None: cost.fill_(math.inf).scatter_(0, start[None], 0.)
     best = _forward(x, tables, widths, cost, room)
-    return _traceback(x, tables, widths, best, cost.min(0).indices if start is None else start, S.bit_length() - 1)
+    return _traceback(x, tables, widths, best, cost.min(0).indices if start is None else start,
+                      S.bit_length() - 1)
 
 # %% ../nbs/codes/12_trellis.ipynb #4151cfbb
 _TABLES = files('ndkv') / 'trellis_tables.safetensors'
@@ -76,7 +78,8 @@ def _asset(): return load_file(_TABLES)
 
 def _check_states(states):
     sizes = sorted(int(k) for k in _asset() if k.isdigit())
-    if not isinstance(states, int) or states not in sizes: raise ValueError(f"states={states!r} has no trained tables; use one of {sizes}")
+    if not isinstance(states, int) or states not in sizes:
+        raise ValueError(f"states={states!r} has no trained tables; use one of {sizes}")
 
 # %% ../nbs/codes/12_trellis.ipynb #d6ab5074
 def tables(
@@ -91,7 +94,9 @@ def _widths(bits):
     bits = bits.tolist() if isinstance(bits, Tensor) else list(bits)
     if not bits: raise ValueError("Trellis: no channels; give the bits of one channel or more")
     for i, b in enumerate(bits):
-        if isinstance(b, bool) or b not in (0, 1, 2, 3, 4): raise ValueError(f"Trellis: channel {i} has width {b!r}; give every channel a whole number of bits from 0 to 4")
+        if isinstance(b, bool) or b not in (0, 1, 2, 3, 4):
+            raise ValueError(f"Trellis: channel {i} has width {b!r}; "
+                             "give every channel a whole number of bits from 0 to 4")
     return [int(b) for b in bits]
 
 def _reach(widths, bits):
@@ -129,10 +134,16 @@ class Trellis:
         table:Tensor|None=None, # `[5, states]` for 2^7 to 2^12 states, row 0 unused; None = `tables(states)`
     ):
         table = tables(states) if table is None else table
-        if states not in _SIZES or table.shape != (5, states): raise ValueError(f"Trellis: table {list(table.shape)} does not fit states={states!r}; give [5, states] with states one of {_SIZES}")
-        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2: raise ValueError(f"Trellis: passes={passes!r}; use 2 or more")
+        if states not in _SIZES or table.shape != (5, states):
+            raise ValueError(f"Trellis: table {list(table.shape)} does not fit states={states!r}; "
+                             f"give [5, states] with states one of {_SIZES}")
+        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2:
+            raise ValueError(f"Trellis: passes={passes!r}; use 2 or more")
         self.bits, self.table = _widths(bits), F.pad(table[1:].float(), (0, 0, 1, 0))
-        self.d, self.states, self.window, self.passes = len(self.bits), states, states.bit_length() - 1, passes
+        self.d = len(self.bits)
+        self.states = states
+        self.window = states.bit_length() - 1
+        self.passes = passes
         self.nbytes = -(-sum(self.bits) // 8)
         self._steps, self._at = _circle(self.bits, 8*self.window), {}
         _, widths, _, _ = self._steps
@@ -155,8 +166,10 @@ class Trellis:
         root:Tensor, # `[d]`, roots of the weights, the largest 1
     ) -> Tensor: # uint8 `[..., nbytes]`
         "`encode` of what is known to be good: nothing here waits for a GPU."
-        x, n = u.clamp(-100, 100).reshape(-1, self.d) * root, self._chunk(u.device) # far beyond the tables' reach, and safe to square
-        if x.is_cuda and self.nbytes > 1 and (kernel := _kernel()): return kernel(self, x, root).view(*u.shape[:-1], self.nbytes)
+        x = u.clamp(-100, 100).reshape(-1, self.d) * root # far beyond the tables' reach, safe to square
+        n = self._chunk(u.device)
+        if x.is_cuda and self.nbytes > 1 and (kernel := _kernel()):
+            return kernel(self, x, root).view(*u.shape[:-1], self.nbytes)
         search, room = (self._search, x.new_empty(self._rows * min(n, len(x)))) if self.nbytes > 1 else (self._try_all, None)
         parts = [search(x[i:i+n], root, room) for i in range(0, max(len(x), 1), n)]
         return torch.cat(parts).view(*u.shape[:-1], self.nbytes)
@@ -167,7 +180,8 @@ class Trellis:
     ) -> Tensor: # float32 `[..., d]`
         "Each channel's window, looked up in the table of its width."
         if packed.dtype != torch.uint8 or packed.dim() < 1 or packed.shape[-1] != self.nbytes:
-            raise ValueError(f"decode: got {packed.dtype} {list(packed.shape)}; give what this trellis encodes, torch.uint8 [..., {self.nbytes}]")
+            raise ValueError(f"decode: got {packed.dtype} {list(packed.shape)}; "
+                             f"give what this trellis encodes, torch.uint8 [..., {self.nbytes}]")
         if self.nbytes == 0: return packed.new_zeros(*packed.shape[:-1], self.d, dtype=torch.float32)
         at, x = self._on(packed.device), packed.int()
         last24 = (x.roll(2, -1) << 16) + (x.roll(1, -1) << 8) + x
@@ -180,10 +194,13 @@ class Trellis:
             bits, (ids, widths, *_) = torch.tensor(self.bits), self._steps
             end = F.pad(bits.cumsum(0), (0, 1), value=8*self.nbytes)
             byte = (end[:-1] - 1).clamp(0) // 8
-            home = {int(end[i]) - 1 - j: (k, j) for k, (i, w) in enumerate(zip(ids, widths)) for j in range(w)}
+            home = {int(end[i]) - 1 - j: (k, j) for k, (i, w) in enumerate(zip(ids, widths))
+                    for j in range(w)}
             step, place = torch.tensor([home[q] for q in range(8*self.nbytes)], dtype=torch.long).view(-1, 2).T
-            at = dict(byte=byte, shift=(8*(byte+1) - end[:-1]).int() * (bits > 0), row=(bits * self.states).int(), rows=self.table.flatten(),
-                table=self.table[bits], order=torch.tensor(ids, dtype=torch.long), step=step, place=place[:, None])
+            at = dict(byte=byte, shift=(8*(byte+1) - end[:-1]).int() * (bits > 0),
+                      row=(bits * self.states).int(), rows=self.table.flatten(),
+                table=self.table[bits], order=torch.tensor(ids, dtype=torch.long), step=step,
+                      place=place[:, None])
             self._at[device] = {k: v.to(device) for k, v in at.items()}
         return self._at[device]
 
@@ -195,11 +212,16 @@ class Trellis:
         cut = _viterbi(x[near], ts[near], [widths[i] for i in near], None, room)[before-1]
         path = _viterbi(x, ts, widths, cut, room)
         for i in range(self.passes - 2):
-            x, ts, path, widths = x.roll(-half, 0), ts.roll(-half, 0), path.roll(-half, 0), widths[half:] + widths[:half]
+            x = x.roll(-half, 0)
+            ts = ts.roll(-half, 0)
+            path = path.roll(-half, 0)
+            widths = widths[half:] + widths[:half]
             path = _viterbi(x, ts, widths, path[-1], room)
         path = path.roll(half * (self.passes - 2), 0)
         bits = (path[at['step']] >> at['place']) & 1
-        return (bits.view(self.nbytes, 8, x.shape[1]) << torch.arange(7, -1, -1, device=x.device)[:, None]).sum(1, dtype=torch.uint8).T
+        return (bits.view(self.nbytes, 8,
+                          x.shape[1]) << torch.arange(7, -1, -1, device=x.device)[:, None]).sum(1,
+                              dtype=torch.uint8).T
 
     def _try_all(self, x, root, room):
         "A string of one byte or none is shorter than its windows: try every one."
@@ -219,14 +241,20 @@ class Trellis:
 
     def _check(self, u, weight, gain):
         if not u.is_floating_point() or u.dim() < 1 or u.shape[-1] != self.d:
-            raise ValueError(f"encode: got {u.dtype} {list(u.shape)}; give float32, bfloat16 or float16 [..., {self.d}]")
+            raise ValueError(f"encode: got {u.dtype} {list(u.shape)}; "
+                             f"give float32, bfloat16 or float16 [..., {self.d}]")
         if not torch.isfinite(u).all():
             bad = (~torch.isfinite(u)).any(-1).flatten().nonzero().flatten()
-            raise ValueError(f"encode: {len(bad)} of {u[..., 0].numel()} vectors (first: number {int(bad[0])}) hold NaN or Inf; mend what made them")
-        if weight is not None and (weight.shape != (self.d,) or not (torch.isfinite(weight).all() and weight.min() >= 0 and weight.max() > 0)):
-            raise ValueError(f"encode: weight {list(weight.shape)} must be [{self.d}], finite, not negative and not all zero; give one error weight a channel")
+            raise ValueError(f"encode: {len(bad)} of {u[..., 0].numel()} vectors (first: "
+                             f"number {int(bad[0])}) hold NaN or Inf; mend what made them")
+        if weight is not None and (weight.shape != (self.d,)
+                                   or not (torch.isfinite(weight).all() and weight.min() >= 0
+                                           and weight.max() > 0)):
+            raise ValueError(f"encode: weight {list(weight.shape)} must be [{self.d}], finite, "
+                             "not negative and not all zero; give one error weight a channel")
         if gain is not None and not (torch.isfinite(g := torch.as_tensor(gain)) & (g > 0)).all():
-            raise ValueError("encode: gain must be positive and finite; give vectors without a gain as zeros with gain 1")
+            raise ValueError("encode: gain must be positive and finite; "
+                             "give vectors without a gain as zeros with gain 1")
 
 # %% ../nbs/codes/12_trellis.ipynb #dd8f7c37
 def trellis_distortion(
@@ -235,5 +263,6 @@ def trellis_distortion(
 ) -> float: # E (u - û)² for u ~ N(0, 1)
     "Measured mean squared error on a unit Gaussian, 128 channels of constant width in one circle."
     _check_states(states)
-    if isinstance(bits, bool) or bits not in (0, 1, 2, 3, 4): raise ValueError(f"bits={bits!r} is no width of a trellis; use a whole number from 0 to 4")
+    if isinstance(bits, bool) or bits not in (0, 1, 2, 3, 4):
+        raise ValueError(f"bits={bits!r} is no width of a trellis; use a whole number from 0 to 4")
     return 1. if bits == 0 else _asset()[f'distortion_{states}'][bits-1].item()
