@@ -9,6 +9,7 @@ __all__ = ['PAGE_CASES', 'PageCase', 'page_codecs', 'page_store', 'measure_pages
 import time
 from dataclasses import dataclass
 import torch
+from .equalised_pages import EqualisedPageCodec
 from .frames import Frame
 from .kernels_bench import copy_rate, graph_time, relative, time_rivals
 from .kernels_decode import attend_ref
@@ -39,6 +40,7 @@ PAGE_CASES = [
     *[PageCase(f"pages_{b}bit", b) for b in (1, 2, 3)],
     *[PageCase("pages_2bit", 2, b, n) for b, n in ((64, 4096), (1, 32768), (8, 4096), (1, 131072))],
     PageCase("pages_2bit_no_mean", 2, mean=0.), PageCase("pages_2bit_8_templates", 2, templates=8),
+    *[PageCase(f"equalised_{b}bit", b, mean=0.) for b in (2, 3, 4)], # without a profile
     *[PageCase(f"encode_pages_{b}bit", b, 8, 4096) for b in (1, 2, 3)], PageCase("encode_pages_2bit", 2, 64, PAGE),
 ]
 
@@ -48,6 +50,7 @@ def page_codecs(
 ) -> tuple: # `PageCodec`s of keys and values
     "Codecs for random content with the spectra of a model."
     D, H, g = case.d, case.heads, torch.Generator().manual_seed(0)
+    if case.name.startswith("equalised"): return [EqualisedPageCodec(kind, D, H, case.bits) for kind in "kv"]
     draw = lambda *s: torch.randn(*s, generator=g)
     falls = torch.linspace(-1.2, -2.2, case.templates).repeat_interleave(H // case.templates)
     scale = torch.stack([torch.logspace(0, f, D) for f in falls])

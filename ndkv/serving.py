@@ -326,7 +326,7 @@ def _choose(request, logits):
 
 # %% ../nbs/serve/59_serving.ipynb #ae5c8bbc
 def _kernel_runs(device, profile):
-    "Is there a kernel on this device for pages of a profile, or for others?"
+    "Is there a kernel on this device for pages of a profile, or (the plain one at least) for others?"
     if kernels_pages is None: return False
     return device.type == "cuda" if profile is None else kernels_pages.kernel_runs_on(device)
 

@@ -100,7 +100,7 @@ def emulated(
     names:dict, # the namespace of `attend_pages`
 ):
     "Inside, `attend_pages` runs the Gluon kernel here."
-    kept = {n: names[n] for n in ("_read_pages", "kernel_can_read")}
+    kept = {n: names[n] for n in ("_read_pages", "_is_fast")}
 
     class Launch:
         def __getitem__(self, grid):
@@ -109,6 +109,6 @@ def emulated(
                 return types.SimpleNamespace(n_spills=0)
             return launched
 
-    names.update(_read_pages=Launch(), kernel_can_read=lambda plan, device: True)
+    names.update(_read_pages=Launch(), _is_fast=lambda plan, device: True)
     try: yield
     finally: names.update(kept)

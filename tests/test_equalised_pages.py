@@ -12,7 +12,7 @@ from ndkv.frames import rotation
 from ndkv.pages import PAGE, page_distortion
 from ndkv.serving import Server
 from ndkv.store import load_cache, save_cache
-from test_read_pages import DEVICE, worst
+from test_read_pages import DEVICE, fast, worst
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 dims = st.sampled_from([8, 16, 24, 40, 64, 80, 96, 112, 128, 192, 256])
@@ -155,6 +155,30 @@ def test_one_store_for_all_readers(tmp_path):
         for s, t, store in zip(one.stores, two.stores, pool.stores):
             a, b = s.packed.entries["pages"][0, 0], t.packed.entries["pages"][0, 0]
             assert torch.equal(a, b) and torch.equal(a, store[server.pool.table[0, :2].long()])
+
+
+def both(D, bits): return [EqualisedPageCodec(kind, D, 2, bits) for kind in "kv"]
+
+
+@pytest.mark.parametrize("D,bits", [(16, 4), (48, 2), (64, 6), (80, 8), (96, 5), (112, 1), (128, 3)])
+def test_fast_kernel(D, bits):
+    "Channels of unlike spreads and a constant part, odd numbers of pages and tokens, none."
+    k, v = drawn(D, 3, bits, bias=20., fall=1.), drawn(D, 3, bits + 1, bias=2.)
+    with fast(): assert worst(both(D, bits), k, v, torch.randn(3, 2*(1 + D % 5), D), (3, 1, 0), splits=2) < 1e-3
+
+
+@pytest.mark.parametrize("what", ["long value", "outlier channel", "tiny page", "empty page", "same keys", "sharp", "zero query"])
+def test_fast_kernel_extremes(what):
+    k, v, q = drawn(64, 3, 1, bias=3.), drawn(64, 3, 2, bias=1.), 3*torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(3))
+    if what == "long value": v[:, :, 5] *= 1000
+    if what == "outlier channel": k[..., 7] *= 300
+    if what == "tiny page": k[:, :, 128:256], v[:, :, 128:256] = 1e-6*k[:, :, 128:256], 1e-6*v[:, :, 128:256]
+    if what == "empty page": k[:, :, :128] = v[:, :, :128] = 0
+    if what == "same keys": k[:, :, 128:] = k[:, :, :1]
+    if what == "sharp": q *= 4
+    if what == "zero query": q[0, 0] = 0
+    with fast(): error, rounded = worst(both(64, 4), k, v, q, (3, 2), bfloat16=True)
+    assert error < (rounded if what in ("outlier channel", "sharp") else 2e-3), (error, rounded)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="emulates a GPU on a CPU")

@@ -198,12 +198,16 @@ def test_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match="attend_pages"): kp.attend_pages(plan, q, pages, v_pages, t, lens)
 
 
-def test_sass_is_native_and_keeps_registers():
+TWO = "654332211/443221110/332111000 543211100/332110000/211000000"
+FOUR = "/".join(["4"*9]*3) # without a profile
+
+
+@pytest.mark.parametrize("key", [f"128 128 1 16|{TWO}|{TWO}", f"128 128 {kp.OWN} 8|{FOUR}|{FOUR}"])
+def test_sass_is_native_and_keeps_registers(key):
     "Compiled for sm_90a here: integer products are native; but for a few constants of the loop nothing is in local memory."
-    w = "654332211/443221110/332111000 543211100/332110000/211000000"
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
-    command = [sys.executable, HERE / "pages_sass.py", f"128 128 1 16|{w}|{w}"]
+    command = [sys.executable, HERE / "pages_sass.py", key]
     got = subprocess.run(command, env=env, capture_output=True, text=True)
     if "No module named 'triton.experimental'" in got.stderr: pytest.skip("this Triton has no Gluon")
     assert not got.returncode, got.stderr[-3000:]
