@@ -3,6 +3,7 @@
     python nbs/_tools/engine.py fetch WHEELS                            # here: vLLM's wheel (304 MB) and 67 small ones (38 MB)
     python nbs/_tools/engine.py pieces WHEELS OUT                       # here: OUT/engine.00, engine.01, ... of at most 24 MB, 60 in all
     python nbs/_tools/engine.py install OUT FOLDER                      # there: joined, unpacked; nothing is installed
+    python nbs/_tools/engine.py layer                                   # there, first: one layer without the engine; compiles what it will need
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py run --out results   # there: rows of requests held, tokens/s, first token
     PYTHONPATH=FOLDER:. python nbs/_tools/engine.py same --out results  # there: rows of 20 texts through the engine and through NDCache
 
@@ -139,6 +140,46 @@ def planned(shape):
     engine.block_codecs = lambda config, profile, bits: {i: pair for i in range(config.num_hidden_layers)}
 
 
+def layer(shape, lengths=(900, 383, 130)):
+    "Three requests through one layer, without the engine: prompts, then single tokens; the last step replayed. Each beside decoding."
+    import torch
+    os.environ.setdefault("NDKV_PROFILE", "made")
+    from ndkv import engine
+    planned(shape)
+    config, device = configuration(shape), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codecs = engine.block_codecs(config, None, engine.settings()["bits"])
+    L, g = engine.plan_blocks(codecs, torch.bfloat16), torch.Generator().manual_seed(0)
+    one, steps = engine.BlockLayer(*codecs[1], L, L.dim**-.5, 129, 1), engine.Steps(L, 129)
+    put = lambda x, dtype=torch.int32: torch.tensor(x, dtype=dtype).to(device)
+    draw = lambda n: [torch.randn(n, h, L.dim, generator=g).to(device, L.dtype) for h in (config.num_attention_heads, L.heads, L.heads)]
+    tables, free = [[[0]*(16512 // n) for _ in lengths] for n in (engine.PAGE, L.recent)], iter(range(1, 10**6))
+    for rows, n in zip(tables, (engine.PAGE, L.recent)):
+        for row, T in zip(rows, lengths): row[:-(-(T + 9) // n)] = [next(free) for _ in range(-(-(T + 9) // n))]
+    slot = lambda i, p: tables[1][i][p // L.recent]*L.recent + p % L.recent
+    memory, (pages, recent), lens = torch.zeros(next(free), L.nbytes, dtype=torch.uint8, device=device), map(put, tables), put(lengths)
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    qkv = draw(starts[-1])
+    slots = put([slot(i, p) for i, T in enumerate(lengths) for p in range(T)])
+    one.forward(*qkv, memory, memory, steps.make(starts, [*lengths], pages, recent, lens), slots, torch.empty_like(qkv[0]))
+    qkv, slots = draw(len(lengths)), torch.zeros(len(lengths), dtype=torch.long, device=device)
+    got, want, starts = torch.empty_like(qkv[0]), torch.empty_like(qkv[0]), [*range(len(lengths) + 1)]
+    for m in (1, 2, 3):
+        now = [T + m for T in lengths]
+        steps.code([one], memory, memory)
+        lens.copy_(put(now)), slots.copy_(put([slot(i, T - 1) for i, T in enumerate(now)]))
+        for x, y in zip(qkv, draw(len(lengths))): x.copy_(y)
+        work = lambda: one.forward(*qkv, memory, memory, steps.make(starts, now, pages, recent, lens), slots, got)
+        if m == 3 and device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph): work()
+            graph.replay()
+        else: work()
+        reads, one.reads = one.reads, lambda device: None
+        one.forward(*qkv, memory, memory, engine.Step(starts, now, L, pages, recent), slots, want)
+        one.reads = reads
+        print(f"step {m}: off by {((got - want).float().abs().max() / want.float().abs().max()).item():.2g}", flush=True)
+
+
 def serve(args):
     "One method, in a process of its own: all requests at once, and one alone before."
     import torch
@@ -272,6 +313,7 @@ def main():
     for name in ("wheels", "out"): p.add_argument(name)
     p = sub.add_parser("install")
     for name in ("parts", "folder"): p.add_argument(name)
+    sub.add_parser("layer").add_argument("--shape", default="llama8b")
     p = sub.add_parser("same")
     p.add_argument("--bits", type=float, default=3)
     p.add_argument("--folder", default="runs/engine")
@@ -294,6 +336,7 @@ def main():
     if args.what == "fetch": fetch(args.wheels)
     elif args.what == "pieces": pieces(args.wheels, args.out)
     elif args.what == "install": install(args.parts, args.folder)
+    elif args.what == "layer": layer(args.shape)
     elif args.what == "same": same_text(args)
     elif args.only: serve(args)
     else: run(args)
