@@ -14,7 +14,9 @@ class Installed(build_py):
     "What is installed: modules that only serve the measurements and the paper stay in the checkout."
     def find_package_modules(self, package, package_dir):
         left_out = cfg['checkout_modules'].split()
-        return [m for m in super().find_package_modules(package, package_dir) if m[1] not in left_out]
+        of_paper = lambda path: 'nbs/paper/' in Path(path).read_text(encoding='utf8')[:500] # the notebook that it is exported from
+        found = super().find_package_modules(package, package_dir)
+        return [m for m in found if m[1] == 'drawing' or m[1] not in left_out and not of_paper(m[2])] # `ndkv inspect` draws
 
 
 setup(
