@@ -311,6 +311,39 @@ def run_evaluation(
     return run
 
 # %% ../nbs/lab/95_assess.ipynb #147d8801
+METHOD = Annotated[Optional[list[str]], typer.Option(
+    help='Measure this method (repeat for more) with each of --bits.')]
+GRID = Annotated[Optional[str], typer.Option(
+    show_default='rotation',
+    help='Or one of our grids. rotation: 2, 3, 4 bits with and without window; bits: spectral codes '
+         'of many sizes; ablation: one choice changed at a time; adaptive: classes of tokens, frames '
+         'from the prompt; baselines: other methods.')]
+BITS = Annotated[Optional[str], typer.Option(
+    show_default='4,3,2',
+    help='Bits of --method (with a profile a budget without frames), or budgets of the grids bits, '
+         'adaptive (frames included) and ablation (without), such as 0.8,1,1.25.')]
+TEXT = Annotated[str, typer.Option(help='Text file in that folder.')]
+LENGTH = Annotated[int, typer.Option(min=2, help='Tokens a window.')]
+WINDOWS = Annotated[int, typer.Option(min=1, help='Windows, evenly spread over the text.')]
+BATCH = Annotated[int, typer.Option(min=1, help='Windows at a time.')]
+DTYPE = Annotated[str, typer.Option(
+    help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]
+PROMPT = Annotated[int, typer.Option(
+    min=0, help='Tokens of each window that come at once, before the stream.')]
+SHARED = Annotated[int, typer.Option(
+    '--shared', min=1,
+    help='Tokens that share the frames, which the budgets of the grid bits pay.')]
+WINDOW = Annotated[int, typer.Option(min=0, help='Recent tokens kept exact, of --method.')]
+SINKS = Annotated[int, typer.Option(min=0, help='First tokens kept exact, of --method.')]
+REVISION = Annotated[Optional[str], typer.Option(
+    help='Branch, tag or commit of a Hub model; its commit is noted in the rows.')]
+OUT = Annotated[Optional[Path], typer.Option(
+    show_default='results for a grid, none for --method',
+    help='Results folder to which rows are added.')]
+NAME = Annotated[Optional[str], typer.Option(
+    help='Rows go to NAME.jsonl, the grid by default (frontier for rotation).')]
+
+# %% ../nbs/lab/95_assess.ipynb #6ef866ec
 @command('ndkv evaluate llama --method rotation --method kivi --bits 4,2',
          'ndkv evaluate --model HuggingFaceTB/SmolLM2-135M --method pages --profile p.safetensors '
          '--bits 2,1.5 --data my-text.txt --windows 8',
@@ -318,39 +351,23 @@ def run_evaluation(
 def evaluate(
     model:MODEL=None,
     model_:OPTION=None,
-    method:Annotated[Optional[list[str]], typer.Option(
-        help='Measure this method (repeat for more) with each of --bits.')]=None,
-    grid:Annotated[Optional[str], typer.Option(
-        show_default='rotation',
-        help='Or one of our grids. rotation: 2, 3, 4 bits with and without window; bits: spectral codes '
-             'of many sizes; ablation: one choice changed at a time; adaptive: classes of tokens, frames '
-             'from the prompt; baselines: other methods.')]=None,
+    method:METHOD=None,
+    grid:GRID=None,
     profile:PROFILE=None,
-    bits:Annotated[Optional[str], typer.Option(
-        show_default='4,3,2',
-        help='Bits of --method (with a profile a budget without frames), or budgets of the grids bits, '
-             'adaptive (frames included) and ablation (without), such as 0.8,1,1.25.')]=None,
+    bits:BITS=None,
     data:DATA=Path('data'),
-    text:Annotated[str, typer.Option(help='Text file in that folder.')]='wiki_val',
-    length:Annotated[int, typer.Option(min=2, help='Tokens a window.')]=2048,
-    windows:Annotated[int, typer.Option(min=1, help='Windows, evenly spread over the text.')]=64,
-    batch:Annotated[int, typer.Option(min=1, help='Windows at a time.')]=8,
-    dtype:Annotated[str, typer.Option(
-        help='Arithmetic: float32 for a low noise floor, bfloat16 as deployed.')]='float32',
-    prompt:Annotated[int, typer.Option(
-        min=0, help='Tokens of each window that come at once, before the stream.')]=0,
-    tokens_:Annotated[int, typer.Option(
-        '--shared', min=1,
-        help='Tokens that share the frames, which the budgets of the grid bits pay.')]=4096,
-    window:Annotated[int, typer.Option(min=0, help='Recent tokens kept exact, of --method.')]=128,
-    sinks:Annotated[int, typer.Option(min=0, help='First tokens kept exact, of --method.')]=4,
-    revision:Annotated[Optional[str], typer.Option(
-        help='Branch, tag or commit of a Hub model; its commit is noted in the rows.')]=None,
-    out:Annotated[Optional[Path], typer.Option(
-        show_default='results for a grid, none for --method',
-        help='Results folder to which rows are added.')]=None,
-    name:Annotated[Optional[str], typer.Option(
-        help='Rows go to NAME.jsonl, the grid by default (frontier for rotation).')]=None,
+    text:TEXT='wiki_val',
+    length:LENGTH=2048,
+    windows:WINDOWS=64,
+    batch:BATCH=8,
+    dtype:DTYPE='float32',
+    prompt:PROMPT=0,
+    tokens_:SHARED=4096,
+    window:WINDOW=128,
+    sinks:SINKS=4,
+    revision:REVISION=None,
+    out:OUT=None,
+    name:NAME=None,
     as_json:JSON=False,
 ):
     """Measure caches on held-out text, beside the exact cache's own noise: divergence, its tail, changed

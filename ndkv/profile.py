@@ -504,25 +504,40 @@ def _read_head(path):
                          "pass a file that Profile.save wrote") from None
 
 # %% ../nbs/model/30_profile.ipynb #8650ec7f
+def _number(x, low=0): return type(x) is int and low <= x < 2**48
+
+def _is_text(d):
+    "Does this describe a text?"
+    return (isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"), str)
+            and all(_number(d.get(k)) for k in ("windows", "length"))
+            and all(_number(d.get(k, 0)) for k in ("window", "sinks", "block")))
+
+def _is_rope(r):
+    "Does this describe rotary embeddings?"
+    return (isinstance(r, dict) and type(r.get("scaling")) is float and 0 < r["scaling"] < 1e6
+            and r.get("pairing") in ("half", "interleaved") and _number(r.get("start"))
+            and "max_length" in r and (r["max_length"] is None or _number(r["max_length"], 1)))
+
+def _is_layer(i, d):
+    "Does this describe the layer of index `i`?"
+    if not (len(i) < 6 and i.isdecimal() and str(int(i)) == i and isinstance(d, dict)): return False
+    flags = all(type(d.get(k, False)) is bool for k in ("priced", "forecast", "paged"))
+    shape = d.get("shape")
+    return (flags and type(d.get("weighted")) is bool and _number(d.get("n"), 1)
+            and isinstance(shape, list) and len(shape) == 3 and all(_number(x, 1) for x in shape)
+            and _is_rope(d.get("rope")))
+
+# %% ../nbs/model/30_profile.ipynb #6e6eb343
 def _check_head(path, h):
     "Types of everything in a header, before it is used."
-    number = lambda x, low=0: type(x) is int and low <= x < 2**48
-    if not isinstance(h, dict) or h.get("format") != FORMAT:
-        raise ValueError(f"{path}: profile of format {h.get('format') if isinstance(h, dict) else None!r}, "
+    version = h.get("format") if isinstance(h, dict) else None
+    if version is None or version != FORMAT:
+        raise ValueError(f"{path}: profile of format {version!r}, "
                          f"this version reads {FORMAT}; make it anew (ndkv calibrate)")
-    text = lambda d: isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("hash"),
-        str) and number(d.get("windows")) and number(d.get("length")) and all(number(d.get(k, 0))
-            for k in ("window", "sinks", "block"))
-    rope = lambda r: (isinstance(r, dict) and type(r.get("scaling")) is float and 0 < r["scaling"] < 1e6
-                      and r.get("pairing") in ("half", "interleaved")
-                      and number(r.get("start")) and "max_length" in r
-                      and (r["max_length"] is None or number(r["max_length"], 1)))
-    layer = lambda i, d: (len(i) < 6 and i.isdecimal() and str(int(i)) == i and isinstance(d, dict) and number(d.get("n"), 1) and type(d.get("weighted")) is bool and type(d.get("priced", False)) is bool and type(d.get("forecast", False)) is bool and type(d.get("paged", False)) is bool and isinstance(d.get("shape"), list) and len(d["shape"]) == 3
-                          and all(number(x, 1) for x in d["shape"]) and rope(d.get("rope")))
-    good = (isinstance(h.get("model"), dict) and isinstance(h.get("sha256"), str)
-            and isinstance(h.get("data"), list) and all(map(text, h["data"])) and number(h.get("skip"))
+    good = (isinstance(h.get("model"), dict) and isinstance(h.get("sha256"), str) and _number(h.get("skip"))
+            and isinstance(h.get("data"), list) and all(map(_is_text, h["data"]))
             and isinstance(h.get("layers"), dict) and h["layers"]
-            and all(layer(*x) for x in h["layers"].items()))
+            and all(_is_layer(*x) for x in h["layers"].items()))
     if not good:
         raise ValueError(f"{path}: the header's fields are not those of a profile; "
                          "copy the file again or collect again")

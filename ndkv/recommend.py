@@ -111,7 +111,7 @@ class Recommendation:
 
 # %% ../nbs/lab/81_recommend.ipynb #f3ce3694
 def _prices(model, tokens, method, choices, options, held, block=64):
-    "(place, bits) -> stored bits of all tokens that layers hold, from the method's own codecs; place -> elements of them."
+    "(place, bits) -> stored bits of packed tokens, from the method's own codecs; place -> their elements."
     shapes, out = {}, {}
     def see(m, q, k, v, kw): shapes.update({(m.layer_idx, 0): k.shape, (m.layer_idx, 1): v.shape})
     probe(model, tokens[:1, :8], see)
@@ -123,7 +123,8 @@ def _prices(model, tokens, method, choices, options, held, block=64):
 
 # %% ../nbs/lab/81_recommend.ipynb #084df921
 def _choose(path, cost, budget, max_kl, measure_at):
-    "Index of the best point within the budget, or of the cheapest one whose measured divergence is small enough; and what was measured."
+    """Index of the best point within the budget, or of the cheapest one whose measured divergence
+    is small enough; and what was measured."""
     if budget is not None:
         fits = [i for i, c in enumerate(cost) if c <= budget + 1e-9]
         if not fits:
@@ -142,6 +143,25 @@ def _choose(path, cost, budget, max_kl, measure_at):
     return high, found
 
 # %% ../nbs/lab/81_recommend.ipynb #ee986ca2
+def _check_request(tokens, budget, max_kl):
+    "Refuse what cannot be searched for."
+    if (budget is None) == (max_kl is None): raise ValueError("give either a budget of bits or a max_kl")
+    if len(tokens) < 2:
+        raise ValueError("recommend needs two windows or more: "
+                         "one half to measure sensitivities, the other to verify")
+
+
+def _measured(model, tokens, cells, batch, bar):
+    "Points of the frontier: bits, divergence with its error, setting."
+    found = zip(cells, _kl(model, tokens, cells, batch, bar))
+    return [dict(bits=bits, kl=kl, stderr=err, setting=c.bits) for c, (kl, err, bits) in found]
+
+
+def _spread(n, points):
+    "Indices of points that are spread over a path of `n`, its ends among them."
+    return {round(j * (n - 1) / max(1, points - 1)) for j in range(points)}
+
+# %% ../nbs/lab/81_recommend.ipynb #872bc064
 def recommend(
     model,  # A causal language model
     tokens: Tensor,  # Windows of text [N, T], N at least 2
@@ -160,29 +180,24 @@ def recommend(
     **options,  # Of the method
 ) -> Recommendation:
     "Search bits over layers, keys and values."
-    if (budget is None) == (max_kl is None): raise ValueError("give either a budget of bits or a max_kl")
-    if len(tokens) < 2:
-        raise ValueError("recommend needs two windows or more: "
-                         "one half to measure sensitivities, the other to verify")
+    _check_request(tokens, budget, max_kl)
     half, shape = len(tokens) // 2, dict(window=window, sinks=sinks, block=block)
-    # what holds nothing is almost free
-    held = {i: max(n, 1e-3)
-            for i, n in packed_tokens(layer_reach(model), length, window, sinks, block).items()}
+    held = packed_tokens(layer_reach(model), length, **shape)
+    held = {i: max(n, 1e-3) for i, n in held.items()}  # what holds nothing is almost free
     prices, width = _prices(model, tokens, method, choices, options, held, block)
-    s = sensitivities(model, tokens[:half], sorted({l for l, _ in width}), method, choices[0], batch, bar,
-                      shape, **options)
+    layers = sorted({l for l, _ in width})
+    s = sensitivities(model, tokens[:half], layers, method, choices[0], batch, bar, shape, **options)
     path = bit_path(s, prices, choices)
     cost = [sum(prices[p, b] for p, b in q.items()) / sum(width.values()) for q in path]
-    setting = lambda q: {l: (q[l, 0], q[l, 1]) for l, _ in sorted(width)}
 
     def measured(some):
-        cells = [_layer_cell(method, options, shape, setting(q)) for q in some]
-        return ([dict(bits=bits, kl=kl, stderr=err, setting=c.bits)
-                 for c, (kl, err, bits) in zip(cells, _kl(model, tokens[half:], cells, batch, bar))])
+        settings = [{l: (q[l, 0], q[l, 1]) for l in layers} for q in some]
+        cells = [_layer_cell(method, options, shape, x) for x in settings]
+        return _measured(model, tokens[half:], cells, batch, bar)
 
     i, found = _choose(path, cost, budget, max_kl, lambda i: measured([path[i]])[0])
-    spread = sorted({round(j * (len(path) - 1) / max(1, points - 1)) for j in range(points)} - set(found))
+    spread = sorted(_spread(len(path), points) - set(found))
     found |= dict(zip(spread, measured([path[j] for j in spread])))
     if i not in found: found |= {i: measured([path[i]])[0]}
-    return Recommendation(method, [found[j] for j in sorted(found)],
-                          measured([dict.fromkeys(width, b) for b in choices]), found[i], name, shape)
+    uniform = measured([dict.fromkeys(width, b) for b in choices])
+    return Recommendation(method, [found[j] for j in sorted(found)], uniform, found[i], name, shape)
