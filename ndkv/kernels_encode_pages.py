@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 import triton, triton.language as tl
+from .kernels_encode_fast import fast_codes, fast_codes_fit, fast_order
 from .kernels_viterbi import on_its_device
 
 # %% ../nbs/pages/33_kernels_encode_pages.ipynb #0cde8ef5
@@ -310,37 +311,17 @@ def _product(x, high, low, u, XT: tl.constexpr, WIDE: tl.constexpr):
 
 # %% ../nbs/pages/33_kernels_encode_pages.ipynb #92a3453e
 @triton.jit
-def _two(a, b): return a.to(tl.int32) | (b.to(tl.int32) << 8)
-
-
-@triton.jit
-def _words(codes, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    "A word of every four columns that a thread has of 16: `[M, DP/4]`."
-    first = _two(codes[0][0], codes[0][1])
-    if D > 8: first = first | (_two(codes[1][0], codes[1][1]) << 16)
-    parts = (first,)
-    for k in tl.static_range(1, DP//16):
-        if 16*k + 16 <= D:
-            x = codes[k + 1]
-            parts = parts + (_two(x[0], x[1]) | (_two(x[2], x[3]) << 16),)
-        elif 16*k < D: parts = parts + (_two(codes[k + 1][0], codes[k + 1][1]),)
-        else: parts = parts + (first*0,)
-    return _joins(parts, M, 4, DP//16)
-
-
-@triton.jit
-def _store(CODES, codes, slot, place, some, head, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+def _store(CODES, codes, slot, some, head, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
            FOLLOWS: tl.constexpr):
-    "Codes of M tokens of pages and heads `head`."
-    if FOLLOWS: # [channel, slot]
-        c = tl.arange(0, DP)[None, :]
-        to = CODES + (head*D*PAGE + place + tl.arange(0, M) % 16)[:, None] + c*PAGE
-        tl.store(to, _together(codes, M, D, DP), mask=some[:, None] & (c < D))
-    else: # [slot, word]
-        S: tl.constexpr = (D + 15)//16*4
-        c = tl.arange(0, DP//4)[None, :]
-        to = CODES.to(tl.pointer_type(tl.int32)) + (head*S*PAGE + slot*S)[:, None] + c
-        tl.store(to, _words(codes, M, D, DP), mask=some[:, None] & (c < S))
+    "Codes of M tokens of pages and heads `head`: 256 bytes for every 16 slots of 16 channels."
+    n, row = tl.arange(0, DP)[None, :], (slot % 16)[:, None]
+    S: tl.constexpr = (D + 15)//16*16
+    to = CODES + ((head*PAGE + slot//16*16)*S)[:, None]
+    if FOLLOWS: # a word: four tokens of a channel
+        to += n*16 + (row % 8 >> 1)*4 + (row >> 3) + (row & 1)*2
+    else: # a word: four channels of a token
+        to += n//16*256 + row*16 + n % 16
+    tl.store(to, _together(codes, M, D, DP), mask=some[:, None] & (n < D))
 
 # %% ../nbs/pages/33_kernels_encode_pages.ipynb #2899ae34
 @triton.jit(do_not_specialize=["H", "P", "n", "each"])
@@ -370,8 +351,7 @@ def _codes_kernel(X, ORDER, MOVED, OFFSET, WEIGHTS, WIDTHS, LAST, SPREAD, CODES,
         some = page < n # the last tile of a tier may be part empty: it repeats the last page
         page = tl.minimum(page, n - 1)
         place = start + (k - page*tl.where(tier == 0, G0, tl.where(tier == 1, G1, G2)))*16 # of the sixteen
-        if FOLLOWS: slot = place + 8*(i & 1) + 2*((i % 16) >> 2) + ((i % 4) >> 1) # as the page holds tokens of values
-        else: slot = place + i % 16
+        slot = place + i % 16
         b = page if TURN else ((page.to(tl.float32) + .5) / P).to(tl.int32)
         p = g if TURN else page - b*P
         token = tl.load(ORDER + ((b*H + h)*P + p).to(tl.int64)*PAGE + slot).to(tl.int32)
@@ -387,15 +367,15 @@ def _codes_kernel(X, ORDER, MOVED, OFFSET, WEIGHTS, WIDTHS, LAST, SPREAD, CODES,
         norm = tl.where(spread > 0, tl.minimum(tl.maximum(norm, -128.), 127.), -128.) # -128: nothing is coded
         head = ((b*P + p)*H + h).to(tl.int64)
         tl.store(NORMS + head*PAGE + slot, norm.to(tl.int8), mask=some)
-        _store(CODES, _coded(runs, widths, norm, UNIT, STEP), slot, place, some, head, M, D, DP, PAGE, FOLLOWS)
+        _store(CODES, _coded(runs, widths, norm, UNIT, STEP), slot, some, head, M, D, DP, PAGE, FOLLOWS)
 
 # %% ../nbs/pages/33_kernels_encode_pages.ipynb #a6141833
 @triton.jit(do_not_specialize=["H", "P"])
-def _heads_kernel(X, ORDER, MOVED, OFFSET, WIDTHS, CODES, NORMS, DEST, PAGES,
+def _heads_kernel(X, COS, SIN, PARTNER, ORDER, MOVED, OFFSET, WIDTHS, CODES, NORMS, DEST, PAGES,
                   H, P, nbytes, sb, sh, st,
                   D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
                   TURN: tl.constexpr, FOLLOWS: tl.constexpr, UNIT: tl.constexpr, STEP: tl.constexpr,
-                  XT: tl.constexpr, WIDE: tl.constexpr):
+                  XT: tl.constexpr, WIDE: tl.constexpr, SPIN: tl.constexpr):
     "What a head of a page begins with; and the codes of tokens whose norms do not reach the base, once more."
     head = tl.program_id(0).to(tl.int64)
     h, bp = head % H, head // H
@@ -409,12 +389,12 @@ def _heads_kernel(X, ORDER, MOVED, OFFSET, WIDTHS, CODES, NORMS, DEST, PAGES,
     # the order: is a token in the last tier? and of the others, in the first?
     row = ORDER + ((b*H + h)*P + p)*PAGE
     last = tl.load(row + T0 + T1 + i).to(tl.int32) # tokens of the last tier, in order
-    sixteen = tl.arange(0, 16)
-    bits = tl.where((last[None, :] >> 3) == sixteen[:, None], 1 << (last[None, :] & 7), 0)
-    tl.store(at + 8 + sixteen, tl.sum(bits, 1).to(tl.uint8))
-    most = tl.load(row + sixteen).to(tl.int32)
+    first16 = tl.arange(0, 16)
+    bits = tl.where((last[None, :] >> 3) == first16[:, None], 1 << (last[None, :] & 7), 0)
+    tl.store(at + 8 + first16, tl.sum(bits, 1).to(tl.uint8))
+    most = tl.load(row + first16).to(tl.int32)
     then = tl.load(row + T0 + i, mask=i < T1, other=PAGE).to(tl.int32)
-    among = sixteen + tl.sum((then[None, :] < most[:, None]).to(tl.int32), 1)
+    among = first16 + tl.sum((then[None, :] < most[:, None]).to(tl.int32), 1)
     bits = tl.where((among[None, :] >> 3) == eight[:, None], 1 << (among[None, :] & 7), 0)
     tl.store(at + 8 + PAGE//8 + eight, tl.sum(bits, 1).to(tl.uint8))
     # norms, in the order of the rows of a tile
@@ -425,25 +405,28 @@ def _heads_kernel(X, ORDER, MOVED, OFFSET, WIDTHS, CODES, NORMS, DEST, PAGES,
     tl.store(at + 8 + 3*PAGE//16 + i, (low | high << 4).to(tl.uint8))
     # the rare case
     if tl.min(tl.where(norm > -128, norm, base), 0) < base or tl.max(norm, 0) > base + 15:
-        for tier in range(3):
-            start = (tier > 0)*T0 + (tier > 1)*T1
-            size = T0 + (tier > 0)*(T1 - T0) + (tier > 1)*(PAGE - T0 - 2*T1)
-            place = start + i//16*16
-            if FOLLOWS: slot = place + 8*(i & 1) + 2*((i % 16) >> 2) + ((i % 4) >> 1)
-            else: slot = start + i
-            token = tl.load(row + slot, mask=i < size, other=0).to(tl.int32)
-            if TURN: u = tl.load(OFFSET + (h*PAGE + token[:, None])*D + c[None, :], mask=c[None, :] < D, other=0.)
-            else: u = tl.zeros([64, DP], tl.float32) + tl.load(OFFSET + h*PAGE*D + c, mask=c < D, other=0.)[None, :]
-            for a in range(0, DP, 16): # in small parts: this is no place for much memory
-                k = a + tl.arange(0, 16)
-                x = tl.load(X + b*sb + h*sh + (p*PAGE + token)[:, None].to(tl.int64)*st + k[None, :], mask=k[None, :] < D, other=0.)
+        r = tl.arange(0, 16)
+        for sixteen in range(PAGE // 16): # in small parts: this is no place for much memory
+            slot = sixteen*16 + r
+            tier = tl.where(sixteen*16 < T0, 0, tl.where(sixteen*16 < T0 + T1, 1, 2))
+            token = tl.load(row + slot).to(tl.int32)
+            if TURN or SPIN: u = tl.load(OFFSET + (h*PAGE + token[:, None])*D + c[None, :], mask=c[None, :] < D, other=0.)
+            else: u = tl.zeros([16, DP], tl.float32) + tl.load(OFFSET + h*PAGE*D + c, mask=c < D, other=0.)[None, :]
+            for a in range(0, DP, 16):
+                k = a + r
+                at_x = X + b*sb + h*sh + (p*PAGE + token)[:, None].to(tl.int64)*st
+                x = tl.load(at_x + k[None, :], mask=k[None, :] < D, other=0.)
+                if SPIN: # keys are turned here, where their basis is not
+                    other = tl.load(PARTNER + k, mask=k < D, other=0)[None, :]
+                    x = x.to(tl.float32)*tl.load(COS + p*D + k, mask=k < D, other=0.)[None, :]
+                    x += tl.load(at_x + other).to(tl.float32)*tl.load(SIN + p*D + k, mask=k < D, other=0.)[None, :]
                 to = MOVED + ((p if TURN else 0)*H + h)*2*D*D + k[:, None]*D + c[None, :]
                 both = (k[:, None] < D) & (c[None, :] < D)
-                u = _product(x, tl.load(to, mask=both, other=0.), tl.load(to + D*D, mask=both, other=0.), u, XT, WIDE)
-            n = tl.load(NORMS + head*PAGE + slot, mask=i < size, other=0).to(tl.int32)
+                u = _product(x, tl.load(to, mask=both, other=0.), tl.load(to + D*D, mask=both, other=0.), u, 2 if SPIN else XT, WIDE)
+            n = tl.load(NORMS + head*PAGE + slot).to(tl.int32)
             n = tl.minimum(tl.maximum(n, base), base + 15).to(tl.float32)
-            codes = _coded(_runs(u, 64, D, DP), _of_runs(WIDTHS, (h*3 + tier)*D, D), n, UNIT, STEP)
-            _store(CODES, codes, slot, place, i < size, head, 64, D, DP, PAGE, FOLLOWS)
+            codes = _coded(_runs(u, 16, D, DP), _of_runs(WIDTHS, (h*3 + tier)*D, D), n, UNIT, STEP)
+            _store(CODES, codes, slot, r < 16, head, 16, D, DP, PAGE, FOLLOWS)
 
 # %% ../nbs/pages/33_kernels_encode_pages.ipynb #76c7fc18
 @triton.jit
@@ -471,23 +454,21 @@ def _pack_kernel(CODES, META, PAGES, H, pages, nbytes,
     head, low, mask, how = tl.load(job), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
     registers, each, size, half = tl.load(job + 4), tl.load(job + 5), tl.load(job + 6), tl.load(job + 7)
     to, base = tl.load(job + 8), tl.load(job + 9)
-    S: tl.constexpr = (D + 15)//16*16 # bytes of a slot of keys
+    S: tl.constexpr = (D + 15)//16*64 # words of 16 slots
     page, lane = tl.program_id(1)*N + tl.arange(0, N)[:, None], tl.arange(0, 32)[None, :]
     some = (page < pages) & (lane >= 0)
-    g, t = lane >> 2, lane & 3
-    if VALUES: own = g*PAGE + 4*t
-    else: own = g*S + 4*t
-    own = CODES + (page.to(tl.int64)*H + head)*(D if VALUES else S)*PAGE + base + own
+    own = CODES + ((page.to(tl.int64)*H + head)*(PAGE//16)*S + base)*4
     out = PAGES + page.to(tl.int64)*nbytes + to + lane*tl.minimum(size, 16)
     words = ()
     for q in tl.static_range(8): # all are asked for before one is waited for
-        if VALUES: at = own + tl.where(half > 0, 16*q, 8*PAGE*(q & 1) + 16*(q >> 1))
-        else: at = own + tl.where(half > 0, 16, 8)*S*q
         use = some & (q < registers)
-        if half > 0 and not VALUES:
+        if half > 0 and not VALUES: # two bytes of each of two tokens
+            at = own + q*S*4 + (lane >> 2)*16 + (lane & 3)*2
             x = tl.load(at.to(tl.pointer_type(tl.uint16)), mask=use, other=0).to(tl.int32)
-            x |= tl.load((at + 8*S).to(tl.pointer_type(tl.uint16)), mask=use, other=0).to(tl.int32) << 16
-        else: x = tl.load(at.to(tl.pointer_type(tl.int32)), mask=use, other=0)
+            x |= tl.load((at + 128).to(tl.pointer_type(tl.uint16)), mask=use, other=0).to(tl.int32) << 16
+        else:
+            at = own + tl.where(half > 0, q*S, (q >> 1)*S + (q & 1)*32)*4 + lane*4
+            x = tl.load(at.to(tl.pointer_type(tl.int32)), mask=use, other=0)
         words = words + (x,)
     word = tl.zeros([N, 32], tl.int32)
     for q in tl.static_range(8):
@@ -538,29 +519,36 @@ class Encoder:
         **how,        # Of `write`
     ) -> Tensor: # uint8 `[B, 1, pages, nbytes]`
         "Write pages."
-        order, moved = self.before(x, turn, order)
-        return self.write(x, order, moved, turn is not None, **how)
+        order, moved, turn = self.before(x, turn, order, how.pop("spin", None))
+        return self.write(x, order, moved, turn, **how)
 
     @on_its_device
     def before(self, x, turn=None, order=None,
+        spin:bool|None=None, # Turn keys and not the basis? None = where fewer than four sequences share a page
         rows:int|None=None, # Sequences a program sorts; None = so that all programs run at once
         warps:int=16, # Of a program
-    ) -> tuple:
-        "Order, and the basis in coordinates of the cache."
+        sequences:int|None=None, # Of a program on a Hopper GPU
+    ) -> tuple: # order, basis, and how keys are turned: True = their basis is, cos and sin = they are, None = not at all
+        "Order, and the basis in coordinates of the cache if that is what is turned."
         (B, H, T, D), page = x.shape, sum(self.tiers)
         P, sort = T // page, order is None
-        if not sort and turn is None: return order.contiguous(), self.moved
+        spin = turn is not None and fast_codes_fit(x, D) and (B < 4 if spin is None else spin)
+        basis = turn is not None and not spin
+        if not sort and not basis: return order.contiguous(), self.moved, turn
         rows = rows or min(B, triton.cdiv(B*H*P, 2*PROCESSORS))
-        moved = self.moved if turn is None else torch.empty(P, H, 2, D, D, dtype=torch.bfloat16, device=x.device)
+        moved = self.moved if not basis else torch.empty(P, H, 2, D, D, dtype=torch.bfloat16, device=x.device)
         order = torch.empty(B, H, P, page, dtype=torch.uint8, device=x.device) if sort else order.contiguous()
         cos, sin = turn or (self.weight, self.weight)
         partner = self.jobs if self.partner is None else self.partner
         direction = self.weight if self.direction is None else self.direction
         x = x if x.stride(3) == 1 else x.contiguous()
-        grid = H*P, sort*triton.cdiv(B, rows) + (turn is not None)*triton.cdiv(D, 32)
+        if sort and fast_codes_fit(x, D):
+            fast_order(x, cos, sin, self, direction, moved, order, turn is not None, basis, sequences)
+            return order, moved, True if basis else turn
+        grid = H*P, sort*triton.cdiv(B, rows) + basis*triton.cdiv(D, 32)
         _before_kernel[grid](x, cos, sin, partner, self.basis, direction, moved, order, H, P, B, rows, *x.stride()[:3], **self._shape(D),
                              TURN=turn is not None, SORT=sort, num_warps=warps)
-        return order, moved
+        return order, moved, True if basis else turn
 
     @on_its_device
     def write(self, x, order, moved, turn,
@@ -568,23 +556,30 @@ class Encoder:
         each:int|None=None, # Tiles a program takes; None = so that all programs run at once
         warps:int=4,  # Of a program
         registers:int|None=None, # Of a thread at most
-        pack:int=16,  # Pages a program packs
+        pack:int=4,   # Pages a program packs
+        heads:int=1, # Warps of a program that writes a head
     ) -> Tensor: # uint8 `[B, 1, pages, nbytes]`
         "Codes, heads of pages, bits."
         (B, H, T, D), page = x.shape, sum(self.tiers)
         x, P = x if x.stride(3) == 1 else x.contiguous(), T // page
         make = lambda *s, dtype=torch.uint8: torch.empty(*s, dtype=dtype, device=x.device)
-        codes, norms, out = make(B*P, H, page*triton.cdiv(D, 16)*16), make(B*P, H, page, dtype=torch.int8), make(B, 1, P, self.nbytes)
-        fixed = self._shape(D) | dict(TURN=turn, FOLLOWS=self.values, UNIT=self.unit, STEP=self.step, XT=1 + (x.dtype != torch.bfloat16),
+        codes = make(B*P*H*page*triton.cdiv(D, 16)*16)
+        norms, out = make(B*P, H, page, dtype=torch.int8), make(B, 1, P, self.nbytes)
+        basis, spin = turn is True, isinstance(turn, tuple)
+        fixed = self._shape(D) | dict(TURN=basis, FOLLOWS=self.values, UNIT=self.unit, STEP=self.step, XT=1 + (x.dtype != torch.bfloat16),
                                       WIDE=_interpreted(), num_stages=1)
-        groups, n = (P, B) if turn else (1, B*P)
+        groups, n = (P, B) if basis else (1, B*P)
         tiles = sum(triton.cdiv(n*t, tile) for t in self.tiers)
-        each = each or triton.cdiv(H*groups*tiles, 2*PROCESSORS)
-        _codes_kernel[(H*groups, triton.cdiv(tiles, each))](
-            x, order, moved, self.offset, self.weight, self.widths, self.last, self.spread, codes, norms, H, P, n, each,
-            *x.stride()[:3], **fixed, M=tile, num_warps=warps, **_most(registers))
-        _heads_kernel[(B*P*H,)](x, order, moved, self.offset, self.widths, codes, norms, self.dest, out, H, P,
-                                self.nbytes, *x.stride()[:3], **fixed, num_warps=4)
+        if fast_codes_fit(x, D): fast_codes(x, order, moved, self, codes, norms, turn, each)
+        else:
+            each = each or triton.cdiv(H*groups*tiles, 2*PROCESSORS)
+            _codes_kernel[(H*groups, triton.cdiv(tiles, each))](
+                x, order, moved, self.offset, self.weight, self.widths, self.last, self.spread, codes, norms, H, P, n, each,
+                *x.stride()[:3], **fixed, M=tile, num_warps=warps, **_most(registers))
+        cos, sin = turn if spin else (self.weight, self.weight)
+        partner = self.jobs if self.partner is None else self.partner
+        _heads_kernel[(B*P*H,)](x, cos, sin, partner, order, moved, self.offset, self.widths, codes, norms, self.dest, out, H, P,
+                                self.nbytes, *x.stride()[:3], **fixed, SPIN=spin, num_warps=heads)
         if len(self.jobs):
             _pack_kernel[(len(self.jobs), triton.cdiv(B*P, pack))](codes, self.jobs, out, H, B*P, self.nbytes, D, page, self.values, pack)
         return out
@@ -604,12 +599,12 @@ def encode_pair(
     **how,     # Of `Encoder.write`
 ) -> tuple: # pages of keys, of values
     "Keys and values at once: values need nothing of keys but their order, and are coded beside them."
-    order, moved = keys.before(k, turn)
-    if beside is None: return keys.write(k, order, moved, turn is not None, **how), values.write(v, order, values.moved, False, **how)
+    order, moved, turn = keys.before(k, turn, None, how.pop('spin', None), sequences=how.pop('sequences', None))
+    if beside is None: return keys.write(k, order, moved, turn, **how), values.write(v, order, values.moved, None, **how)
     now = torch.cuda.current_stream()
     beside.wait_stream(now)
-    with torch.cuda.stream(beside): coded = values.write(v, order, values.moved, False, **how)
-    out = keys.write(k, order, moved, turn is not None, **how)
+    with torch.cuda.stream(beside): coded = values.write(v, order, values.moved, None, **how)
+    out = keys.write(k, order, moved, turn, **how)
     now.wait_stream(beside)
     for t in (v, order): t.record_stream(beside)
     coded.record_stream(now)

@@ -593,7 +593,7 @@ def _plane_jobs(
         half = channels[r+1] - channels[r] == 8
         R = tiles if half else 2*tiles
         first = channels[r]
-        base = first*PAGE + slot if kind == "v" else 16*(slot*-(-D//16) + first//16) + first % 16 // 4
+        base = 64*(slot//16*-(-D//16) + first//16) + first % 16 // 8 * (32 if kind == "v" else 2)
         for p, low in planes(bits):
             size, shifts = max(1, R*p//2), [field(bits, p, R, q, 0) % 32 for q in range(R)]
             how = SPREADS.index(tuple(field(bits, p, R, 0, i) for i in range(4)))
@@ -605,12 +605,6 @@ def _plane_jobs(
     return jobs
 
 
-def _in_words(D):
-    "Channel of every column of the kernel's basis for keys: in a run of 16 a thread's columns 2t, 2t + 1, 2t + 8, 2t + 9 are channels 4t to 4t + 3."
-    n = torch.arange(D)
-    return torch.where((n >= 16) & (n < D//16*16), n//16*16 + 4*(n % 8 // 2) + 2*(n % 16 // 8) + n % 2, n)
-
-
 def _encoder(self:PageCodec, device):
     "Tables of the kernels on a device, made once."
     if ("encoder", device) in self._at: return self._at["encoder", device]
@@ -618,7 +612,6 @@ def _encoder(self:PageCodec, device):
     places, rope = torch.arange(PAGE, device=device), self.home.rope
     turned = lambda v: self.home._turned(v, places) if rope is not None else v[:, None].expand(-1, PAGE, -1)
     M, strips = (basis.A / head_rows(basis.scale).mT).float(), self.strips.tolist()
-    if not self.follows: M = M[:, _in_words(self.D)]
     starts = [sum(self.sizes[:h]) for h in range(len(strips))]
     jobs = [j for h, w in enumerate(strips)
             for j in _plane_jobs(self.kind, self.D, tuple(map(tuple, w)), h, starts[h] + FIXED)]
@@ -628,7 +621,7 @@ def _encoder(self:PageCodec, device):
     spread = torch.stack([(self.weight[:, None] * coded * spread[by_tier]).sum(-1),
                           coded.sum(-1).clamp_min(1)])
     high = M.mT.bfloat16()
-    moved = torch.stack([high, (M.mT - high.float()).bfloat16()], 1) if rope is None else None
+    moved = torch.stack([high, (M.mT - high.float()).bfloat16()], 1)
     partner = None if rope is None else _partners(rope, self.D)
     direction = None if direction is None else turned(direction)
     tensors = dict(basis=M.mT, moved=moved, offset=-(turned(basis.mean) @ M.mT), direction=direction,
