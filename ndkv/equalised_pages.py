@@ -111,7 +111,7 @@ class EqualisedPageCodec:
     def _on(self, device):
         "Rotation and its inverse on a device, moved there once."
         if device not in self._at:
-            self._at[device] = self.basis.A[0].to(device), self.basis.A_inv[0].to(device), torch.ones(1, self.D, device=device)
+            self._at[device] = self.basis.A[0].to(device), self.basis.A_inv[0].to(device), torch.ones(1, self.D, dtype=torch.float32, device=device)
         return self._at[device]
 
     def order(self, enc):
@@ -136,7 +136,7 @@ def _freed(self:EqualisedPageCodec, y):
     middle = y.mean(-2, keepdim=True, dtype=torch.float64).float()
     if self.kind == "k":
         least, steps = weight_steps(y - middle)
-        w = torch.exp2((least + steps) * HALF)[..., None, :]
+        w = torch.exp2((least + steps).float() * HALF)[..., None, :]
         y, middle = y / w, middle / w
     n, step = _whole(middle[..., 0, :], 127)
     rest = y - (n * step.float())[..., None, :]

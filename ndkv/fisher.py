@@ -184,7 +184,7 @@ def reading_gradients(
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:  # layer -> gradients [B, H, T, D] of keys and of values; the logits
     "Gradient of one sampled log-likelihood with respect to every packed key and value."
     reader = _Reader(model, packed_mask(ids.shape[1], window, sinks, block))
-    grads, _, h = reader(ids.to(device_of(reader.model)), torch.rand(ids.shape, generator=generator))
+    grads, _, h = reader(ids.to(device_of(reader.model)), torch.rand(ids.shape, generator=generator, dtype=torch.float32))
     with torch.no_grad(): return grads, reader.halves.head(h.flatten(0, 1)).unflatten(0, ids.shape)
 
 # %% ../nbs/model/32_fisher.ipynb #6b66f941
@@ -250,7 +250,7 @@ def fisher(
     parts = max(1, PASS * (MORE if reader.twice else 1) // T)
     todo = tokens[head["done"]:].split(batch) if head["done"] < len(tokens) else ()
     for step, ids in enumerate(tqdm(todo, desc="calibrate", disable=not bar, mininterval=2), 1):
-        u = torch.rand(ids.shape, generator=generator)
+        u = torch.rand(ids.shape, generator=generator, dtype=torch.float32)
         for some, v in zip(ids.split(parts), u.split(parts)):
             _take(reader, some, v, ropes, slice(sinks, last), sums, see)
         if see: see.next()
@@ -561,7 +561,7 @@ def own_text(
     model = private_copy(model)
     first, ends = _borders(model)
     first = torch.full((count, 1), first, device=device_of(model))
-    u = torch.rand(count, length - 1, generator=torch.Generator().manual_seed(seed))
+    u = torch.rand(count, length - 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     rows = max(1, HELD // (_cache_bytes(model, first[:1]) * length))
     with tqdm(total=len(u.split(rows)) * (length - 1), desc="own text", disable=not bar,
               mininterval=2) as progress:

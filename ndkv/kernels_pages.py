@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .equalised_pages import HALF, MEAN_AT, NORMS_AT, EqualisedPageCodec, side_bytes, side_values, weights_at
 from .pages import FIXED, HEADER, ORDER, PAGE, PARTS, STEP, TIERS, UNIT, integer_levels, planes, record, runs, unpack_order
+from .frames import plain_defaults
 try:
     import triton
     import triton.language as tl
@@ -166,7 +167,7 @@ class Plan:
         device="cpu",
         warps:int=0,     # Of a block of the fast kernel, whose tables they share: 4, 8 or 16; 0: as many as fit
     ):
-        with torch.device("cpu"): self._make(keys, values, pages, scale, device, warps) # whatever the default device is
+        with plain_defaults(): self._make(keys, values, pages, scale, device, warps)
 
     def _make(self, keys, values, pages, scale, device, warps):
         self._warps = warps

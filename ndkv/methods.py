@@ -12,12 +12,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 
 from .codec import NormDirectionCodec
 from .equalised import EqualisedCodec
 from .equalised_pages import EqualisedPageCodec
-from .frames import rotation
+from .frames import plain_defaults, rotation
 from .hub import load_profile
 from .pages import PAGE, PageCodec, plan_pages
 from .profile import Profile, layer_shapes
@@ -55,7 +54,7 @@ class Method:
     paged:bool=False        # Are tokens stored in pages?
 
     def __call__(self, place, bits=None, /, **options):
-        with torch.device("cpu"): return self.make(place, bits, **options) # whatever the default device is
+        with plain_defaults(): return self.make(place, bits, **options)
 
     @property
     def block(self): return PAGE if self.paged else 64 # tokens that a cache encodes together, if nobody says
@@ -208,8 +207,7 @@ def make_plan(
 ) -> dict: # (layer, "k" or "v") -> codec
     "Codecs of all layers under one budget."
     held = dict(tokens=tokens, length=length, window=window, model=model)
-    # where profiles are
-    with torch.device("cpu"):
+    with plain_defaults():
         return METHODS[method].plan(profile, bits, block=block, sinks=sinks, **held, **kw)
 
 # %% ../nbs/cache/38_methods.ipynb #2ba2de12

@@ -342,7 +342,7 @@ def _table(bits, device):
 @cache
 def _all_levels(device):
     "Level of every width and stored code `[9*256]`."
-    out = torch.zeros(9, 256)
+    out = torch.zeros(9, 256, dtype=torch.float32)
     for b in range(1, 9): out[b, :2**b] = _table(b, torch.device("cpu"))[2]
     return out.flatten().to(device)
 
@@ -656,7 +656,7 @@ def _turn(self:PageCodec, x, pos):
     rope = self.home.rope
     if rope is None: return None
     if ("first", x.device) not in self._at: # a copy to a GPU makes the host wait
-        first = torch.zeros(self.D)
+        first = torch.zeros(self.D, dtype=torch.float32)
         first[rope.order(self.D)[:len(rope.inv_freq)]] = 1.
         self._at["first", x.device] = first.to(x.device)
     start, first = page_starts(pos, x), self._at["first", x.device]
@@ -693,7 +693,7 @@ def _decode(self:PageCodec,
     norms = _unpack_bits(head[..., HEADER+ORDER:], 4)[..., _rows(head.device)[1]]
     codes = torch.stack([read_record(h[..., FIXED:], rec, self.D) for h, rec in zip(heads, self.records)], 2)
     u = self.rounding.values(codes.unflatten(-1, (PAGE, self.D))).transpose(1, 2)
-    u = u * torch.exp2((base + norms) * STEP)[..., None]
+    u = u * torch.exp2((base + norms).float() * STEP)[..., None]
     slots = unpack_order(head[..., HEADER:HEADER+ORDER]).argsort(-1) # of each token
     rows = (slots
             + PAGE*torch.arange(slots[..., 0].numel(), device=u.device).view(*slots.shape[:-1], 1)).flatten()

@@ -106,7 +106,7 @@ def norm_code(
     bits: Tensor,  # [H]
 ) -> Tensor:  # int64
     "Logarithm of a norm in steps of 8 / 2^bits octaves, clamped to -4 … 4."
-    size = 2.0 ** bits.to(norm.device)
+    size = 2.0 ** bits.to(norm.device, torch.float32)
     return (norm.double().clamp_min(1e-30).log2() * size / OCTAVES
             + size / 2).round().clamp_min(0).minimum(size - 1).long()
 
@@ -116,7 +116,7 @@ def norm_value(
     bits: Tensor,  # [H]
 ) -> Tensor:  # float32
     "What a norm code stands for."
-    size = 2.0 ** bits.to(code.device)
+    size = 2.0 ** bits.to(code.device, torch.float32)
     return torch.exp2((code - size / 2) * OCTAVES / size)
 
 # %% ../nbs/model/34_spectral.ipynb #91e89628
@@ -171,7 +171,7 @@ class Rows:
 
     def value(self):
         "What they stand for, float32 [n, D]."
-        out = torch.empty(len(self.bits), self.width)
+        out = torch.empty(len(self.bits), self.width, dtype=torch.float32)
         for b, t in self.strings.items():
             out[self.bits == b] = _entries(b, self.width).unpack(t).float() - (2 ** (b - 1) - 1)
         return out * self.scale.float()
@@ -320,9 +320,9 @@ class Strings:
 
     def _directions(self, strings, codes):
         "What the bytes of rings and the codes of wide channels stand for, [B, H, N, D]."
-        at, wide = self._on(codes.device), torch.zeros(codes.shape, device=codes.device)
+        at, wide = self._on(codes.device), torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         for book, i in at["books"]: wide[..., i] = book.levels[codes[..., i].long()]
-        u = torch.zeros(*codes.shape[:2], *self.widths.shape, device=codes.device)
+        u = torch.zeros(*codes.shape[:2], *self.widths.shape, dtype=torch.float32, device=codes.device)
         u.flatten(2)[..., at["wide"]] = wide
         for (h, ring), s in zip(self.rings.items(), strings):
             u[:, :, h, at["woven"][h]] = ring.decode(s.contiguous())
@@ -338,10 +338,10 @@ class Strings:
             at = {k: v.to(device)
                   for k, v in at.items()} | dict(books=[(book.to(device), i.to(device))
                                                         for book, i in self.books.values()])
-            D, reach = (torch.tensor(t)[self.widths].to(device) for t in (code_table(self.trellis), _reach(self.trellis)))
+            D, reach = (torch.tensor(t, dtype=torch.float32)[self.widths].to(device) for t in (code_table(self.trellis), _reach(self.trellis)))
             dear = self.lam.float().to(device) * at["coded"]
             at |= dict(dear=dear[:, None], reach=reach[:, None], coarse=(dear * D).sum(-1)[:, None],
-                       wider=torch.tensor(WIDER, device=device))
+                       wider=torch.tensor(WIDER, dtype=torch.float32, device=device))
             root = lambda lam: (lam.float() / lam.max()).sqrt().to(device)
             self._at[device] = at | dict(woven={h: i.to(device) for h, i in self.woven.items()},
                                          roots={h: root(self.lam[h, i]) for h, i in self.woven.items()})

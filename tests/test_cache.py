@@ -491,13 +491,36 @@ def test_late_refusals():
     with pytest.raises(RuntimeError, match="activate_past_recording"): sliding.crop(-5)
 
 
-@pytest.mark.parametrize("name, bits, profiled", [
-    ("pages", 2, True), ("spectral", 2, True), ("pages", 3, False), ("rotation", 3, False), ("equalised", 3, False)])
+def small():
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                              num_key_value_heads=1, head_dim=32)).eval()
+
+
+MADE = [("pages", 2, True), ("spectral", 2, True), ("pages", 3, False), ("rotation", 3, False), ("equalised", 3, False)]
+
+
+@pytest.mark.parametrize("name, bits, profiled", MADE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cache_does_not_depend_on_the_default_dtype(name, bits, profiled, dtype):
+    "An engine makes its model in another one, and a program may set it once and for all; the model here is in float32."
+    torch.manual_seed(0)
+    model, found = small(), []
+    ids, texts = torch.randint(3, 64, (1, 500)), torch.randint(3, 64, (4, 512))
+    try:
+        for default in (torch.float32, dtype):
+            torch.set_default_dtype(default)
+            own = dict(profile=calibrate(model, texts, batch=2, bar=False)) if profiled else {}
+            cache = NDCache(model.config, bits=bits, method=name, **own)
+            with torch.no_grad(): found.append([model(i, past_key_values=cache).logits for i in (ids[:, :450], ids[:, 450:])])
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*x) for x in zip(*found))
+
+
+@pytest.mark.parametrize("name, bits, profiled", MADE)
 def test_codecs_are_made_on_the_cpu_whatever_the_default_device_is(name, bits, profiled):
     "An engine makes its layers under the device they are for; `meta` has no values, so nothing may be made there."
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                               num_key_value_heads=1, head_dim=32)).eval()
+    model = small()
     ids, profile = torch.randint(3, 64, (1, 500)), None
     if profiled: profile = calibrate(model, torch.randint(3, 64, (4, 512)), batch=2, bar=False)
     logits = []
