@@ -544,7 +544,7 @@ def fast_order(
     sequences:int|None=None, # A program: 4 or 8
 ):
     "Order of the tokens of every page, and the basis in coordinates of the cache."
-    (B, H, T, D), P = x.shape, x.shape[2] // sum(e.tiers)
+    (B, H, _, D), P = x.shape, x.shape[2] // sum(e.tiers)
     sequences = sequences or (8 if B > 4 else 4)
     partner = e.jobs if e.partner is None else e.partner
     _fast_order[(H*P, triton.cdiv(B, sequences) + move*triton.cdiv(D, 32))](
@@ -563,7 +563,7 @@ def fast_codes(
     each:int|None=None, # Tiles a program takes; None = so that all programs run at once, 16 at most
 ):
     "Norms and codes of all tokens."
-    (B, H, T, D), P, spin = x.shape, x.shape[2] // sum(e.tiers), isinstance(turn, tuple)
+    (B, H, _, D), P, spin = x.shape, x.shape[2] // sum(e.tiers), isinstance(turn, tuple)
     groups, n = (P, B) if turn is True else (1, B*P)
     tiles = sum(triton.cdiv(n*t, 64) for t in e.tiers)
     each = each or max(1, min(tiles, triton.cdiv(H*groups*tiles, 264), 16))
