@@ -9,7 +9,7 @@ __all__ = ['figure', 'table', 'TEXT', 'PAID', 'APART', 'FEW_BITS', 'SPEED', 'PAY
 
 # %% ../nbs/paper/92_public.ipynb #c4178522
 from .book import NOT_RUN, Book, Registry, res, tabular, tex_escape, tex_line, use
-from .comparisons import OTHERS, PAGE, SHARED_TOKENS, all_in, look_of, setting, setting_name, whole
+from .comparisons import PAGE, SHARED_TOKENS, all_in, look_of, setting, setting_name, whole
 from .curves import PUBLIC
 from .drawing import blank, legend_above, open_axes, panel_row
 from .page_costs import PAGES
