@@ -140,8 +140,9 @@ def text_table(
 ) -> str:
     "Mean KL of every setting on texts of several kinds: mean over models, and the worst model."
     found = {k: dict(c) for k, c in swept(book, 'texts', None, block=block).items()}
-    for k, cell in swept(book, 'zoo', block=block).items(): found.get(k, {}).update(cell)
     settings = in_order({s for _, s in found if s[1]})
+    for k, cell in swept(book, 'zoo', block=block).items():
+        if k[1] in settings: found.setdefault(k, {}).update(cell)
     groups = ' & '.join(rf'\multicolumn{{3}}{{c}}{{{name}}}' for name in TEXTS.values())
     head = [
         rf' & \multicolumn{{2}}{{c}}{{bits}} & {groups} \\',
