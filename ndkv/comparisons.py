@@ -129,10 +129,10 @@ def swept(
 SHARED_TOKENS = 4096 # Tokens of the text that carries the frames
 
 def all_in(book, cell, data='wiki_val') -> float:
-    "Bits an element of a cell of `swept`, frames counted."
+    "Bits an element of a cell of `swept`, frames of ours counted."
     if ('bits', data) not in cell: return 16.
     bits = use(book, cell['bits', data])
-    framed = use(book, cell.get(('bits_with_frames', data)))
+    framed = use(book, cell.get(('bits_with_frames', data))) if bits['method'] in OURS else None
     frames = framed['value'] - bits['value'] if framed else 0.
     return bits['value'] + frames*bits['length']/SHARED_TOKENS
 

@@ -64,7 +64,7 @@ def public_ratio(
     theirs = {s: c for s, c in cells.items() if s[0] in methods and s[1]}
     if ours is None or len({s[0] for s in theirs}) < least: return None
     kl = lambda c: use(book, c['kl_mean', TEXT])['value']
-    known = [(kl(c), s[0]) for s, c in theirs.items() if public_bits(book, c) <= most]
+    known = [(kl(c), s[0]) for s, c in theirs.items() if round(public_bits(book, c), 2) <= most]
     if not known or {*needs} - {method for _, method in known}: return None
     return kl(ours)/min(known)[0]
 
