@@ -133,7 +133,7 @@ def _widths_of_codes(widths, D):
 
 def _level_table():
     "Level of every width and stored code `[9, 256]`."
-    out = torch.zeros(9, 256)
+    out = torch.zeros(9, 256, dtype=torch.float32)
     for bits in range(1, 9): out[bits, :2**bits] = stored_levels(bits).float()
     return out
 
@@ -1456,7 +1456,7 @@ def _plain_parts(plan, q, k_pages, v_pages, table, lens, splits, early):
     most, D, CK, CV = table.shape[1], plan.D, _power(plan.D), _power(plan.Dv)
     query, means = _queries(plan, q, k_pages, table)
     query, means = F.pad(query, (0, CK - D)).contiguous(), means.contiguous()
-    new = lambda *shape: torch.zeros(B*H*groups, splits, 4, *shape, device=q.device)
+    new = lambda *shape: torch.zeros(B*H*groups, splits, 4, *shape, dtype=torch.float32, device=q.device)
     top, total, out = new(), new(8), new(CV)
     k_place, k_width, v_place, v_width, level = plan.plain()
     _read_pages_plainly[(B*H*groups, splits)](
@@ -1472,7 +1472,7 @@ def _kernel_parts(plan, q, k_pages, v_pages, table, lens, splits, early=False):
     programs = B*H*groups
     key = plan.key
     n = assembly(key, "sizes", 0)[4]
-    new = lambda *shape: torch.empty(programs, splits, 4, *shape, device=q.device)
+    new = lambda *shape: torch.empty(programs, splits, 4, *shape, dtype=torch.float32, device=q.device)
     top, total, out = new(), new(8), new(8*n)
     sms = _multiprocessors(q.device)
     _read_pages[(sms * -(-programs*splits // sms),)](
@@ -1487,8 +1487,8 @@ def _exact_parts(plan, q, exact, early=False):
     k, v, n = exact
     B, Hq, D = q.shape
     blocks, DVP = -(-k.shape[2] // 64), _power(plan.Dv)
-    top, total = (torch.empty(B*Hq, blocks, device=q.device) for _ in range(2))
-    out = torch.empty(B*Hq, blocks, DVP, device=q.device)
+    new = lambda *shape: torch.empty(B*Hq, blocks, *shape, dtype=torch.float32, device=q.device)
+    top, total, out = new(), new(), new(DVP)
     G = Hq // plan.H
     _read_exact[(B*plan.H, blocks, -(-G // 4))](
         q, k.contiguous(), v.contiguous(), n, top, total, out, k.shape[2], plan.H, G,
@@ -1533,7 +1533,7 @@ def attend_pages(
     some = exact is not None and exact[0].shape[2] > 0
     if fast: k_pages, v_pages = (_on_16(x) for x in (k_pages, v_pages))
     early = fast and q.is_cuda # a kernel may come while the one before is running, and waits for what it reads
-    e = _exact_parts(plan, q, exact, early) if some else [torch.empty(1, device=q.device)] * 3
+    e = _exact_parts(plan, q, exact, early) if some else [torch.empty(1, dtype=torch.float32, device=q.device)] * 3
     blocks = e[0].shape[1] if some else 0
     beside = early and some and B*plan.H*groups*blocks <= _multiprocessors(q.device) # many small blocks would keep the large ones from their place
     top, total, out, rows = parts(plan, by_head, k_pages, v_pages, table, lens, splits, beside)

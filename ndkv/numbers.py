@@ -10,8 +10,8 @@ __all__ = ['number', 'UNIFORM', 'TIERED', 'EVICTION', 'ADAPTIVE', 'DEBIAS', 'PRO
            'public_number', 'public_models', 'least_number', 'needle_number', 'novels', 'mixed', 'over_rotation',
            'novels_numbers', 'mixed_models', 'total_ratio', 'total_ratio_number', 'half_bit_share', 'key_bias',
            'key_bias_least', 'key_bias_most', 'encoder_pairs', 'stress_pairs', 'stress_mixed_pairs', 'methods_on',
-           'methods_tried', 'methods_everywhere', 'library_models', 'claims_once_missed', 'derived', 'gap_numbers',
-           'model_number', 'claim_macro', 'claim_counts', 'numbers_tex']
+           'methods_tried', 'methods_everywhere', 'models_of_the_library', 'claims_once_missed', 'derived',
+           'gap_numbers', 'model_number', 'claim_macro', 'claim_counts', 'numbers_tex']
 
 # %% ../nbs/paper/94_numbers.ipynb #2a56a578
 import json
@@ -418,7 +418,7 @@ def methods_everywhere(book):
 
 # %% ../nbs/paper/94_numbers.ipynb #4f005336
 @number('library_models')
-def library_models(book): return in_words(len(methods_on(book, BEFORE).get('quanto', ())))
+def models_of_the_library(book): return in_words(len(methods_on(book, BEFORE).get('quanto', ())))
 
 # %% ../nbs/paper/94_numbers.ipynb #d63932f6
 @number('claims_once_missed')

@@ -16,6 +16,7 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"
                   HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
 import torch
 import torch.nn.functional as F
+from torch import library
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -33,7 +34,7 @@ def make(folder):
 
 def stand_ins():
     "Operations of the binary, where it did not load."
-    lib = torch.library.Library("_C", "FRAGMENT")
+    lib = library.Library("_C", "FRAGMENT")
 
     def give(schema, fn):
         name = schema.split("(")[0]

@@ -53,7 +53,7 @@ def worst(codecs, k, v, q, lens, tokens=(70, 33, 1), bfloat16=False, warps=4, **
     P, (H, D), B = len(k_pages), codecs[0].widths.shape, len(lens)
     shuffled = torch.randperm(P)
     table, n = shuffled.int().repeat(B, 1), torch.tensor(tokens[:B], dtype=torch.int32)
-    exact = torch.randn(B, H, max(tokens), D), torch.randn(B, H, max(tokens), codecs[1].D), n
+    exact = *(torch.randn(B, H, max(tokens), d, dtype=torch.float32) for d in (D, codecs[1].D)), n
     back = shuffled.argsort()
     put = lambda x: x.to(DEVICE).contiguous()
     got = kp.attend_pages(kp.Plan(*codecs, P, device=torch.device(DEVICE), warps=warps), put(q), put(k_pages[back]), put(v_pages[back]),
@@ -72,6 +72,16 @@ def worst(codecs, k, v, q, lens, tokens=(70, 33, 1), bfloat16=False, warps=4, **
 @pytest.mark.parametrize("D,G,rope", [(24, 3, None), (32, 4, "interleaved"), (32, 6, "partial"), (64, 1, "half")])
 def test_plain_kernel(D, G, rope):
     assert worst(*drawn(D, 3, D, rope=rope, mean=float(rope is not None)), torch.randn(3, 2*G, D), (3, 1, 0), plain=True) < 1e-5
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_sums_are_float32_whatever_the_default_dtype_is(plain):
+    case, q = drawn(32, 3, 1), torch.randn(3, 8, 32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with fast(): error = worst(*case, q, (3, 1, 0), splits=2, plain=plain)
+    finally: torch.set_default_dtype(torch.float32)
+    assert error < (1e-5 if plain else 1e-3)
 
 
 CASES = dict(usual={}, no_mean=dict(mean=0., rope=None), long_mean=dict(mean=300.), interleaved=dict(rope="interleaved"),

@@ -74,7 +74,8 @@ def install():
         if V.numel(): V = V * (1 - 2 * (order(V.shape[-1], "eigh", tuple(V.shape)) % 2)).to(V.dtype)
         return w, V
 
-    aten, lib = torch.ops.aten, torch.library.Library("aten", "IMPL")
+    from torch import library
+    aten, lib = torch.ops.aten, library.Library("aten", "IMPL")
     kernels = {"mm": mm, "bmm": bmm, "dot": dot, "addmm": addmm, "addmv": addmv, "mv": mv, "baddbmm": baddbmm, "sum.dim_IntList": sum_dim, "sum": sum_all,
                "mean.dim": mean_dim, "mean": mean_all, "_softmax": soft(aten._softmax.out, "softmax"), "_log_softmax": soft(aten._log_softmax.out, "log_softmax"), "_linalg_eigh": eigh}
     with warnings.catch_warnings():
